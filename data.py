@@ -1,0 +1,502 @@
+"""What speech and text *are* in this project: manifests, audio, log-mel, batches, and the metric.
+
+In reading order:
+  1. manifest   JSON Lines, one utterance a line                    read_manifest, write_jsonl
+  2. audio      file or segment -> 16 kHz mono float32              load_audio
+  3. features   Whisper's log-mel, 100 frames a second              log_mel
+  4. batches    a pure function of (seed, step): resume is free     Plan, Steps, loader
+  5. metric     normalised text, edit counts, bootstrap interval    normalize, edit_counts, bootstrap
+  6. demo       a bilingual corpus spoken by espeak-ng              python data.py demo --out DIR
+
+A manifest line (paths are relative to the manifest's own folder):
+  {"id": "en-17", "audio": "wav/en-17.wav", "text": "put two cups on the shelf", "language": "en"}
+  optional: "start" and "duration" in seconds (a segment of a longer file); "speaker"; any other key is kept out of the way.
+  NeMo's spelling (audio_filepath, offset) and open-audio-opd's (begin_time, end_time; -1: whole file) are read too.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jiwer
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from tqdm import tqdm
+
+SAMPLE_RATE = 16_000  # Hz, mono: what every model here expects
+HOP = 160             # samples between mel frames: 100 frames a second
+N_FFT = 400           # samples in an analysis window: 25 ms
+MIN_SEC, MAX_SEC = 0.1, 30.0  # accepted clips; 30 s is what the published student was trained on
+
+
+# ---------------------------------------------------------------------------- 1. manifest
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line of a manifest. `text` and `language` are None where the line has none."""
+    id: str
+    audio: str                         # absolute path
+    text: str | None = None
+    language: str | None = None        # code, lower case: "en", "zh"
+    start_sec: float = 0.0
+    duration_sec: float | None = None  # None: to the end of the file
+    speaker: str | None = None
+    line: str = ""                     # "manifest.jsonl:12", for error messages
+
+
+def read_manifest(path) -> list[Utterance]:
+    """Read a JSON Lines manifest, in file order. Raises ValueError naming file, line and value; audio is opened later."""
+    path, utterances, seen = Path(path), [], {}
+    for number, raw in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not raw.strip():
+            continue
+        utterance = _parse_line(raw, f"{path}:{number}", path.parent)
+        if utterance.id in seen:
+            raise ValueError(f"{path}:{number}: id {utterance.id!r} already stands on line {seen[utterance.id]}")
+        seen[utterance.id] = number
+        utterances.append(utterance)
+    if not utterances:
+        raise ValueError(f"{path}: the manifest has no utterance")
+    return utterances
+
+
+def _parse_line(raw, where, folder) -> Utterance:
+    try:
+        row = json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}): {raw[:80]!r}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {raw[:80]!r}")
+
+    def get(types, *names):
+        for name in names:
+            value = row.get(name)
+            if value is not None:
+                if not isinstance(value, types) or isinstance(value, bool) or value != value:  # value != value: NaN
+                    raise ValueError(f"{where}: {name!r} has the wrong type or value: {value!r}")
+                return value
+        return None
+
+    audio = get(str, "audio", "audio_filepath")
+    if not audio:
+        raise ValueError(f"{where}: no 'audio'; keys found: {sorted(row)}")
+    start = get((int, float), "start", "offset")
+    duration = get((int, float), "duration")
+    begin, end = get((int, float), "begin_time"), get((int, float), "end_time")
+    if begin is not None and begin >= 0:
+        start = begin
+    if end is not None and end >= 0:
+        duration = end - (start or 0.0)
+    start = start or 0.0
+    if start < 0 or not math.isfinite(start) or (duration is not None and not 0 < duration < math.inf):
+        raise ValueError(f"{where}: segment start {start} s, duration {duration} s")
+    language = get(str, "language", "lang")
+    return Utterance(
+        id=get(str, "id") or f"{Path(audio).stem}@{start:g}" if start else get(str, "id") or Path(audio).stem,
+        audio=os.path.normpath(folder.absolute() / audio), text=get(str, "text"),
+        language=language.lower() if language else None, start_sec=float(start),
+        duration_sec=None if duration is None else float(duration), speaker=get(str, "speaker"), line=where)
+
+
+def write_jsonl(path, rows) -> None:
+    """Write dicts as JSON Lines: into a temporary file first, so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------- 2. audio
+
+class AudioError(ValueError):
+    """A clip that can't be used. `reason` is a short constant that rejections are counted by."""
+    def __init__(self, reason, message):
+        super().__init__(message)
+        self.reason = reason
+
+
+@lru_cache(maxsize=8)  # the windowed-sinc kernel is costlier than the resampling of a short clip
+def _resampler(rate):
+    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+
+
+def load_audio(utterance: Utterance) -> np.ndarray:
+    """Decode one clip: wav, flac, mp3, ogg; any rate, any number of channels -> (n_samples,) float32, 16 kHz, mono.
+
+    Only the segment is decoded, never the whole file. Raises AudioError, with the manifest line in the message, for what must not
+    be learned from: unreadable, past_end, too_short, too_long, not_finite, silent, clipped. Nothing is ever cut to fit.
+    """
+    def reject(reason, detail):
+        return AudioError(reason, f"{utterance.line}: {utterance.id}: {utterance.audio}: {reason}: {detail}")
+
+    try:
+        with soundfile.SoundFile(utterance.audio) as file:
+            rate = file.samplerate
+            first = round(utterance.start_sec * rate)
+            whole = utterance.duration_sec is None
+            count = file.frames - first if whole else round(utterance.duration_sec * rate)
+            # A manifest may give a whole file's length rounded to 10 ms; more than that missing is an error.
+            if first >= file.frames or first + count > file.frames + 0.01 * rate:
+                raise reject("past_end", f"segment ends at {(first + count) / rate:.2f} s, file at {file.frames / rate:.2f} s")
+            if not MIN_SEC <= count / rate <= MAX_SEC:
+                reason = "too_short" if count / rate < MIN_SEC else "too_long"
+                raise reject(reason, f"{count / rate:.2f} s is outside {MIN_SEC} to {MAX_SEC} s")
+            file.seek(first)
+            audio = file.read(count, dtype="float32", always_2d=True).mean(1)  # (n,) mono
+    except (OSError, soundfile.SoundFileError) as error:
+        raise reject("unreadable", error) from None
+    if len(audio) < count - 0.01 * rate:  # the header promised more than the file holds
+        raise reject("unreadable", f"{len(audio)} of {count} samples could be decoded")
+    if not np.isfinite(audio).all():
+        raise reject("not_finite", "NaN or infinite samples")
+    peak = np.abs(audio).max()
+    if peak < 1e-4:  # -80 dBFS: digital silence, a dead microphone
+        raise reject("silent", f"peak {peak:.1e} of 1.0")
+    if (np.abs(audio) > 0.999).mean() > 0.02:  # a few clipped peaks are normal; a flattened recording is not
+        raise reject("clipped", f"{(np.abs(audio) > 0.999).mean():.0%} of the samples at full scale")
+    if rate != SAMPLE_RATE:
+        audio = _resampler(rate)(torch.from_numpy(audio)).numpy()
+    return audio
+
+
+# ---------------------------------------------------------------------------- 3. features
+
+@lru_cache(maxsize=2)
+def _mel_transform(n_mels):
+    return torchaudio.transforms.MelSpectrogram(
+        SAMPLE_RATE, n_fft=N_FFT, hop_length=HOP, f_min=0, f_max=8000, n_mels=n_mels, power=2, norm="slaney", mel_scale="slaney")
+
+
+def log_mel(audio: np.ndarray, n_mels: int = 128) -> torch.Tensor:
+    """Whisper's features: (n_samples,) at 16 kHz -> (n_mels, n_samples // 160) float32, 100 frames a second.
+
+    Equal to transformers' WhisperFeatureExtractor on a clip alone. Always one clip at a time: Whisper's clamp is relative to the
+    loudest bin, and reflection at the end needs the clip's own samples, so features of a padded batch are not those of its clips.
+    """
+    power = _mel_transform(n_mels)(torch.from_numpy(audio))[:, :-1]  # (n_mels, T); Whisper drops the last, half-empty frame
+    logs = power.clamp(min=1e-10).log10()
+    logs = torch.maximum(logs, logs.max() - 8.0)  # 80 dB below the loudest bin is the floor
+    return (logs + 4.0) / 4.0                     # roughly -1 to 1
+
+
+# ---------------------------------------------------------------------------- 4. batches
+
+@dataclass
+class Batch:
+    """Utterances that go through a model together: a micro-batch."""
+    utterances: list[Utterance]
+    mel: torch.Tensor                  # (B, n_mels, T) zeros after a row's own frames
+    n_frames: torch.Tensor             # (B,) mel frames of each row
+    rejected: list[tuple[str, str]]    # (reason, message) of clips that were left out
+
+    @property
+    def audio_sec(self) -> float:
+        return self.n_frames.sum().item() * HOP / SAMPLE_RATE
+
+
+class Plan:
+    """Which utterances make up optimiser step `s`: a pure function of (seed, s), so there is no position to save.
+
+    An epoch is a seeded shuffle; windows of 32 global batches are sorted by length, cut into batches (rows of a batch are then
+    about equally long), and the order of the batches is shuffled again. Every utterance comes once an epoch; the last batch may
+    be smaller. The ranks share out each global batch, so any number of processes makes the same update.
+    """
+    def __init__(self, durations, global_batch, seed):
+        self.durations, self.global_batch, self.seed = list(durations), global_batch, seed
+        self.steps_per_epoch = math.ceil(len(self.durations) / global_batch)
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, epoch):
+        rng, order = random.Random(f"{self.seed}/{epoch}"), list(range(len(self.durations)))
+        rng.shuffle(order)
+        window = 32 * self.global_batch
+        order = [i for w in range(0, len(order), window) for i in sorted(order[w:w + window], key=self.durations.__getitem__)]
+        batches = [order[b:b + self.global_batch] for b in range(0, len(order), self.global_batch)]
+        rng.shuffle(batches)
+        return batches
+
+    def __getitem__(self, step) -> list[int]:
+        return self.epoch(step // self.steps_per_epoch)[step % self.steps_per_epoch]
+
+
+def load_batch(utterances, n_mels=128, augment=None, keep_going=True) -> Batch:
+    """Decode clips, make features, pad. A clip that can't be used is left out and reported in `rejected`, or raised.
+
+    augment: optional function (mel (n_mels, T), utterance) -> mel.
+    """
+    kept, mels, rejected = [], [], []
+    for utterance in utterances:
+        try:
+            mel = log_mel(load_audio(utterance), n_mels)  # (n_mels, T)
+        except AudioError as error:
+            if not keep_going:
+                raise
+            rejected.append((error.reason, str(error)))
+            continue
+        mels.append(augment(mel, utterance) if augment else mel)
+        kept.append(utterance)
+    n_frames = torch.tensor([mel.shape[1] for mel in mels], dtype=torch.long)
+    batch = torch.zeros(len(mels), n_mels, int(n_frames.max()) if mels else 0)  # (B, n_mels, T)
+    for row, mel in zip(batch, mels):
+        row[:, :mel.shape[1]] = mel
+    return Batch(kept, batch, n_frames, rejected)
+
+
+class Steps(torch.utils.data.Dataset):
+    """Item s = this rank's micro-batches of optimiser step s, made by a loader worker.
+
+    Micro-batches are cut after sharing out, lengths still sorted. A rank may get fewer rows than another, or none.
+    """
+    def __init__(self, utterances, plan, micro_batch, rank=0, world=1, n_mels=128, augment=None):
+        self.utterances, self.plan, self.micro_batch, self.rank, self.world = utterances, plan, micro_batch, rank, world
+        self.n_mels, self.augment = n_mels, augment
+
+    def __len__(self):
+        return 1 << 62  # steps go on as long as they are asked for
+
+    def __getitem__(self, step) -> list[Batch]:
+        mine = [self.utterances[i] for i in self.plan[step][self.rank::self.world]]
+        augment = (lambda mel, utterance: self.augment(mel, utterance, step)) if self.augment else None
+        return [load_batch(mine[i:i + self.micro_batch], self.n_mels, augment) for i in range(0, len(mine), self.micro_batch)]
+
+
+def loader(dataset, items, workers):
+    """Yield dataset[i] for i in `items`, in that order, made ahead of time by `workers` processes (0: in this one)."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_size=None, sampler=items, num_workers=workers, prefetch_factor=4 if workers else None,
+        worker_init_fn=lambda _: torch.set_num_threads(1))
+
+
+def measure(utterances) -> list[float]:
+    """Durations in seconds, for bucketing: from the manifest, else from the file's header; 0.0 if that can't be read."""
+    durations = []
+    for utterance in utterances:
+        duration = utterance.duration_sec
+        if duration is None:
+            try:
+                info = soundfile.info(utterance.audio)
+                duration = info.frames / info.samplerate - utterance.start_sec
+            except (OSError, soundfile.SoundFileError):
+                duration = 0.0  # load_audio rejects it, with its reason, when it is its turn
+        durations.append(duration)
+    return durations
+
+
+def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
+    """Uniforms in [0, 1), (len(ids), count) float32, that depend on nothing but (seed, step, utterance id, column).
+
+    A rollout drawn with them is the same alone or in any batch, on any number of ranks, and after a resume.
+    """
+    rows = [np.random.default_rng([seed, step, *hashlib.blake2b(i.encode(), digest_size=8).digest()]) for i in ids]
+    return np.stack([r.random(count, dtype=np.float32) for r in rows]) if rows else np.zeros((0, count), np.float32)
+
+
+# ---------------------------------------------------------------------------- 5. metric
+
+CHARACTER_LANGUAGES = {"zh", "cmn", "yue", "ja", "ko", "th", "chinese", "cantonese", "japanese", "korean", "thai"}
+
+
+def counts_characters(language: str | None) -> bool:
+    """True where the error rate counts characters (CER), False where it counts words (WER)."""
+    if not language:
+        raise ValueError("no language given: it decides between character and word error rate")
+    return language.split("-")[0].lower() in CHARACTER_LANGUAGES
+
+
+def normalize(text: str, language: str) -> str:
+    """The text that is scored: units separated by single spaces. This function *is* the metric.
+
+    NFKC (full width to half width) -> lower case -> curly apostrophes straightened -> every character that is not a letter,
+    digit or mark becomes a space, but an apostrophe inside a word and a point between digits stay -> units.
+
+    >>> normalize("Don\u2019t  STOP\u2014it\u2019s 3.5%!", "en")
+    "don't stop it's 3.5"
+    >>> normalize("\u8bf7\uff0c\u6253\u5f00 A\u706f\u3002", "zh")
+    '\u8bf7 \u6253 \u5f00 a \u706f'
+    """
+    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'").replace("\u2018", "'")
+    kept = []
+    for i, c in enumerate(text):
+        before, after = text[i - 1:i], text[i + 1:i + 2]
+        inside_word = c == "'" and before.isalnum() and after.isalnum()
+        decimal = c == "." and before.isdigit() and after.isdigit()
+        kept.append(c if unicodedata.category(c)[0] in "LNM" or inside_word or decimal else " ")
+    text = "".join(kept)
+    return " ".join("".join(text.split()) if counts_characters(language) else text.split())
+
+
+class Counts(NamedTuple):
+    """Edit operations that turn the hypothesis into the reference, and the reference's units (words or characters)."""
+    substitutions: int
+    deletions: int
+    insertions: int
+    units: int
+
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+
+def edit_counts(ref: str, hyp: str, language: str) -> Counts:
+    """Levenshtein counts (jiwer) over normalised units. An empty reference counts its insertions."""
+    out = jiwer.process_words(normalize(ref, language), normalize(hyp, language))
+    return Counts(out.substitutions, out.deletions, out.insertions, out.hits + out.substitutions + out.deletions)
+
+
+def error_rate(counts) -> float:
+    """Corpus rate in percent: sum of errors / sum of reference units, never a mean of rates."""
+    units = sum(c.units for c in counts)
+    return 100.0 * sum(c.errors for c in counts) / units if units else math.nan
+
+
+def bootstrap(numerators, denominators, n=10_000, seed=0) -> tuple[float, float]:
+    """95 % interval of sum(numerators) / sum(denominators) by resampling utterances (Bisani & Ney, ICASSP 2004).
+
+    Paired comparisons pass per-utterance differences of errors as numerators. Rates are fractions, not percent.
+    """
+    num, den = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if not den.sum() > 0:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    draws = np.concatenate([rng.multinomial(len(num), np.full(len(num), 1 / len(num)), size=100) for _ in range(n // 100)])
+    low, high = np.nanpercentile((draws @ num) / np.maximum(draws @ den, 1e-12), [2.5, 97.5])
+    return float(low), float(high)
+
+
+# ---------------------------------------------------------------------------- 6. demo corpus
+
+# Variants that an independent recogniser understood. victor, f2, f3 and f5 are left out: they read uninitialised memory, so the
+# same text would not give the same bytes twice.
+VARIANTS = """edward ian Hugo caleb klatt6 m3 miguel robert Diogo Henrique Michael Mike benjamin david iven2 m1 m2 m8 max Storm adam
+iven4 m6 steph Denis belinda f4 klatt2 m7 michel rob travis zac Annie Nguyen anika gustave m5 quincy grandma""".split()
+
+# Small closed vocabularies, many combinations: enough to need the audio, few enough for a model of half a million parameters.
+GRAMMAR = {
+    "en": dict(
+        voices=["en-us", "en-gb-x-rp"],
+        patterns=["{verb} the {colour} {thing}", "{number} {thing}s {where}", "{name} has {number} {thing}s", "the {colour} {thing} is {where}",
+                  "{verb} {number} {thing}s {when}"],
+        verb="bring find paint carry hide clean open repair".split(), colour="red green blue yellow black white purple silver".split(),
+        thing="lamp table window basket bottle pencil jacket camera".split(),
+        number="two three four five six seven eight nine".split(), name="anna peter maria oscar laura kevin".split(),
+        where="upstairs outside downtown nearby underground indoors".split(), when="today tomorrow tonight".split()),
+    "zh": dict(
+        voices=["cmn"],
+        patterns=["{verb}{colour}{thing}", "{where}有{number}个{thing}", "{name}有{number}个{thing}", "{colour}{thing}在{where}",
+                  "{when}{verb}{number}个{thing}"],
+        verb="拿来 找到 打开 修理 洗净 搬走 藏好 买下".split(), colour="红色 绿色 蓝色 黄色 黑色 白色 紫色 银色".split(),
+        thing="台灯 桌子 窗户 篮子 瓶子 铅笔 外套 相机".split(), number="两 三 四 五 六 七 八 九".split(),
+        name="小明 李华 王芳 张伟 陈静 刘洋".split(), where="桥下 房后 厨房 河边 二楼 车站".split(), when="今天 明天 今晚".split()),
+}
+
+
+class Espeak:
+    """espeak-ng through ctypes. One global engine a process; bytes repeat only for the same calls in the same order."""
+    def __init__(self):
+        import espeakng_loader
+        self.lib, self.pieces = ctypes.CDLL(espeakng_loader.get_library_path()), []
+        self.rate = self.lib.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0x8000)  # 2: synchronous
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        self.callback = callback(self._receive)  # kept alive: the library holds a bare pointer to it
+        self.lib.espeak_SetSynthCallback(self.callback)
+        self.lib.espeak_Synth.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint,
+                                          ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p]
+
+    def _receive(self, samples, n, _events):
+        if samples and n > 0:
+            self.pieces.append(np.ctypeslib.as_array(samples, (n,)).copy())
+        return 0
+
+    def say(self, text, voice, words_per_minute, pitch) -> np.ndarray:
+        """-> (n_samples,) float32 in [-1, 1] at self.rate Hz."""
+        self.pieces.clear()
+        if self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise ValueError(f"espeak-ng has no voice {voice!r}")
+        self.lib.espeak_SetParameter(1, words_per_minute, 0)
+        self.lib.espeak_SetParameter(3, pitch, 0)
+        raw = text.encode() + b"\0"
+        if self.lib.espeak_Synth(raw, len(raw), 0, 1, 0, 1, None, None) != 0 or not self.pieces:
+            raise RuntimeError(f"espeak-ng could not say {text!r}")
+        self.lib.espeak_Synchronize()
+        return np.concatenate(self.pieces).astype(np.float32) / 32768.0
+
+
+def compose(language, rng) -> str:
+    """One random sentence of the demo's grammar."""
+    grammar = GRAMMAR[language]
+    return rng.choice(grammar["patterns"]).format(**{k: rng.choice(v) for k, v in grammar.items() if k not in ("voices", "patterns")})
+
+
+def make_demo(out, seed=0, sizes=(1000, 3600, 100, 500), n_voices=(3, 8, 6)) -> None:
+    """Write OUT/{train,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn, same bytes for the same arguments.
+
+    train: few voices, labelled. pool: more voices (train's among them), for distillation. dev, test: voices and sentences found
+    in neither. Speed 170 to 220 words a minute, level -26 to -6 dBFS peak, white to dull noise at 20 to 40 dB below the speech.
+    """
+    torch.set_num_threads(1)  # clips are short: a second thread would only wait
+    out, rng, espeak = Path(out), random.Random(f"demo/{seed}"), Espeak()
+    (out / "wav").mkdir(parents=True, exist_ok=True)
+    variants = rng.sample(VARIANTS, len(VARIANTS))
+    n_train, n_pool, n_test = n_voices
+    voices = {"train": variants[:n_train], "pool": variants[:n_pool], "dev": variants[n_pool:n_pool + n_test],
+              "test": variants[n_pool:n_pool + n_test]}
+    resample = torchaudio.transforms.Resample(espeak.rate, SAMPLE_RATE)
+    said = {}  # sentence -> split: dev and test keep their sentences to themselves
+    progress = tqdm(total=sum(sizes), desc="demo corpus", unit="clip", mininterval=0.5 if sys.stderr.isatty() else 20)
+    for split, size in zip(("test", "dev", "pool", "train"), (sizes[3], sizes[2], sizes[1], sizes[0])):
+        rows = []
+        while len(rows) < size:
+            language = ("en", "zh")[len(rows) % 2]
+            text = compose(language, rng)
+            if said.setdefault(text, split) != split and {said[text], split} & {"dev", "test"}:
+                continue
+            voice = f"{rng.choice(GRAMMAR[language]['voices'])}+{rng.choice(voices[split])}"
+            audio = espeak.say(text, voice, rng.randint(170, 220), rng.randint(35, 65))
+            audio = resample(torch.from_numpy(audio)).numpy()
+            noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio)).astype(np.float32)
+            noise = np.convolve(noise, np.ones(rng.choice([1, 2, 4, 8])), "same")  # white, or with a moving average's low pass
+            noise *= np.sqrt((audio ** 2).mean() / (noise ** 2).mean()) * 10 ** (-rng.uniform(20, 40) / 20)
+            audio = audio + noise
+            audio *= 10 ** (rng.uniform(-26, -6) / 20) / np.abs(audio).max()
+            name = f"{split}-{len(rows):05d}"
+            soundfile.write(out / "wav" / f"{name}.wav", audio, SAMPLE_RATE, subtype="PCM_16")
+            rows.append({"id": name, "audio": f"wav/{name}.wav", "text": text, "language": language,
+                         "duration": round(len(audio) / SAMPLE_RATE, 4), "speaker": voice})
+            progress.update()
+        write_jsonl(out / f"{split}.jsonl", rows)
+    progress.close()
+
+
+def main(args) -> None:
+    make_demo(args.out, args.seed)
+    for split in ("train", "pool", "dev", "test"):
+        utterances = read_manifest(Path(args.out) / f"{split}.jsonl")
+        seconds, languages = sum(measure(utterances)), Counter(u.language for u in utterances)
+        print(f"{split:6} {len(utterances):5} clips  {seconds / 60:5.1f} min  "
+              f"{len({u.speaker for u in utterances}):3} voices  {dict(languages)}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", choices=["demo"], help="what to make: demo = speech synthesised by espeak-ng")
+    parser.add_argument("--out", default="runs/demo/data", help="folder to write manifests and audio to (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="decides sentences, voices and noise (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())

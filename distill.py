@@ -1,0 +1,483 @@
+"""On-policy distillation (OPD) for speech recognition: the student writes, a stronger frozen teacher marks every token of it.
+
+For every batch of audio x:
+  (1) rollout   y ~ p_S(. | x)                      the student writes a transcript, sampled          no gradient
+  (2) teacher   z_T[t] = logits of T at (x, y_<t)   the teacher reads the same ids on the same audio  no gradient
+  (3) student   z_S[t] = logits of S at (x, y_<t)   teacher forcing on its own words                  differentiable
+  (4) loss      L = 1/N sum_t D_t,  D_t = KL(p_S(.|t) || p_T(.|t)) = sum_v p_S(v) (log p_S(v) - log p_T(v))   exact, all of V
+  (5) update    one AdamW step
+The transcripts of --data are never read: all that is learnt comes from the teacher.
+
+  symbol     variable     shape        meaning
+  y          ids, mask    (B, R)       rollout with its EOS, right-padded; True on emitted tokens
+  z_S, z_T   z_s, z_t     (N, V)       logits that predict each emitted token, both in the student's vocabulary
+  p, log p   p_, logp_                 probabilities; log-probabilities in nats
+  N          n_tokens     ()           emitted tokens of the step: all ranks, all micro-batches, EOS included
+
+Differs from the paper (arXiv 2605.28139):
+  [dev 1] Reverse KL over the full vocabulary. Eq. 1 is forward KL, KL(p_T || p_S), on the union of both top-k sets:
+          --divergence forward --support union --top_k 32 --temperature 0
+  [dev 2] Rollouts are sampled at temperature 1, the distribution that the loss is an expectation over; the paper decodes greedily.
+  [dev 3] The teacher is given the student's token ids, mapped through equal token strings, not text that is tokenised again.
+  [dev 4] One mean over the step's N tokens; the public code takes a mean per rank, then a mean over ranks.
+  [dev 5] An empty rollout (EOS at once) is scored like any other, where the paper falls back to the reference text.
+Like GKD (arXiv 2306.13649), the gradient treats the visited prefixes as given: there is no REINFORCE term.
+
+    torchrun distill.py                                                                             # the whole demo, from nothing
+    python distill.py --student runs/x/sft --teacher runs/x/teacher --data pool.jsonl --dev dev.jsonl --out runs/x/opd
+    torchrun --nproc_per_node 8 distill.py --student ... (the same)                                 # eight processes, same update
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import data
+import model
+
+
+# ---------------------------------------------------------------------------- the objective: pure tensors, copies out alone
+
+def top_k_union(z_s, z_t, k):
+    """U_t = topk(z_S[t], k) u topk(z_T[t], k): logits (N, V) twice -> (N, V) bool, True on the union (section 3.3)."""
+    k = min(k, z_s.shape[-1])
+    union = torch.zeros_like(z_s, dtype=torch.bool)
+    return union.scatter_(-1, z_s.topk(k).indices, True).scatter_(-1, z_t.topk(k).indices, True)
+
+
+def token_divergence(z_s, z_t, divergence="reverse", top_k=None, tau=1.0):
+    """D_t for every row: logits z_s, z_t (N, V) of one vocabulary -> (N,) nats.
+
+      reverse   D_t = tau^2 KL(p_S || p_T) = tau^2 sum_v p_S(v) (log p_S(v) - log p_T(v))
+      forward   D_t = tau^2 KL(p_T || p_S)                                                        (Eq. 1, with top_k)
+      p_S = softmax(z_S / tau),  p_T = softmax(z_T / tau)
+
+    -inf marks tokens that are out of the question; it must stand at the same places on both sides. With top_k, both sides are
+    renormalised on U_t: tokens outside it then get no gradient at all, and with k = 1 and equal argmax the loss is zero.
+    tau^2: gradients of logits divided by tau shrink by 1 / tau twice over (Hinton et al. 2015, section 2).
+    Both arguments are logits. One side's log-probabilities would do on the full vocabulary, but a mixture within a row would not.
+    """
+    if top_k is not None:
+        with torch.no_grad():  # which tokens are compared is a choice, not something to differentiate
+            out = ~top_k_union(z_s, z_t, top_k)
+        z_s, z_t = z_s.masked_fill(out, -math.inf), z_t.masked_fill(out, -math.inf)
+    logp_s, logp_t = (z_s / tau).log_softmax(-1), (z_t / tau).log_softmax(-1)   # (N, V)
+    never = torch.isneginf(logp_s) | torch.isneginf(logp_t)                     # p log p is 0 there, not nan
+    log_ratio = (logp_s - logp_t).masked_fill(never, 0.0)                       # (N, V)
+    if divergence == "reverse":
+        return tau ** 2 * (logp_s.exp() * log_ratio).sum(-1)                    # (N,)
+    if divergence == "forward":
+        return tau ** 2 * -(logp_t.exp() * log_ratio).sum(-1)                   # (N,)
+    raise ValueError(f"divergence {divergence!r}: expected 'reverse' or 'forward'")
+
+
+def distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args) -> Counter:
+    """Heads, loss and gradient for N rows, a chunk at a time, so that nothing of size (N, V) ever exists.
+
+    hidden_s (N, D) with its graph, hidden_t (N, D_t). The rows are cut from the graph, each chunk's backward runs at once and adds
+    to the head's gradient, and one last backward carries the rows' gradient into the body. The gradient is that of sum_t D_t;
+    dividing by N is average_gradients' part. -> sums over rows, for the log.
+    """
+    rows, sums = hidden_s.detach().requires_grad_(), Counter()
+    blocked = to_teacher < 0                                                    # (V,) no twin, special, or padding of the vocabulary
+    for i in range(0, len(rows), args.chunk):
+        with student.autocast():
+            z_s = student.head(rows[i:i + args.chunk]).float().masked_fill(blocked, -math.inf)                  # (C, V)
+        with torch.no_grad(), teacher.autocast():
+            z_t = model.map_logits(teacher.head(hidden_t[i:i + args.chunk]).float(), to_teacher)                # (C, V)
+        d = token_divergence(z_s, z_t, args.divergence, args.top_k if args.support == "union" else None, args.tau)
+        d.sum().backward()
+        sums.update({"loss": d.detach().sum(), "top1": (z_s.argmax(-1) == z_t.argmax(-1)).sum(),
+                     "entropy": torch.distributions.Categorical(logits=z_s.detach()).entropy().sum()})
+    hidden_s.backward(rows.grad)
+    return sums
+
+
+# ---------------------------------------------------------------------------- the same in sft.py and distill.py (a test compares)
+
+def setup(args):
+    """Join the processes torchrun started, if any -> rank, world, device. Stops on SIGTERM are noticed, not obeyed at once."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    torch.manual_seed(args.seed)  # for random initial weights; every later draw is keyed on (seed, step, utterance)
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    return rank, world, device, stop
+
+
+def all_sum(values, device) -> list[float]:
+    """Sum numbers over all ranks; the one collective a log line needs."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def average_gradients(parameters, n_tokens):
+    """Gradient of the sum over this rank's tokens -> gradient of the mean over all N tokens of the step, the same on every rank.
+
+    This takes DistributedDataParallel's place: that averages over ranks, so that a token's weight depends on where it landed, and
+    wants every rank to run the same number of backwards.
+    """
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)  # a rank without a token has nothing to add, and still takes part
+    if dist.is_initialized():
+        works = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
+        for work in works:
+            work.wait()
+    torch._foreach_div_([p.grad for p in parameters], max(1.0, n_tokens))
+
+
+def learning_rate(step, args) -> float:
+    """Linear warm-up over --warmup steps, then a cosine down to zero at --steps."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+
+def optimizer_for(parameters, args):
+    """AdamW on fp32 master weights; weight decay on matrices only, not on norms and biases."""
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                             lr=args.lr, betas=(0.9, 0.98))
+
+
+def dev_error(asr, utterances, args, rank, world) -> float:
+    """Greedy error rate in percent on dev: errors over reference units, languages pooled, ranks share the clips."""
+    hyps = model.transcribe(asr, utterances, rank, world, args.eval_batch, args.max_new_tokens)
+    counts = [data.edit_counts(u.text, hyps[u.id]["hyp"], u.language) for u in utterances if u.id in hyps]
+    errors, units = all_sum([sum(c.errors for c in counts), sum(c.units for c in counts)], asr.device)
+    return 100 * errors / units
+
+
+class Log:
+    """metrics.jsonl and a progress bar on rank 0; nothing on the others."""
+    def __init__(self, args, rank, start):
+        self.path, self.rank, self.began = Path(args.out) / "metrics.jsonl", rank, time.time()
+        self.bar = tqdm(total=args.steps, initial=start, desc=Path(args.out).name, unit="step", disable=rank > 0,
+                        mininterval=0.5 if sys.stderr.isatty() else 20)
+        if rank == 0 and start == 0:
+            self.path.unlink(missing_ok=True)
+        elif rank == 0:  # steps after the restored one are about to be made again
+            kept = [row for row in map(json.loads, self.path.read_text().splitlines()) if row["step"] <= start]
+            data.write_jsonl(self.path, kept)
+
+    def write(self, record):
+        if self.rank == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.bar.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+
+
+def save_best(asr, out, error, best, has_dev) -> float:
+    """Keep --out at the best checkpoint on dev (without --dev: at the newest one) -> the best error so far."""
+    if not has_dev or error < best:
+        model.save(asr, out)
+    return min(error, best)
+
+
+# ---------------------------------------------------------------------------- training
+
+def distil(args):
+    rank, world, device, stop = setup(args)
+    pool = data.read_manifest(args.data)
+    dev = data.read_manifest(args.dev) if args.dev else []
+    student = model.load(args.student, device)
+    teacher = model.load(args.teacher, device)
+    teacher.net.requires_grad_(False)
+    to_teacher = model.vocabulary_map(student, teacher)                         # (V,) student id -> teacher id, -1: none
+    parameters = list(student.net.parameters())
+    optimizer = optimizer_for(parameters, args)
+    resumed = model.load_training(args.out, student, optimizer) if args.resume else None
+    start, best = (resumed["step"], resumed["best"]) if resumed else (0, math.inf)
+    if rank == 0 and not args.resume and (Path(args.out) / "metrics.jsonl").exists():
+        raise FileExistsError(f"{args.out} holds an earlier run: continue it with --resume, or choose another --out")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    plan = data.Plan(data.measure(pool), args.batch, args.seed)
+    steps = data.Steps(pool, plan, args.micro_batch, rank, world, student.net.config["whisper_config"]["num_mel_bins"])
+    if rank == 0:
+        print(f"student {sum(map(torch.numel, parameters)):,} parameters, teacher {sum(map(torch.numel, teacher.net.parameters())):,}; "
+              f"{int((to_teacher >= 0).sum())} of {len(student.tokenizer)} student ids have a twin; {len(pool)} clips, "
+              f"{plan.steps_per_epoch} steps an epoch, {args.batch} clips a step over {world} process(es) on {device}")
+    log, sums, rejected, began = Log(args, rank, start), Counter(), Counter(), time.time()
+
+    for step, batches in zip(range(start, args.steps), data.loader(steps, range(start, args.steps), args.workers)):
+        n_tokens = 0
+        for batch in batches:
+            rejected.update(reason for reason, _ in batch.rejected)
+            if not batch.utterances:
+                continue
+            # ---- (1) rollout: the audio encoder runs once, with its graph; the LM reads its output without             [dev 2]
+            prompt = model.encode(student, batch)
+            uniforms = data.keyed_uniforms(args.seed, step, [u.id for u in batch.utterances], args.max_new_tokens)
+            ids, mask = model.generate(student, prompt, args.max_new_tokens, args.temperature, uniforms)        # (B, R)
+            # ---- (2) teacher: the same ids through the vocabulary map; what it has no token for is not scored          [dev 3]
+            scored = mask & (to_teacher[ids] >= 0)                                                              # (B, R)
+            with torch.no_grad():
+                hidden_t = model.response_hidden(teacher, model.encode(teacher, batch), to_teacher[ids].clamp(min=0), scored)
+            # ---- (3) student: the states it visited, now with gradients
+            hidden_s = model.response_hidden(student, prompt, ids, mask)[scored[mask]]                          # (N, D)
+            # ---- (4) loss
+            batch_sums = distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args)
+            n_tokens += len(hidden_s)
+            sums.update(batch_sums | {"audio_sec": batch.audio_sec, "clips": len(ids), "no_twin": (mask & ~scored).sum(),
+                                      "truncated": (~((ids == student.eos_id) & mask).any(1)).sum()})
+        sums["tokens"] += n_tokens
+
+        # ---- (5) update: every token of the step weighs 1 / N, whatever rank and micro-batch it landed in              [dev 4]
+        n_tokens, stopping = all_sum([n_tokens, len(stop)], device)
+        average_gradients(parameters, n_tokens)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip).item()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {[u.id for b in batches for u in b.utterances]}")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.bar.update()
+
+        # ---- bookkeeping: the weights of step + 1 updates
+        done = step + 1 == args.steps or stopping > 0
+        if (step + 1) % args.log_every == 0 or done:
+            loss, top1, entropy, tokens, audio_sec, clips, no_twin, truncated, dropped = all_sum(
+                [float(sums[k]) for k in ("loss", "top1", "entropy", "tokens", "audio_sec", "clips", "no_twin", "truncated")]
+                + [rejected.total()], device)
+            log.write({"step": step + 1, "loss": loss / tokens, "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(tokens),
+                       "top1_agreement": top1 / tokens, "entropy": entropy / tokens, "tokens_per_clip": tokens / clips,
+                       "truncated": truncated / clips, "no_twin": int(no_twin), "rejected": int(dropped),
+                       "audio_per_sec": audio_sec / (time.time() - began)})
+            sums, began = Counter(), time.time()
+        if dev and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+            error = dev_error(student, dev, args, rank, world)
+            log.write({"step": step + 1, "dev_error": error})
+            best = save_best(student, args.out, error, best, True) if rank == 0 else min(error, best)
+            began = time.time()
+        if rank == 0 and ((step + 1) % args.save_every == 0 or done):
+            model.save_training(args.out, step + 1, student, optimizer, info={"best": best})
+        if stopping:
+            break
+
+    if rank == 0 and not dev:
+        model.save(student, args.out)
+    for reason, n in rejected.items():
+        print(f"rank {rank}: {n} clips rejected: {reason}")
+    log.bar.close()
+    if world > 1:
+        dist.barrier()  # without it, gloo on a CPU may abort in the line below
+        dist.destroy_process_group()
+    if stop:
+        raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
+
+
+# ---------------------------------------------------------------------------- the demo: every stage, from nothing to a table
+
+def demo(args, argv):
+    """Make what is missing under --out (default runs/demo), stage by stage, each as the command that a reader could type.
+
+    A stage is done again when its command, or that of a stage it builds on, is not the one that made what lies there; an
+    interrupted one is resumed.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        return  # rank 0 starts every stage with as many processes as this one was started with
+    root, seed = args.out or "runs/demo", f"--seed {args.seed} --device {args.device}"
+    launch = f"torchrun --nproc_per_node {world}"
+    train, pool, dev, test = (f"{root}/data/{split}.jsonl" for split in ("train", "pool", "dev", "test"))
+    mine = shlex.join(drop_flag(argv, "--out", "--seed", "--device"))  # any other flag given here is for the OPD stage
+    scratch = f"--init random --dev {dev} --resume --ctc 1.0"
+    stages = {  # name: (command, stages it builds on)
+        "data": (f"python data.py demo --out {root}/data --seed {args.seed}", []),
+        "teacher": (f"{launch} sft.py --data {train} {pool} {scratch} --out {root}/teacher {TEACHER} {seed}", ["data"]),
+        "base": (f"{launch} sft.py --data {train} {scratch} --tokenizer {root}/teacher --out {root}/base {BASE} {seed}", ["teacher"]),
+        "opd": (f"{launch} distill.py --student {root}/base --teacher {root}/teacher --data {pool} --dev {dev} --resume "
+                f"--out {root}/opd {seed} {mine}".strip(), ["base", "teacher"])}
+    for name in ("teacher", "base", "opd"):
+        stages[f"eval/{name}"] = (f"{launch} evaluate.py --model {root}/{name} --data {test} --out {root}/eval/{name} "
+                                  f"--device {args.device}", [name])
+    for name in ("base", "opd"):
+        stages[f"overlap/{name}"] = (f"{launch} overlap.py --student {root}/{name} --teacher {root}/teacher --data {test} "
+                                     f"--out {root}/overlap/{name} {seed}", [name, "teacher"])
+    seconds = {name: run_stage(Path(root), name, stages) for name in stages}
+    report(Path(root), seconds)
+
+
+# Sizes of the demo's two models and their training, found on two CPU cores (README, "What the demo shows").
+TEACHER = "--d_model 128 --encoder_layers 3 --lm_layers 2 --steps 1400 --batch 16 --lr 2e-3"
+BASE = "--d_model 96 --encoder_layers 2 --lm_layers 2 --steps 1200 --batch 16 --lr 2e-3"
+
+
+def drop_flag(argv, *flags):
+    """argv without these flags and their values, in both spellings: --out DIR, --out=DIR."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and word.split("=")[0] not in flags:
+            kept.append(word)
+        skip = not skip and word in flags
+    return kept
+
+
+def run_stage(root, name, stages) -> float:
+    """Run one stage unless its output was made by the same commands -> seconds it took (then or now)."""
+    chain = lambda n: [stages[n][0], *(c for needed in stages[n][1] for c in chain(needed))]
+    out, key, note = root / name, chain(name), root / name / "stage.json"
+    print(f"\n$ {stages[name][0]}", flush=True)
+    before = json.loads(note.read_text()) if note.exists() else {}
+    if before.get("commands") != key:
+        shutil.rmtree(out, ignore_errors=True)
+        before = {"commands": key, "seconds": 0.0, "done": False}
+    if before["done"]:
+        print(f"  made before, in {before['seconds']:.0f} s")
+        return before["seconds"]
+    out.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(before, indent=2))
+    program, *words = shlex.split(stages[name][0])
+    launcher = [sys.executable] if program == "python" else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    here = Path(__file__).parent
+    words = [str(here / word) if word.endswith(".py") else word for word in words]
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_NUM_THREADS")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}  # this process's own place under torchrun
+    began = time.time()
+    if (code := subprocess.run(launcher + words, env=environment).returncode):
+        raise SystemExit(f"the command above ended with exit code {code}")
+    before |= {"seconds": before["seconds"] + time.time() - began, "done": True}
+    note.write_text(json.dumps(before, indent=2))
+    return before["seconds"]
+
+
+def report(root, seconds):
+    """Print the final table; write result.json and result.png."""
+    result, errors = {}, {}
+    for name in ("teacher", "base", "opd"):
+        entries = json.loads((root / "eval" / name / "summary.json").read_text())["results"]
+        result[name] = {e["metric"].lower() + suffix: value for e in entries
+                        for suffix, value in (("", e["rate"]), ("_interval", [e["low"], e["high"]]))}
+        rows = [json.loads(line) for line in (root / "eval" / name / "hyps.jsonl").read_text().splitlines()]
+        errors[name] = {r["id"]: r["substitutions"] + r["deletions"] + r["insertions"] for r in rows}
+        units = {r["id"]: r["units"] for r in rows}
+        result[name]["pooled"] = 100 * sum(errors[name].values()) / sum(units.values())
+    for name in ("base", "opd"):
+        overlap = json.loads((root / "overlap" / name / "overlap.json").read_text())
+        for key in ("vuss", "overlap"):
+            result[name] |= {key: overlap[key]["mean"], f"{key}_interval": [overlap[key]["low"], overlap[key]["high"]]}
+        result["k"] = overlap["k"]
+    ids = list(units)
+    low, high = data.bootstrap([errors["base"][i] - errors["opd"][i] for i in ids], [units[i] for i in ids])
+    result["base_minus_opd"] = {"points": result["base"]["pooled"] - result["opd"]["pooled"], "interval": [100 * low, 100 * high],
+                                "relative": 1 - result["opd"]["pooled"] / result["base"]["pooled"]}
+    result["seconds"] = seconds
+    (root / "result.json").write_text(json.dumps(result, indent=2))
+
+    def cell(name, key, digits):
+        if key not in result[name]:
+            return f"{'':22}"
+        bounds = result[name][f"{key}_interval"]
+        return f"{result[name][key]:{digits}f} [{bounds[0]:{digits}f}, {bounds[1]:{digits}f}]".ljust(22)
+
+    print(f"\n{'':9}{'WER en, %':22}{'CER zh, %':22}{'overlap@%d' % result['k']:22}{'VUSS':22}")
+    for name in ("teacher", "base", "opd"):
+        print(f"{name:9}{cell(name, 'wer', '.2')}{cell(name, 'cer', '.2')}{cell(name, 'overlap', '.3')}{cell(name, 'vuss', '.2')}")
+    change = result["base_minus_opd"]
+    print(f"OPD makes {change['relative']:.0%} fewer errors than base: {change['points']:.2f} points of {result['base']['pooled']:.2f} "
+          f"[{change['interval'][0]:.2f}, {change['interval'][1]:.2f}], en and zh pooled, paired 95 % interval")
+    print("seconds: " + "  ".join(f"{name} {s:.0f}" for name, s in seconds.items()) + f"  all {sum(seconds.values()):.0f}")
+    draw_result(root, result)
+    print(f"{root}/result.json  {root}/result.png")
+
+
+def draw_result(root, result):
+    """Error rates with their intervals, and the dev error over OPD's steps -> result.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for offset, metric, label in ((-0.18, "wer", "WER, English"), (0.18, "cer", "CER, Mandarin")):
+        rates = [result[name][metric] for name in ("teacher", "base", "opd")]
+        bounds = [result[name][f"{metric}_interval"] for name in ("teacher", "base", "opd")]
+        reach = [[r - b[0] for r, b in zip(rates, bounds)], [b[1] - r for r, b in zip(rates, bounds)]]
+        left.bar([i + offset for i in range(3)], rates, 0.34, yerr=reach, capsize=3, label=label)
+    left.set_xticks(range(3), ["teacher", "base student", "after OPD"])
+    left.set(ylabel="test error, %", title="unseen voices and sentences (95 % intervals)")
+    left.legend(frameon=False)
+    records = [json.loads(line) for line in (root / "opd" / "metrics.jsonl").read_text().splitlines()]
+    points = [(r["step"], r["dev_error"]) for r in records if "dev_error" in r]
+    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    right.plot(*zip(*points), "o-", label="dev error, %")
+    right.set(xlabel="OPD step", ylabel="dev error, %", ylim=(0, None), title="on-policy distillation")
+    twin = right.twinx()
+    twin.plot(*zip(*losses), color="tab:gray", alpha=0.6, label="reverse KL")
+    twin.set(ylabel="KL(student || teacher), nats per token", ylim=(0, None))
+    for axis in (left, right, twin):
+        axis.spines["top"].set_visible(False)
+    figure.savefig(root / "result.png", dpi=110)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",
+                                                                **(kw if "action" in kw else {"type": type(default)} | kw))
+    add("--student", None, "checkpoint directory to start from; without it, the demo", type=str)
+    add("--teacher", None, "checkpoint directory that scores", type=str)
+    add("--data", None, "manifest of audio to distil on; transcripts are not read", type=str)
+    add("--dev", None, "manifest to measure the error rate on while training", type=str)
+    add("--out", None, "folder to write to (the demo: runs/demo)", type=str)
+    add("--resume", False, "continue from the newest state in --out, if there is one", action="store_true")
+    add("--seed", 0, "decides data order and rollouts")
+    add("--device", "auto", "auto, cpu or cuda")
+    # rollout
+    add("--temperature", 1.0, "of the student's sampling; 0 = greedy, as published")
+    add("--max_new_tokens", 64, "longest rollout, tokens")
+    # objective
+    add("--divergence", "reverse", "reverse: KL(student || teacher); forward: KL(teacher || student)", choices=["reverse", "forward"])
+    add("--support", "full", "full: the whole vocabulary; union: of both top-k sets, renormalised", choices=["full", "union"])
+    add("--top_k", 32, "k of --support union")
+    add("--tau", 1.0, "temperature of both distributions inside the divergence")
+    add("--chunk", 256, "rows whose logits exist at a time")
+    # optimisation
+    add("--steps", 400, "optimiser updates")
+    add("--batch", 16, "utterances a step, over all processes")
+    add("--micro_batch", 16, "utterances a forward; lower it when out of memory, the update stays the same")
+    add("--lr", 1e-3, "peak learning rate")
+    add("--warmup", 20, "updates of linear warm-up")
+    add("--weight_decay", 0.01, "AdamW's, on matrices")
+    add("--clip", 1.0, "largest gradient norm")
+    # bookkeeping
+    add("--log_every", 25, "steps between log lines")
+    add("--eval_every", 50, "steps between dev error rates")
+    add("--save_every", 100, "steps between training states")
+    add("--eval_batch", 32, "utterances a batch in dev decoding")
+    add("--workers", 1, "loader processes a rank")
+    args = parser.parse_args(argv)
+    given = [args.student, args.teacher, args.data]
+    if any(given) and not (all(given) and args.out):
+        parser.error("give --student, --teacher, --data and --out together; none of the first three runs the demo")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.student:
+        distil(args)
+    else:
+        demo(args, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,484 @@
+"""What a checkpoint *is*: the student (encoder, adapter, LM), its prompt, generation, scoring, saving and loading.
+
+    waveform -> log-mel (128, 100 Hz) -> two convolutions (50 Hz) -> pre-LN encoder blocks with partial RoPE -> LayerNorm
+             -> 4 neighbouring frames side by side (12.5 Hz) -> MLP adapter -> embeddings in the prompt of a Qwen2 causal LM
+
+    prompt     <|user|><|begin_of_audio|><|audio|> x A<|end_of_audio|>Please transcribe this audio.<|assistant|>
+    response   transcript<|im_end|>
+
+Shapes: B utterances, T mel frames, A audio tokens, P prompt columns, R response columns, N response tokens packed over the batch,
+D width of the LM, V its vocabulary. Prompts are padded on the left, responses on the right, so that in every row
+
+    column      0 ... P-1      P      P+1   ...   P+R-1
+    input_ids   prompt         y_0    y_1   ...   y_{R-1} (= EOS)
+    hidden[c] predicts column c+1: rows P-1 ... P+R-2 predict y_0 ... y_{R-1}
+
+Weights have the names of the published ARK-ASR checkpoints and are read from safetensors only.
+
+Differs from the published model: [dev 1] padding is masked after each convolution, in attention and in the merge, so that a row's
+output does not depend on its neighbours. On a clip alone the two are the same function.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StaticCache
+
+import data
+
+INSTRUCTION = "Please transcribe this audio."
+EOS, PAD, AUDIO = "<|im_end|>", "<|endoftext|>", "<|audio|>"
+SPECIAL = [PAD, EOS, AUDIO, "<|user|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|assistant|>"]
+
+
+# ---------------------------------------------------------------------------- audio encoder and adapter
+
+def rope_angles(n_positions, head_dim, device, theta=10_000.0):
+    """cos, sin, each (T, head_dim / 4), fp32. Half of each head is rotated: pair i of position t by the angle t theta^(-2i / rd)."""
+    rotary_dim = head_dim // 2
+    inverse = theta ** (-torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim)
+    angles = torch.arange(n_positions, device=device, dtype=torch.float32)[:, None] * inverse  # (T, rd / 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate adjacent pairs (2i, 2i+1) of the first half of each head, pass the rest: (B, heads, T, head_dim) -> same.
+
+    The published layout is interleaved; transformers' glmasr pairs i with i + rd/2 instead and permutes the weights' rows.
+    """
+    n = 2 * cos.shape[-1]
+    even, odd, rest = x[..., 0:n:2], x[..., 1:n:2], x[..., n:]  # (B, heads, T, n / 2) twice, (B, heads, T, head_dim - n)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    return torch.cat([turned, rest], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, d_model, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, d_model, bias=False)  # as in Whisper: a bias on keys cancels in the softmax
+        self.v_proj = nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x, rope, mask):
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)             # (B, heads, T, head_dim)
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, attn_mask=mask)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                               # (B, T, d_model)
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, d_model, heads, ffn):
+        super().__init__()
+        self.self_attn_layer_norm = nn.LayerNorm(d_model)
+        self.self_attn = SelfAttention(d_model, heads)
+        self.final_layer_norm = nn.LayerNorm(d_model)
+        self.fc1 = nn.Linear(d_model, ffn)
+        self.fc2 = nn.Linear(ffn, d_model)
+
+    def forward(self, x, rope, mask):
+        x = x + self.self_attn(self.self_attn_layer_norm(x), rope, mask)
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class WhisperEncoder(nn.Module):
+    """Whisper's encoder with RoPE in place of its position table: (B, n_mels, T) -> (B, (T + 1) // 2, d_model)."""
+    def __init__(self, n_mels, d_model, layers, heads, ffn):
+        super().__init__()
+        self.conv1 = nn.Conv1d(n_mels, d_model, 3, padding=1)
+        self.conv2 = nn.Conv1d(d_model, d_model, 3, stride=2, padding=1)
+        self.layers = nn.ModuleList(EncoderLayer(d_model, heads, ffn) for _ in range(layers))
+
+    def forward(self, mel, n_frames):
+        """-> x (B, T', d_model), valid (B, T') True on a row's own frames."""
+        own = torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None]         # (B, T)
+        x = F.gelu(self.conv1(mel)) * own[:, None]                                       # (B, d_model, T) [dev 1]
+        x = F.gelu(self.conv2(x)).transpose(1, 2)                                        # (B, T', d_model)
+        own = torch.arange(x.shape[1], device=mel.device) < (n_frames[:, None] + 1) // 2  # (B, T')
+        rope = rope_angles(x.shape[1], x.shape[-1] // self.layers[0].self_attn.heads, x.device)
+        for layer in self.layers:
+            x = layer(x, rope, own[:, None, None])                                       # keys of padding are masked [dev 1]
+        return x, own
+
+
+class AudioEncoder(nn.Module):
+    """Encoder + adapter: log-mel (B, n_mels, T) -> audio embeddings (B, A, D) and how many are a row's own (B,)."""
+    def __init__(self, n_mels, d_model, layers, heads, ffn, lm_width, merge=4):
+        super().__init__()
+        self.merge = merge
+        self.whisper = WhisperEncoder(n_mels, d_model, layers, heads, ffn)
+        self.layer_norm = nn.LayerNorm(d_model)  # takes the place of the encoder's own last LayerNorm
+        self.adapting = nn.Sequential(nn.Linear(d_model * merge, 2 * lm_width), nn.GELU(), nn.Linear(2 * lm_width, lm_width))
+
+    def n_tokens(self, n_frames):
+        """Audio tokens of a clip: 100 frames/s -> 50 -> 12.5 tokens/s; what is left over is dropped; at least one."""
+        return ((n_frames + 1) // 2 // self.merge).clamp(min=1)
+
+    def forward(self, mel, n_frames):
+        x, own = self.whisper(mel, n_frames)
+        x = self.layer_norm(x) * own[..., None]                                          # (B, T', d_model) [dev 1]
+        n_tokens = self.n_tokens(n_frames)                                               # (B,)
+        missing = int(n_tokens.max()) * self.merge - x.shape[1]                          # > 0 only for clips under 70 ms
+        x = F.pad(x, (0, 0, 0, missing))                                                 # (B, A merge, d_model); negative: cut
+        return self.adapting(x.unflatten(1, (-1, self.merge)).flatten(2)), n_tokens      # (B, A, D)
+
+
+class Student(nn.Module):
+    """Audio encoder and causal LM, built from a published-style config.json (a dict). `head` is tied to the embeddings."""
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config, audio = config, config["whisper_config"]
+        if config.get("mlp_adapter_act", "gelu") != "gelu" or config.get("adapter_type", "mlp") != "mlp" or not config.get("use_rope", True):
+            raise ValueError("only the published encoder is written out here: use_rope=true, adapter_type='mlp', mlp_adapter_act='gelu'")
+        ours = {"whisper_config", "merge_factor", "use_rope", "adapter_type", "mlp_adapter_act", "audio_token_id", "spec_aug",
+                "max_whisper_length", "architectures", "auto_map", "model_type", "rope_theta", "dtype", "torch_dtype"}
+        lm_config = {k: v for k, v in config.items() if k not in ours}
+        lm_config.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)})
+        self.lm = Qwen2ForCausalLM(Qwen2Config(**lm_config, attn_implementation="sdpa"))
+        self.audio_encoder = AudioEncoder(audio["num_mel_bins"], audio["d_model"], audio["encoder_layers"],
+                                          audio["encoder_attention_heads"], audio["encoder_ffn_dim"],
+                                          config["hidden_size"], config.get("merge_factor", 4))
+
+
+# ---------------------------------------------------------------------------- a model with its tokenizer
+
+@dataclass
+class ASR:
+    """A recogniser: what every script needs to run a model without knowing its family."""
+    net: Student
+    tokenizer: PreTrainedTokenizerFast
+    prefix_ids: list[int]     # prompt before the audio
+    suffix_ids: list[int]     # prompt after the audio
+    eos_id: int
+    pad_id: int
+    audio_id: int
+    blocked: torch.Tensor     # (V,) True for ids that no transcript may contain: special tokens, padded tail of the vocabulary
+
+    @property
+    def device(self):
+        return self.blocked.device
+
+    @property
+    def body(self):           # inputs_embeds -> last hidden state (B, columns, D)
+        return self.net.lm.model
+
+    @property
+    def head(self):           # hidden (N, D) -> logits (N, V)
+        return self.net.lm.lm_head
+
+    def autocast(self):
+        """bf16 arithmetic on a GPU over fp32 weights (untested on hardware here); nothing on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def encode_text(self, text: str) -> list[int]:
+        """Transcript -> ids of the response, EOS included. Text that looks like a special token stays text."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) + [self.eos_id]
+
+    def decode(self, ids, mask) -> list[str]:
+        """Response ids and mask (B, R) -> transcripts, without EOS."""
+        rows = [[i for i, m in zip(row, keep) if m and i != self.eos_id] for row, keep in zip(ids.tolist(), mask.tolist())]
+        return [self.tokenizer.decode(row) for row in rows]
+
+
+def assemble(net: Student, tokenizer, device) -> ASR:
+    """Join network and tokenizer; check that every token of the prompt is what the config says. Raises ValueError naming the token."""
+    vocabulary, n_rows = tokenizer.get_vocab(), net.config["vocab_size"]
+    ids = {token: vocabulary.get(token) for token in SPECIAL}
+    for token, i in ids.items():
+        if i is None or i >= n_rows:
+            raise ValueError(f"the tokenizer has no usable {token!r} (id {i}, {n_rows} embeddings)")
+    for token, key in ((AUDIO, "audio_token_id"), (EOS, "eos_token_id"), (PAD, "pad_token_id")):
+        if net.config[key] != ids[token]:
+            raise ValueError(f"config.json says {key} = {net.config[key]}, but the tokenizer has {token!r} at {ids[token]}")
+    blocked = torch.zeros(n_rows, dtype=torch.bool)
+    blocked[len(tokenizer):] = True
+    for token, i in tokenizer.get_added_vocab().items():
+        if re.fullmatch(r"<.*>", token) and token != EOS and i < n_rows:
+            blocked[i] = True
+    instruction = tokenizer.encode(INSTRUCTION, add_special_tokens=False)
+    return ASR(net.to(device), tokenizer, prefix_ids=[ids["<|user|>"], ids["<|begin_of_audio|>"]],
+               suffix_ids=[ids["<|end_of_audio|>"], *instruction, ids["<|assistant|>"]], eos_id=ids[EOS], pad_id=ids[PAD],
+               audio_id=ids[AUDIO], blocked=blocked.to(device))
+
+
+def train_tokenizer(texts, vocab_size) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with Qwen's pre-tokenisation, trained on `texts`: any UTF-8 can be written, nothing is unknown."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = list(texts)
+    # The instruction stands in every prompt: seen often enough, it becomes a few tokens.
+    tokenizer.train_from_iterator(texts + [INSTRUCTION] * (len(texts) // 10 + 1), trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False)
+
+
+def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device="cpu") -> ASR:
+    """A fresh student of any size: one width for encoder and LM. Initialised from torch's global generator."""
+    vocabulary = tokenizer.get_vocab()
+    if d_model % (4 * heads):
+        raise ValueError(f"d_model {d_model} must be a multiple of 4 x heads = {4 * heads}: RoPE turns pairs in half of each head")
+    config = {
+        "architectures": ["ArkasrForConditionalGeneration"], "model_type": "arkasr", "hidden_size": d_model,
+        "intermediate_size": 3 * d_model, "num_hidden_layers": lm_layers, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "vocab_size": -(-(len(tokenizer) + 1) // 64) * 64,  # rounded up past the tokenizer, as published vocabularies are
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "initializer_range": d_model ** -0.5 / 2,
+        "whisper_config": {"d_model": d_model, "encoder_layers": encoder_layers, "encoder_attention_heads": heads,
+                           "encoder_ffn_dim": 4 * d_model, "num_mel_bins": 128, "max_source_positions": 1500},
+        "adapter_type": "mlp", "merge_factor": 4, "use_rope": True, "mlp_adapter_act": "gelu", "spec_aug": False,
+        "max_whisper_length": 1500, "audio_token_id": vocabulary[AUDIO], "bos_token_id": vocabulary[PAD],
+        "eos_token_id": vocabulary[EOS], "pad_token_id": vocabulary[PAD]}
+    student = Student(config)
+    # Log-mel has a standard deviation of 0.3; brought to about 1 here, training leaves its first plateau in fewer updates.
+    student.audio_encoder.whisper.conv1.weight.data.mul_(4.0)
+    return assemble(student, tokenizer, device)
+
+
+# ---------------------------------------------------------------------------- save and load
+
+def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
+    """Write a checkpoint directory in the published layout: config.json, model.safetensors (fp32), tokenizer files.
+
+    Written beside `path` first. A new directory then appears whole, by one rename; in an existing one the files are swapped in
+    one by one, weights last (of one run only the weights ever change). extra: {"name.json" or "name.safetensors": dict}.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / "config.json").write_text(json.dumps(asr.net.config, indent=2))
+    asr.tokenizer.save_pretrained(temporary)
+    tensors = {k.removeprefix("lm."): v.detach().cpu().contiguous() for k, v in asr.net.state_dict().items()}
+    if asr.net.config["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]
+    for name, content in {**(extra or {}), "model.safetensors": tensors}.items():
+        if name.endswith(".json"):
+            (temporary / name).write_text(json.dumps(content, indent=2))
+        else:
+            save_file(content, temporary / name, metadata={"format": "pt"})
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    for file in sorted(temporary.iterdir(), key=lambda f: f.name == "model.safetensors"):
+        os.replace(file, path / file.name)
+    temporary.rmdir()
+
+
+def load_tokenizer(path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint directory."""
+    return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def load(path, device="cpu", dtype=torch.float32) -> ASR:
+    """Read a checkpoint directory. Any missing, unexpected or misshapen weight is an error that lists it."""
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path}: no config.json there, so it is not a checkpoint directory")
+    config = json.loads((path / "config.json").read_text())
+    if config.get("model_type") != "arkasr":
+        raise ValueError(f"{path}/config.json: model_type {config.get('model_type')!r} is not known; expected 'arkasr'")
+    net = Student(config)
+    tensors, expected = load_file(path / "model.safetensors"), net.state_dict()
+    tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v for k, v in tensors.items()}
+    if config.get("tie_word_embeddings", True):
+        tensors["lm.lm_head.weight"] = tensors.get("lm.model.embed_tokens.weight")
+    wrong = [f"missing {k}" for k in expected if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in expected]
+    wrong += [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}" for k, v in expected.items()
+              if k in tensors and tensors[k].shape != v.shape]
+    if wrong:
+        raise ValueError(f"{path}/model.safetensors does not fit its config.json:\n  " + "\n  ".join(wrong))
+    net.load_state_dict(tensors)
+    return assemble(net.to(dtype), load_tokenizer(path), device)
+
+
+def save_training(out, step, asr, optimizer, modules=None, info=None) -> None:
+    """Write OUT/state/step-N: a full checkpoint plus what a resumed run needs (optimiser, further modules, info); then drop older ones.
+
+    There is no RNG and no data position to save: every draw and every batch is a function of (seed, step).
+    """
+    folder = Path(out) / "state"
+    tensors = {f"optimizer.{i}.{k}": v.cpu() for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+    tensors |= {f"{name}.{k}": v.cpu() for name, module in (modules or {}).items() for k, v in module.state_dict().items()}
+    target = folder / f"step-{step:07d}"
+    if not target.exists():
+        save(asr, target, {"training.safetensors": tensors, "training.json": {"step": step, **(info or {})}})
+    for old in folder.glob("step-*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def load_training(out, asr, optimizer, modules=None) -> dict | None:
+    """Restore the newest OUT/state/step-N in place and return its info; None if there is none. Half-written ones end in .tmp."""
+    saved = sorted(p for p in (Path(out) / "state").glob("step-*") if p.suffix != ".tmp")
+    if not saved:
+        return None
+    asr.net.load_state_dict(load(saved[-1]).net.state_dict())
+    tensors = load_file(saved[-1] / "training.safetensors")
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = value.to(asr.device) if name != "step" else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, module in (modules or {}).items():
+        module.load_state_dict({k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")})
+    return json.loads((saved[-1] / "training.json").read_text())
+
+
+# ---------------------------------------------------------------------------- prompt, scoring, generation
+
+@dataclass
+class Prompt:
+    """A batch of prompts with the audio in place, ready for the LM's body."""
+    embeds: torch.Tensor      # (B, P, D)
+    mask: torch.Tensor        # (B, P) False on the left padding
+    audio: torch.Tensor       # (B, A, D) adapter output, for the CTC loss
+    n_audio: torch.Tensor     # (B,) audio tokens of each row
+
+
+def encode(asr: ASR, batch: data.Batch) -> Prompt:
+    """Run the audio encoder once and place its output in the prompt. Differentiable."""
+    with asr.autocast():
+        audio, n_audio = asr.net.audio_encoder(batch.mel.to(asr.device, asr.head.weight.dtype), batch.n_frames.to(asr.device))
+    rows = [asr.prefix_ids + [asr.audio_id] * n + asr.suffix_ids for n in n_audio.tolist()]
+    width = max(map(len, rows))
+    ids = torch.tensor([[asr.pad_id] * (width - len(row)) + row for row in rows], device=asr.device)               # (B, P)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=asr.device)     # (B, P)
+    own = torch.arange(audio.shape[1], device=asr.device) < n_audio[:, None]                                        # (B, A)
+    embeds = asr.body.embed_tokens(ids)                                                                             # (B, P, D)
+    # Both sides run row by row, so the i-th placeholder of a row receives the i-th audio embedding of that row.
+    embeds = embeds.masked_scatter((ids == asr.audio_id)[..., None], audio[own].to(embeds.dtype))
+    return Prompt(embeds, mask, audio, n_audio)
+
+
+def _causal_mask(key_mask, n_queries):
+    """(B, K) keys -> (B, 1, n_queries, K): query q is column q; it sees real columns up to itself, padding only itself (no NaN)."""
+    k = key_mask.shape[1]
+    tril = torch.ones(n_queries, k, dtype=torch.bool, device=key_mask.device).tril()
+    own = torch.eye(n_queries, k, dtype=torch.bool, device=key_mask.device)
+    return ((key_mask[:, None] & tril) | own)[:, None]
+
+
+def _positions(mask):
+    """(B, columns) -> position of each column in its row, padding not counted."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def response_hidden(asr: ASR, prompt: Prompt, ids, mask) -> torch.Tensor:
+    """Teacher forcing: hidden rows that predict the response tokens, packed -> (N, D), in row-major order of mask (B, R).
+
+    The caller applies `asr.head` to these rows only: no logits are made for the prompt or for padding.
+    """
+    # The last column predicts nothing that is scored, so it is not fed; see the drawing at the top.
+    embeds = torch.cat([prompt.embeds, asr.body.embed_tokens(ids[:, :-1])], dim=1)                                  # (B, P+R-1, D)
+    keys = torch.cat([prompt.mask, mask[:, :-1]], dim=1)                                                            # (B, P+R-1)
+    with asr.autocast():
+        hidden = asr.body(inputs_embeds=embeds, attention_mask={"full_attention": _causal_mask(keys, keys.shape[1])},
+                          position_ids=_positions(keys), use_cache=False).last_hidden_state                        # (B, P+R-1, D)
+    return hidden[:, prompt.mask.shape[1] - 1:][mask]                                                               # (N, D)
+
+
+def draw(z, temperature, uniform):
+    """One id per row from softmax(z / temperature) by inverse CDF: z (B, V) logits, uniform (B,) in [0, 1) -> (B,).
+
+    temperature 0 is argmax. One uniform a row comes from the caller, so the draw does not depend on the rest of the batch.
+    """
+    if temperature == 0:
+        return z.argmax(-1)
+    cdf = (z / temperature).softmax(-1).cumsum(-1)                                                                  # (B, V)
+    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 1e-6, and kept below it: the id found has p > 0.
+    point = torch.minimum(uniform * cdf[:, -1], torch.nextafter(cdf[:, -1], torch.zeros_like(cdf[:, -1])))
+    return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+
+
+@torch.no_grad()
+def generate(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms=None):
+    """Write transcripts: greedy (temperature 0) or sampled with `uniforms` (B, max_new_tokens), see data.keyed_uniforms.
+
+    -> ids (B, R), mask (B, R): True on emitted tokens, EOS included. A row without EOS was cut at max_new_tokens.
+    The cache is allocated once; finished rows are frozen; there is no collective, and the host looks at the device only to
+    ask whether all rows are done: at every token on a CPU, at every eighth on a GPU.
+    """
+    n_rows, n_prompt = prompt.mask.shape
+    cache = StaticCache(config=asr.body.config, max_cache_len=n_prompt + max_new_tokens)
+    keys = F.pad(prompt.mask, (0, max_new_tokens))                                                                  # (B, P+R)
+    n_own = prompt.mask.sum(1, keepdim=True)                                                                        # (B, 1)
+    ids = torch.full((n_rows, max_new_tokens), asr.pad_id, device=asr.device)                                       # (B, R)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    live = torch.ones(n_rows, dtype=torch.bool, device=asr.device)
+    uniforms = None if temperature == 0 else torch.as_tensor(uniforms, device=asr.device)
+    look_every = 1 if asr.device.type == "cpu" else 8
+    embeds, attend, positions = prompt.embeds, _causal_mask(keys, n_prompt), _positions(prompt.mask)
+    for t in range(max_new_tokens):
+        with asr.autocast():
+            hidden = asr.body(inputs_embeds=embeds, attention_mask={"full_attention": attend}, position_ids=positions,
+                              past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                      # (B, D)
+            z = asr.head(hidden).float().masked_fill(asr.blocked, -math.inf)                                        # (B, V)
+        token = draw(z, temperature, None if uniforms is None else uniforms[:, t])                                  # (B,)
+        ids[:, t] = torch.where(live, token, asr.pad_id)
+        mask[:, t] = live
+        keys[:, n_prompt + t] = live
+        live = live & (token != asr.eos_id)
+        if t % look_every == look_every - 1 and not live.any():
+            break
+        embeds, attend, positions = asr.body.embed_tokens(ids[:, t:t + 1]), keys[:, None, None], n_own + t
+    used = int(mask.any(0).sum())
+    return ids[:, :used], mask[:, :used]
+
+
+@torch.no_grad()
+def transcribe(asr: ASR, utterances, rank=0, world=1, micro_batch=16, max_new_tokens=128, progress=None) -> dict[str, dict]:
+    """Greedy transcripts of this rank's share -> {id: {"hyp", "stopped", "n_tokens"}}. A clip that can't be decoded raises.
+
+    Rows of similar length go together, whatever the order of `utterances`; results are keyed by id. progress(n): n clips done.
+    """
+    durations = data.measure(utterances)
+    order = [utterances[i] for i in sorted(range(len(utterances)), key=durations.__getitem__)]
+    results = {}
+    for start in range(rank * micro_batch, len(order), world * micro_batch):
+        batch = data.load_batch(order[start:start + micro_batch], asr.net.config["whisper_config"]["num_mel_bins"], keep_going=False)
+        ids, mask = generate(asr, encode(asr, batch), max_new_tokens)
+        stopped = ((ids == asr.eos_id) & mask).any(1).tolist()
+        for utterance, hyp, stop, n in zip(batch.utterances, asr.decode(ids, mask), stopped, mask.sum(1).tolist()):
+            results[utterance.id] = {"hyp": hyp.strip(), "stopped": stop, "n_tokens": n}
+        if progress:
+            progress(len(batch.utterances))
+    return results
+
+
+# ---------------------------------------------------------------------------- two vocabularies
+
+def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
+    """(V_student,) long: the teacher's id of each student id with an equal token string; -1 where there is none.
+
+    EOS maps to EOS whatever it is called. Ids blocked on either side are -1: no transcript contains them.
+    """
+    theirs, to_teacher = teacher.tokenizer.get_vocab(), torch.full((len(student.blocked),), -1, dtype=torch.long)
+    blocked_s, blocked_t = student.blocked.tolist(), teacher.blocked.tolist()
+    for token, i in student.tokenizer.get_vocab().items():
+        j = theirs.get(token)
+        if i < len(blocked_s) and not blocked_s[i] and j is not None and j < len(blocked_t) and not blocked_t[j]:
+            to_teacher[i] = j
+    to_teacher[student.eos_id] = teacher.eos_id
+    return to_teacher.to(student.device)
+
+
+def map_logits(z_t, to_teacher):
+    """(N, V_teacher) teacher logits -> (N, V_student): column i is the teacher's logit of student id i, -inf where it has no twin."""
+    return z_t.index_select(-1, to_teacher.clamp(min=0)).masked_fill(to_teacher < 0, -math.inf)

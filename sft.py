@@ -1,0 +1,309 @@
+"""Supervised fine-tuning: audio and a transcript in, cross entropy on the transcript's tokens. Two stages of the paper are this script:
+
+  Ark-Base   --data train.jsonl                     transcripts written by people
+  TD         --data td.jsonl --student runs/x/sft   transcripts written by the teacher (evaluate.py --as_manifest td.jsonl)
+
+For every step, over all its utterances x with response y_0 ... y_{n-1} = EOS:
+  L = -1/N sum_x sum_t log p_S(y_t | x, y_<t)       N: response tokens of the step, over all ranks and micro-batches
+Prompt, audio and padding are never targets. From random weights, an auxiliary CTC loss on the adapter's output (--ctc) makes the
+encoder listen before the LM has learnt to ignore it; it stands in for the pretrained encoder that real runs start from.
+
+    python sft.py --init random --data train.jsonl --dev dev.jsonl --out runs/base                        # one process
+    torchrun --nproc_per_node 8 sft.py --student runs/base --data td.jsonl --dev dev.jsonl --out runs/td  # eight, same update
+
+--out then holds the best checkpoint on dev, --out/state/step-N the last one with all that --resume needs, and metrics.jsonl.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchaudio
+from torch import nn
+from tqdm import tqdm
+
+import data
+import model
+
+
+# ---------------------------------------------------------------------------- the same in sft.py and distill.py (a test compares)
+
+def setup(args):
+    """Join the processes torchrun started, if any -> rank, world, device. Stops on SIGTERM are noticed, not obeyed at once."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    torch.manual_seed(args.seed)  # for random initial weights; every later draw is keyed on (seed, step, utterance)
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    return rank, world, device, stop
+
+
+def all_sum(values, device) -> list[float]:
+    """Sum numbers over all ranks; the one collective a log line needs."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def average_gradients(parameters, n_tokens):
+    """Gradient of the sum over this rank's tokens -> gradient of the mean over all N tokens of the step, the same on every rank.
+
+    This takes DistributedDataParallel's place: that averages over ranks, so that a token's weight depends on where it landed, and
+    wants every rank to run the same number of backwards.
+    """
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)  # a rank without a token has nothing to add, and still takes part
+    if dist.is_initialized():
+        works = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
+        for work in works:
+            work.wait()
+    torch._foreach_div_([p.grad for p in parameters], max(1.0, n_tokens))
+
+
+def learning_rate(step, args) -> float:
+    """Linear warm-up over --warmup steps, then a cosine down to zero at --steps."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+
+def optimizer_for(parameters, args):
+    """AdamW on fp32 master weights; weight decay on matrices only, not on norms and biases."""
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                             lr=args.lr, betas=(0.9, 0.98))
+
+
+def dev_error(asr, utterances, args, rank, world) -> float:
+    """Greedy error rate in percent on dev: errors over reference units, languages pooled, ranks share the clips."""
+    hyps = model.transcribe(asr, utterances, rank, world, args.eval_batch, args.max_new_tokens)
+    counts = [data.edit_counts(u.text, hyps[u.id]["hyp"], u.language) for u in utterances if u.id in hyps]
+    errors, units = all_sum([sum(c.errors for c in counts), sum(c.units for c in counts)], asr.device)
+    return 100 * errors / units
+
+
+class Log:
+    """metrics.jsonl and a progress bar on rank 0; nothing on the others."""
+    def __init__(self, args, rank, start):
+        self.path, self.rank, self.began = Path(args.out) / "metrics.jsonl", rank, time.time()
+        self.bar = tqdm(total=args.steps, initial=start, desc=Path(args.out).name, unit="step", disable=rank > 0,
+                        mininterval=0.5 if sys.stderr.isatty() else 20)
+        if rank == 0 and start == 0:
+            self.path.unlink(missing_ok=True)
+        elif rank == 0:  # steps after the restored one are about to be made again
+            kept = [row for row in map(json.loads, self.path.read_text().splitlines()) if row["step"] <= start]
+            data.write_jsonl(self.path, kept)
+
+    def write(self, record):
+        if self.rank == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.bar.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+
+
+def save_best(asr, out, error, best, has_dev) -> float:
+    """Keep --out at the best checkpoint on dev (without --dev: at the newest one) -> the best error so far."""
+    if not has_dev or error < best:
+        model.save(asr, out)
+    return min(error, best)
+
+
+# ---------------------------------------------------------------------------- what is SFT's own
+
+def spec_augment(mel, utterance, step, seed, freq=20, share=0.08):
+    """SpecAugment (Park et al. 2019) by torchaudio: two bands of mel bins and two stretches of time set to the clip's mean.
+
+    mel (n_mels, T) -> same. Drawn from (seed, step, utterance id) alone, like everything random here.
+    """
+    u = data.keyed_uniforms(seed, step, [utterance.id], 1)[0, 0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(u * 2 ** 24))
+        for _ in range(2):
+            mel = torchaudio.functional.mask_along_axis(mel[None], freq, mel.mean().item(), axis=1)[0]
+            mel = torchaudio.functional.mask_along_axis(mel[None], max(1, int(share * mel.shape[1])), mel.mean().item(), axis=2)[0]
+    return mel
+
+
+def pad_responses(rows, pad_id, device):
+    """Lists of ids -> ids (B, R), mask (B, R) True on real tokens."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+    mask = torch.arange(width, device=device) < torch.tensor([len(row) for row in rows], device=device)[:, None]
+    return ids, mask
+
+
+def cross_entropy_sum(asr, hidden, targets) -> torch.Tensor:
+    """Sum over response tokens of -log p_S(target): hidden (N, D), targets (N,) -> nats. Blocked ids have probability 0."""
+    z = asr.head(hidden).float().masked_fill(asr.blocked, -math.inf)  # (N, V): response rows only
+    return F.cross_entropy(z, targets, reduction="sum")
+
+
+def ctc_sum(ctc_head, prompt, responses, eos_id):
+    """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class after the vocabulary.
+
+    -> sum of -log p (nats) over clips whose tokens fit their frames, and how many clips don't fit and are left out.
+    """
+    labels = [torch.tensor([i for i in row if i != eos_id], dtype=torch.long) for row in responses]
+    need = torch.tensor([len(row) + int((row[1:] == row[:-1]).sum()) for row in labels])  # a repeat needs a blank between
+    fits = (need > 0) & (need <= prompt.n_audio.cpu())
+    if not fits.any():
+        return prompt.audio.sum() * 0.0, len(labels)
+    logp = ctc_head(prompt.audio[fits.to(prompt.audio.device)]).float().log_softmax(-1).transpose(0, 1)  # (A, B, V + 1)
+    kept = [row for row, ok in zip(labels, fits) if ok]
+    loss = F.ctc_loss(logp, torch.cat(kept).to(logp.device), prompt.n_audio.cpu()[fits], torch.tensor([len(r) for r in kept]),
+                      blank=ctc_head.out_features - 1, reduction="sum")
+    return loss, int((~fits).sum())
+
+
+def make_student(args, train, device):
+    """--student DIR, or --init random with --tokenizer DIR or one trained on the transcripts."""
+    if args.student:
+        return model.load(args.student, device)
+    tokenizer = model.load_tokenizer(args.tokenizer) if args.tokenizer else model.train_tokenizer((u.text for u in train), args.vocab_size)
+    return model.random_student(tokenizer, args.d_model, args.encoder_layers, args.lm_layers, args.heads, device)
+
+
+def main(args):
+    rank, world, device, stop = setup(args)
+    train = [u for path in args.data for u in data.read_manifest(path)]
+    dev = data.read_manifest(args.dev) if args.dev else []
+    for u in train + dev:
+        if not u.text or not u.language:
+            raise ValueError(f"{u.line}: {u.id}: 'text' and 'language' are needed to train on, found {u.text!r}, {u.language!r}")
+    asr = make_student(args, train, device)
+    ctc_head = nn.Linear(asr.head.in_features, asr.head.out_features + 1).to(device)  # thrown away after training
+    modules = {"ctc_head": ctc_head} if args.ctc else {}
+    parameters = [p for m in (asr.net, *modules.values()) for p in m.parameters()]
+    optimizer = optimizer_for(parameters, args)
+    resumed = model.load_training(args.out, asr, optimizer, modules) if args.resume else None
+    start, best = (resumed["step"], resumed["best"]) if resumed else (0, math.inf)
+    if rank == 0 and not resumed and (Path(args.out) / "metrics.jsonl").exists() and not args.resume:
+        raise FileExistsError(f"{args.out} holds an earlier run: continue it with --resume, or choose another --out")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    plan = data.Plan(data.measure(train), args.batch, args.seed)
+    augment = partial(spec_augment, seed=args.seed) if args.spec_augment else None
+    steps = data.Steps(train, plan, args.micro_batch, rank, world, asr.net.config["whisper_config"]["num_mel_bins"], augment)
+    if rank == 0:
+        print(f"{sum(p.numel() for p in asr.net.parameters()):,} parameters, {len(train)} clips, {plan.steps_per_epoch} steps an epoch, "
+              f"{args.batch} clips a step over {world} process(es) in micro-batches of {args.micro_batch}, on {device}")
+    log, sums, rejected, began = Log(args, rank, start), Counter(), Counter(), time.time()
+
+    for step, batches in zip(range(start, args.steps), data.loader(steps, range(start, args.steps), args.workers)):
+        # ---- loss and gradient, summed over this rank's micro-batches
+        n_tokens = 0
+        for batch in batches:
+            rejected.update(reason for reason, _ in batch.rejected)
+            if not batch.utterances:
+                continue
+            responses = [asr.encode_text(u.text) for u in batch.utterances]
+            ids, mask = pad_responses(responses, asr.pad_id, device)
+            prompt = model.encode(asr, batch)
+            ce = cross_entropy_sum(asr, model.response_hidden(asr, prompt, ids, mask), ids[mask])
+            ctc, skipped = ctc_sum(ctc_head, prompt, responses, asr.eos_id) if args.ctc else (ce * 0.0, 0)
+            (ce + args.ctc * ctc).backward()
+            n_tokens += sum(map(len, responses))
+            sums.update({"loss": ce.detach(), "ctc": ctc.detach(), "audio_sec": batch.audio_sec, "ctc_skipped": skipped})
+        sums["tokens"] += n_tokens
+
+        # ---- update: every response token of the step weighs 1 / N, whatever rank and micro-batch it landed in
+        n_tokens, stopping = all_sum([n_tokens, len(stop)], device)
+        average_gradients(parameters, n_tokens)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip).item()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {[u.id for b in batches for u in b.utterances]}")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.bar.update()
+
+        # ---- bookkeeping: the weights of step + 1 updates
+        done = step + 1 == args.steps or stopping > 0
+        if (step + 1) % args.log_every == 0 or done:
+            loss, ctc, tokens, audio_sec, skipped, dropped = all_sum(
+                [float(sums[k]) for k in ("loss", "ctc", "tokens", "audio_sec", "ctc_skipped")] + [rejected.total()], device)
+            log.write({"step": step + 1, "loss": loss / tokens, "ctc": ctc / tokens, "grad_norm": grad_norm, "lr": group["lr"],
+                       "tokens": int(tokens), "audio_per_sec": audio_sec / (time.time() - began), "ctc_skipped": int(skipped),
+                       "rejected": int(dropped)})
+            sums, began = Counter(), time.time()
+        if dev and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+            error = dev_error(asr, dev, args, rank, world)
+            log.write({"step": step + 1, "dev_error": error})
+            best = save_best(asr, args.out, error, best, True) if rank == 0 else min(error, best)
+            began = time.time()
+        if rank == 0 and ((step + 1) % args.save_every == 0 or done):
+            model.save_training(args.out, step + 1, asr, optimizer, modules, {"best": best})
+        if stopping:
+            break
+
+    if rank == 0 and not dev:
+        model.save(asr, args.out)
+    for reason, n in rejected.items():
+        print(f"rank {rank}: {n} clips rejected: {reason}")
+    log.bar.close()
+    if world > 1:
+        dist.barrier()  # without it, gloo on a CPU may abort in the line below
+        dist.destroy_process_group()
+    if stop:
+        raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",
+                                                                **(kw if "action" in kw else {"type": type(default)} | kw))
+    add("--data", None, "manifests to train on", type=str, nargs="+", required=True)
+    add("--dev", None, "manifest to measure the error rate on while training", type=str)
+    add("--out", None, "folder to write to", type=str, required=True)
+    add("--resume", False, "continue from the newest state in --out, if there is one", action="store_true")
+    add("--seed", 0, "decides weights, data order and augmentation")
+    add("--device", "auto", "auto, cpu or cuda")
+    # student
+    add("--student", None, "checkpoint directory to start from", type=str)
+    add("--init", None, "start from random weights of the size below instead", type=str, choices=["random"])
+    add("--tokenizer", None, "checkpoint directory to take the tokenizer from (else one is trained on --data)", type=str)
+    add("--vocab_size", 640, "size of that trained tokenizer")
+    add("--d_model", 144, "width of encoder and LM")
+    add("--encoder_layers", 3, "encoder blocks")
+    add("--lm_layers", 2, "LM blocks")
+    add("--heads", 4, "attention heads of both")
+    # optimisation
+    add("--steps", 1000, "optimiser updates")
+    add("--batch", 32, "utterances a step, over all processes")
+    add("--micro_batch", 16, "utterances a forward; lower it when out of memory, the update stays the same")
+    add("--lr", 1.5e-3, "peak learning rate")
+    add("--warmup", 100, "updates of linear warm-up")
+    add("--weight_decay", 0.01, "AdamW's, on matrices")
+    add("--clip", 1.0, "largest gradient norm")
+    add("--ctc", 0.0, "weight of the auxiliary CTC loss; 0.3 from random weights")
+    add("--spec_augment", False, "mask bands and stretches of the features", action="store_true")
+    # bookkeeping
+    add("--log_every", 25, "steps between log lines")
+    add("--eval_every", 250, "steps between dev error rates")
+    add("--save_every", 250, "steps between training states")
+    add("--eval_batch", 32, "utterances a batch in dev decoding")
+    add("--max_new_tokens", 64, "longest transcript in dev decoding, tokens")
+    add("--workers", 1, "loader processes a rank")
+    args = parser.parse_args(argv)
+    if bool(args.student) == bool(args.init):
+        parser.error("give either --student DIR or --init random")
+    return args
+
+
+if __name__ == "__main__":
+    main(parse_args())
