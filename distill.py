@@ -176,7 +176,7 @@ class Log:
                         mininterval=0.5 if sys.stderr.isatty() else 20)
         if rank == 0 and start == 0:
             self.path.unlink(missing_ok=True)
-        elif rank == 0:  # steps after the restored one are about to be made again
+        elif rank == 0 and self.path.exists():  # steps after the restored one are about to be made again
             kept = [row for row in map(json.loads, self.path.read_text().splitlines()) if row["step"] <= start]
             data.write_jsonl(self.path, kept)
 
@@ -200,6 +200,7 @@ def distil(args):
     rank, world, device, stop = setup(args)
     pool = data.read_manifest(args.data)
     dev = data.read_manifest(args.dev) if args.dev else []
+    data.check_labelled(dev)
     student = model.load(args.student, device)
     teacher = model.load(args.teacher, device)
     teacher.net.requires_grad_(False)
@@ -217,7 +218,7 @@ def distil(args):
         print(f"student {sum(map(torch.numel, parameters)):,} parameters, teacher {sum(map(torch.numel, teacher.net.parameters())):,}; "
               f"{int((to_teacher >= 0).sum())} of {len(student.tokenizer)} student ids have a twin; {len(pool)} clips, "
               f"{plan.steps_per_epoch} steps an epoch, {args.batch} clips a step over {world} process(es) on {device}")
-    log, sums, rejected, began = Log(args, rank, start), Counter(), Counter(), time.time()
+    log, sums, rejected, began, stopping = Log(args, rank, start), Counter(), Counter(), time.time(), 0
 
     for step, batches in zip(range(start, args.steps), data.loader(steps, range(start, args.steps), args.workers)):
         n_tokens = 0
@@ -238,8 +239,9 @@ def distil(args):
             # ---- (4) loss
             batch_sums = distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args)
             n_tokens += len(hidden_s)
-            sums.update(batch_sums | {"audio_sec": batch.audio_sec, "clips": len(ids), "no_twin": (mask & ~scored).sum(),
-                                      "truncated": (~((ids == student.eos_id) & mask).any(1)).sum()})
+            sums.update(batch_sums)
+            sums.update({"audio_sec": batch.audio_sec, "clips": len(ids), "no_twin": (mask & ~scored).sum(),
+                         "truncated": (~((ids == student.eos_id) & mask).any(1)).sum()})
         sums["tokens"] += n_tokens
 
         # ---- (5) update: every token of the step weighs 1 / N, whatever rank and micro-batch it landed in              [dev 4]
@@ -283,7 +285,7 @@ def distil(args):
     if world > 1:
         dist.barrier()  # without it, gloo on a CPU may abort in the line below
         dist.destroy_process_group()
-    if stop:
+    if stopping and step + 1 < args.steps:
         raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
 
 
@@ -320,8 +322,8 @@ def demo(args, argv):
 
 
 # Sizes of the demo's two models and their training, found on two CPU cores (README, "What the demo shows").
-TEACHER = "--d_model 128 --encoder_layers 3 --lm_layers 2 --steps 1400 --batch 16 --lr 2e-3"
-BASE = "--d_model 96 --encoder_layers 2 --lm_layers 2 --steps 1200 --batch 16 --lr 2e-3"
+TEACHER = "--d_model 112 --encoder_layers 3 --lm_layers 2 --steps 1500 --batch 16 --lr 3e-3"
+BASE = "--d_model 80 --encoder_layers 2 --lm_layers 2 --steps 1200 --batch 16 --lr 3e-3"
 
 
 def drop_flag(argv, *flags):
@@ -340,6 +342,8 @@ def run_stage(root, name, stages) -> float:
     out, key, note = root / name, chain(name), root / name / "stage.json"
     print(f"\n$ {stages[name][0]}", flush=True)
     before = json.loads(note.read_text()) if note.exists() else {}
+    if not before and out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} was not made by the demo: choose another --out")
     if before.get("commands") != key:
         shutil.rmtree(out, ignore_errors=True)
         before = {"commands": key, "seconds": 0.0, "done": False}
@@ -451,7 +455,7 @@ def parse_args(argv=None):
     add("--tau", 1.0, "temperature of both distributions inside the divergence")
     add("--chunk", 256, "rows whose logits exist at a time")
     # optimisation
-    add("--steps", 400, "optimiser updates")
+    add("--steps", 600, "optimiser updates")
     add("--batch", 16, "utterances a step, over all processes")
     add("--micro_batch", 16, "utterances a forward; lower it when out of memory, the update stays the same")
     add("--lr", 1e-3, "peak learning rate")
@@ -460,7 +464,7 @@ def parse_args(argv=None):
     add("--clip", 1.0, "largest gradient norm")
     # bookkeeping
     add("--log_every", 25, "steps between log lines")
-    add("--eval_every", 50, "steps between dev error rates")
+    add("--eval_every", 100, "steps between dev error rates")
     add("--save_every", 100, "steps between training states")
     add("--eval_batch", 32, "utterances a batch in dev decoding")
     add("--workers", 1, "loader processes a rank")

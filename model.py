@@ -235,12 +235,12 @@ def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device=
         raise ValueError(f"d_model {d_model} must be a multiple of 4 x heads = {4 * heads}: RoPE turns pairs in half of each head")
     config = {
         "architectures": ["ArkasrForConditionalGeneration"], "model_type": "arkasr", "hidden_size": d_model,
-        "intermediate_size": 3 * d_model, "num_hidden_layers": lm_layers, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "intermediate_size": 2 * d_model, "num_hidden_layers": lm_layers, "num_attention_heads": heads, "num_key_value_heads": heads,
         "vocab_size": -(-(len(tokenizer) + 1) // 64) * 64,  # rounded up past the tokenizer, as published vocabularies are
         "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048, "tie_word_embeddings": True,
         "initializer_range": d_model ** -0.5 / 2,
         "whisper_config": {"d_model": d_model, "encoder_layers": encoder_layers, "encoder_attention_heads": heads,
-                           "encoder_ffn_dim": 4 * d_model, "num_mel_bins": 128, "max_source_positions": 1500},
+                           "encoder_ffn_dim": 2 * d_model, "num_mel_bins": 128, "max_source_positions": 1500},
         "adapter_type": "mlp", "merge_factor": 4, "use_rope": True, "mlp_adapter_act": "gelu", "spec_aug": False,
         "max_whisper_length": 1500, "audio_token_id": vocabulary[AUDIO], "bos_token_id": vocabulary[PAD],
         "eos_token_id": vocabulary[EOS], "pad_token_id": vocabulary[PAD]}

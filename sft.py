@@ -105,7 +105,7 @@ class Log:
                         mininterval=0.5 if sys.stderr.isatty() else 20)
         if rank == 0 and start == 0:
             self.path.unlink(missing_ok=True)
-        elif rank == 0:  # steps after the restored one are about to be made again
+        elif rank == 0 and self.path.exists():  # steps after the restored one are about to be made again
             kept = [row for row in map(json.loads, self.path.read_text().splitlines()) if row["step"] <= start]
             data.write_jsonl(self.path, kept)
 
@@ -182,9 +182,7 @@ def main(args):
     rank, world, device, stop = setup(args)
     train = [u for path in args.data for u in data.read_manifest(path)]
     dev = data.read_manifest(args.dev) if args.dev else []
-    for u in train + dev:
-        if not u.text or not u.language:
-            raise ValueError(f"{u.line}: {u.id}: 'text' and 'language' are needed to train on, found {u.text!r}, {u.language!r}")
+    data.check_labelled(train + dev)
     asr = make_student(args, train, device)
     ctc_head = nn.Linear(asr.head.in_features, asr.head.out_features + 1).to(device)  # thrown away after training
     modules = {"ctc_head": ctc_head} if args.ctc else {}
@@ -201,7 +199,7 @@ def main(args):
     if rank == 0:
         print(f"{sum(p.numel() for p in asr.net.parameters()):,} parameters, {len(train)} clips, {plan.steps_per_epoch} steps an epoch, "
               f"{args.batch} clips a step over {world} process(es) in micro-batches of {args.micro_batch}, on {device}")
-    log, sums, rejected, began = Log(args, rank, start), Counter(), Counter(), time.time()
+    log, sums, rejected, began, stopping = Log(args, rank, start), Counter(), Counter(), time.time(), 0
 
     for step, batches in zip(range(start, args.steps), data.loader(steps, range(start, args.steps), args.workers)):
         # ---- loss and gradient, summed over this rank's micro-batches
@@ -259,7 +257,7 @@ def main(args):
     if world > 1:
         dist.barrier()  # without it, gloo on a CPU may abort in the line below
         dist.destroy_process_group()
-    if stop:
+    if stopping and step + 1 < args.steps:
         raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
 
 

@@ -1,0 +1,93 @@
+"""Fixtures for all tests: a tiny corpus of synthesised sounds, a tokenizer, and two tiny models with random weights."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+import model
+
+torch.set_num_threads(1)
+
+TEXTS = {
+    "en": ["put two cups on the shelf", "anna has seven green lamps", "the red table is upstairs", "clean it", "don't open nine windows today",
+           "hide the purple basket", "oscar has four pencils", "carry six bottles tonight", "it's the black camera", "find peter"],
+    "zh": ["打开红色台灯", "厨房有三个篮子", "小明有七个瓶子", "修理桌子", "白色外套在河边", "今天买下两个相机", "洗净窗户", "藏好银色铅笔",
+           "张伟有五个 A 瓶子", "明天搬走九个桌子"],
+}
+
+
+def sound(rng, seconds, rate=16_000):
+    """(n,) float32: a gliding tone with a harmonic under a slow envelope, in noise; peak 0.5."""
+    t = np.arange(round(seconds * rate)) / rate
+    low, high = rng.uniform(150, 900, size=2)
+    phase = 2 * np.pi * (low * t + (high - low) * t ** 2 / (2 * seconds))
+    wave = (np.sin(phase) + 0.5 * np.sin(3 * phase)) * (0.6 + 0.4 * np.sin(2 * np.pi * rng.uniform(2, 6) * t)) + 0.1 * rng.standard_normal(len(t))
+    return (0.5 * wave / np.abs(wave).max()).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Folder with train.jsonl (24 utterances) and dev.jsonl (6), English and Mandarin in turn, 0.3 to 1.2 s each."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    for split, size in (("train", 24), ("dev", 6)):
+        rows = []
+        for i in range(size):
+            language = ("en", "zh")[i % 2]
+            audio = sound(rng, rng.uniform(0.3, 1.2))
+            soundfile.write(folder / f"{split}-{i}.wav", audio, data.SAMPLE_RATE, subtype="PCM_16")
+            row = {"id": f"{split}-{i}", "audio": f"{split}-{i}.wav", "text": TEXTS[language][(i // 2) % len(TEXTS[language])], "language": language}
+            if i % 3:  # every third line leaves its duration to the file's header
+                row["duration"] = round(len(audio) / data.SAMPLE_RATE, 4)
+            rows.append(row)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return model.train_tokenizer(TEXTS["en"] * 4 + TEXTS["zh"] * 4, 320)
+
+
+def tiny(tokenizer, seed):
+    """A random ASR of width 32. Matrices are enlarged, so that arg max is a matter of the input and not of rounding."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        asr = model.random_student(tokenizer, d_model=32, encoder_layers=2, lm_layers=2, heads=2)
+        for name, p in asr.net.named_parameters():
+            if p.ndim > 1:
+                p.data.mul_(5.0 if "embed_tokens" in name else 3.0)
+            elif p.ndim == 1:  # biases start at 0 and norms at 1: a random offset, so that leaving one out is seen
+                p.data.add_(0.1 * torch.randn_like(p))
+        asr.net.lm.model.embed_tokens.weight.data[asr.eos_id] *= 2.5  # a more extreme logit: some rows stop early, some never do
+    return asr
+
+
+@pytest.fixture(scope="session")
+def student(tokenizer):
+    return tiny(tokenizer, 1)
+
+
+@pytest.fixture(scope="session")
+def teacher(tokenizer):
+    return tiny(tokenizer, 2)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, student, teacher):
+    """Folder with student/ and teacher/, as model.save writes them. Copy before writing into it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model.save(student, folder / "student")
+    model.save(teacher, folder / "teacher")
+    return folder
