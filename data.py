@@ -456,7 +456,7 @@ def compose(language, rng) -> str:
     return rng.choice(grammar["patterns"]).format(**{k: rng.choice(v) for k, v in grammar.items() if k not in ("voices", "patterns")})
 
 
-def make_demo(out, seed=0, sizes=(1500, 3500, 100, 500), n_voices=(5, 12, 6)) -> None:
+def make_demo(out, seed=0, sizes=(1000, 3500, 100, 500), n_voices=(5, 12, 6)) -> None:
     """Write OUT/{train,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn, same bytes for the same arguments.
 
     train: few voices, labelled. pool: more voices (train's among them), for distillation. dev, test: voices and sentences found

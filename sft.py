@@ -15,6 +15,8 @@ encoder listen before the LM has learnt to ignore it; it stands in for the pretr
 """
 
 import argparse
+import bisect
+import itertools
 import json
 import math
 import os
@@ -68,10 +70,15 @@ def average_gradients(parameters, n_tokens):
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)  # a rank without a token has nothing to add, and still takes part
-    if dist.is_initialized():
-        works = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
-        for work in works:
-            work.wait()
+    gradients = [p.grad for p in parameters]
+    while dist.is_initialized() and gradients:  # flat buckets of 128 MiB: a collective a tensor was measured 10 times slower
+        sizes = list(itertools.accumulate(g.numel() for g in gradients))
+        n = max(1, bisect.bisect_right(sizes, 2 ** 25))
+        bucket, gradients = gradients[:n], gradients[n:]
+        flat = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat)
+        for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+            g.copy_(part.view_as(g))
     torch._foreach_div_([p.grad for p in parameters], max(1.0, n_tokens))
 
 

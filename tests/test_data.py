@@ -8,7 +8,9 @@ import functools
 import hashlib
 import json
 import math
+import pickle
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -325,6 +327,9 @@ def test_loader_worker_makes_the_same_steps(corpus):
     for step, one, two in zip(wanted, here, there):
         assert [b.utterances for b in one] == [b.utterances for b in two] == [b.utterances for b in steps[step]]
         assert all(torch.equal(a.mel, b.mel) and torch.equal(a.n_frames, b.n_frames) for a, b in zip(one, two))
+    # Where Python starts workers afresh instead of forking them, all of it is pickled.
+    assert [b.utterances for b in pickle.loads(pickle.dumps(steps))[3]] == [b.utterances for b in here[0]]
+    pickle.dumps(data.loader(steps, wanted, 1).worker_init_fn)
 
 
 def test_augment_gets_the_step_and_padding_stays_zero(corpus):
@@ -354,6 +359,15 @@ def test_load_batch_pads_with_zeros_and_reports_rejections(corpus, tmp_path):
         data.load_batch([good[0], silent], keep_going=False)
     empty = data.load_batch([silent])  # a step must survive it
     assert empty.utterances == [] and empty.mel.shape[0] == 0 and len(empty.rejected) == 1
+
+
+@pytest.mark.parametrize("missing", ["text", "language"])
+def test_check_labelled_names_the_line(corpus, missing):
+    utterances = data.read_manifest(corpus / "train.jsonl")
+    data.check_labelled(utterances)
+    for value in (None, ""):
+        with pytest.raises(ValueError, match=f"{re.escape(utterances[3].line)}.*train-3"):
+            data.check_labelled([*utterances[:3], dataclasses.replace(utterances[3], **{missing: value}), *utterances[4:]])
 
 
 def test_measure(corpus, tmp_path):

@@ -510,6 +510,19 @@ def test_average_gradients_divides_by_the_tokens_of_the_step(script):
 
 
 @pytest.mark.parametrize("script", [sft, distill])
+def test_every_gradient_is_summed_over_ranks_once(script, monkeypatch):
+    """However the gradients are put together for the wire: here a sum over ranks doubles what it is given. The second is a large one."""
+    sizes = [(3,), (2 ** 25 + 5,), (2, 3), (4,)]
+    parameters = [nn.Parameter(torch.zeros(size, dtype=torch.bfloat16)) for size in sizes]
+    for n, p in enumerate(parameters[:-1]):
+        p.grad = torch.full_like(p, n + 1.0)
+    monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(script.dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    script.average_gradients(parameters, 2)
+    assert [(p.grad.min().item(), p.grad.max().item()) for p in parameters] == [(1, 1), (2, 2), (3, 3), (0, 0)]
+
+
+@pytest.mark.parametrize("script", [sft, distill])
 def test_weight_decay_is_for_matrices(script, student):
     parameters = list(student.net.parameters())
     matrices, vectors = script.optimizer_for(parameters, SimpleNamespace(lr=1.0, weight_decay=0.3)).param_groups

@@ -278,6 +278,14 @@ def test_an_interrupted_stage_is_continued_not_deleted(recorder):
     assert recorder.ran() == []
 
 
+def test_what_the_demo_did_not_make_it_does_not_delete(recorder):
+    (recorder.root / "data").mkdir(parents=True)
+    (recorder.root / "data" / "recordings.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="--out"):
+        recorder.demo()
+    assert (recorder.root / "data" / "recordings.txt").read_text() == "precious" and recorder.ran() == []
+
+
 def test_stages_run_with_as_many_processes_as_the_demo(recorder, monkeypatch):
     started = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3", "MASTER_PORT": "1234", "TORCHELASTIC_RUN_ID": "x"}
     for key, value in started.items():
