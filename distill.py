@@ -105,7 +105,8 @@ def distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args) -> C
         d.sum().backward()
         sums.update({"loss": d.detach().sum(), "top1": (z_s.argmax(-1) == z_t.argmax(-1)).sum(),
                      "entropy": torch.distributions.Categorical(logits=z_s.detach()).entropy().sum()})
-    hidden_s.backward(rows.grad)
+    if len(rows):
+        hidden_s.backward(rows.grad)
     return sums
 
 
@@ -216,7 +217,7 @@ def distil(args):
     optimizer = optimizer_for(parameters, args)
     resumed = model.load_training(args.out, student, optimizer) if args.resume else None
     start, best = (resumed["step"], resumed["best"]) if resumed else (0, math.inf)
-    if rank == 0 and not args.resume and (Path(args.out) / "metrics.jsonl").exists():
+    if rank == 0 and not args.resume and any((Path(args.out) / name).exists() for name in ("metrics.jsonl", "state")):
         raise FileExistsError(f"{args.out} holds an earlier run: continue it with --resume, or choose another --out")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     plan = data.Plan(data.measure(pool), args.batch, args.seed)
@@ -237,8 +238,9 @@ def distil(args):
             prompt = model.encode(student, batch)
             uniforms = data.keyed_uniforms(args.seed, step, [u.id for u in batch.utterances], args.max_new_tokens)
             ids, mask = model.generate(student, prompt, args.max_new_tokens, args.temperature, uniforms)        # (B, R)
-            # ---- (2) teacher: the same ids through the vocabulary map; what it has no token for is not scored          [dev 3]
-            scored = mask & (to_teacher[ids] >= 0)                                                              # (B, R)
+            # ---- (2) teacher: the same ids through the vocabulary map. A token it lacks it can't read: from there on nothing
+            #      in the row is scored                                                                                  [dev 3]
+            scored = mask & (to_teacher[ids] >= 0).cumprod(1).bool()                                            # (B, R)
             with torch.no_grad():
                 hidden_t = model.response_hidden(teacher, model.encode(teacher, batch), to_teacher[ids].clamp(min=0), scored)
             # ---- (3) student: the states it visited, now with gradients
@@ -269,9 +271,10 @@ def distil(args):
             loss, top1, entropy, tokens, audio_sec, clips, no_twin, truncated, dropped = all_sum(
                 [float(sums[k]) for k in ("loss", "top1", "entropy", "tokens", "audio_sec", "clips", "no_twin", "truncated")]
                 + [rejected.total()], device)
-            log.write({"step": step + 1, "loss": loss / tokens, "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(tokens),
-                       "top1_agreement": top1 / tokens, "entropy": entropy / tokens, "tokens_per_clip": tokens / clips,
-                       "truncated": truncated / clips, "no_twin": int(no_twin), "rejected": int(dropped),
+            n, n_clips = max(1, tokens), max(1, clips)  # 0 only if every clip was rejected
+            log.write({"step": step + 1, "loss": loss / n, "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(tokens),
+                       "top1_agreement": top1 / n, "entropy": entropy / n, "tokens_per_clip": tokens / n_clips,
+                       "truncated": truncated / n_clips, "no_twin": int(no_twin), "rejected": int(dropped),
                        "audio_per_sec": audio_sec / (time.time() - began)})
             sums, began = Counter(), time.time()
         if dev and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
@@ -310,7 +313,8 @@ def demo(args, argv):
     # Started alone: a process a GPU, or two on CPU cores. Two processes with a thread each bear a busy machine better than two
     # threads in one, which wait for each other at every operation.
     processes = world if world > 1 else torch.cuda.device_count() or min(2, os.cpu_count())
-    root, seed = args.out or "runs/demo", f"--seed {args.seed} --device {args.device}"
+    folder = Path(args.out or "runs/demo")
+    root, seed = shlex.quote(str(folder)), f"--seed {args.seed} --device {args.device}"
     launch = f"torchrun --nproc_per_node {processes}"
     train, pool, dev, test = (f"{root}/data/{split}.jsonl" for split in ("train", "pool", "dev", "test"))
     mine = shlex.join(drop_flag(argv, "--out", "--seed", "--device"))  # any other flag given here is for the OPD stage
@@ -327,8 +331,8 @@ def demo(args, argv):
     for name in ("base", "opd"):
         stages[f"overlap/{name}"] = (f"{launch} overlap.py --student {root}/{name} --teacher {root}/teacher --data {test} "
                                      f"--out {root}/overlap/{name} {seed}", [name, "teacher"])
-    seconds = {name: run_stage(Path(root), name, stages) for name in stages}
-    report(Path(root), seconds)
+    seconds = {name: run_stage(folder, name, stages) for name in stages}
+    report(folder, seconds)
 
 
 # Sizes of the demo's two models and their training, found on two CPU cores (README, "What the demo shows").

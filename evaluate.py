@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -75,6 +75,9 @@ def main(args) -> None:
     if world > 1:
         dist.init_process_group("gloo")  # finished transcripts travel as Python objects; no tensor does
     sets = {path: data.read_manifest(path) for path in args.data}
+    twice = [i for i, n in Counter(u.id for utterances in sets.values() for u in utterances).items() if n > 1]
+    if twice:
+        raise ValueError(f"hyps.jsonl is one manifest: {len(twice)} ids stand in more than one set, such as {twice[0]!r}")
     asr = model.load(args.model, device)
     all_rows, entries = [], []
     for path, utterances in sets.items():

@@ -56,7 +56,7 @@ def measure_batch(student, teacher, to_teacher, batch, args) -> dict[str, list[f
     prompt = model.encode(student, batch)
     uniforms = data.keyed_uniforms(args.seed, 0, [u.id for u in batch.utterances], args.max_new_tokens)
     ids, mask = model.generate(student, prompt, args.max_new_tokens, args.temperature, uniforms)                    # (B, R)
-    scored = mask & (to_teacher[ids] >= 0)
+    scored = mask & (to_teacher[ids] >= 0).cumprod(1).bool()
     hidden_s = model.response_hidden(student, prompt, ids, mask)[scored[mask]]                                      # (N, D)
     hidden_t = model.response_hidden(teacher, model.encode(teacher, batch), to_teacher[ids].clamp(min=0), scored)   # (N, D_t)
     row = scored.nonzero()[:, 0]                                                                                    # (N,) clip of each state

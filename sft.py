@@ -197,7 +197,7 @@ def main(args):
     optimizer = optimizer_for(parameters, args)
     resumed = model.load_training(args.out, asr, optimizer, modules) if args.resume else None
     start, best = (resumed["step"], resumed["best"]) if resumed else (0, math.inf)
-    if rank == 0 and not resumed and (Path(args.out) / "metrics.jsonl").exists() and not args.resume:
+    if rank == 0 and not args.resume and any((Path(args.out) / name).exists() for name in ("metrics.jsonl", "state")):
         raise FileExistsError(f"{args.out} holds an earlier run: continue it with --resume, or choose another --out")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     plan = data.Plan(data.measure(train), args.batch, args.seed)
@@ -242,7 +242,8 @@ def main(args):
         if (step + 1) % args.log_every == 0 or done:
             loss, ctc, tokens, audio_sec, skipped, dropped = all_sum(
                 [float(sums[k]) for k in ("loss", "ctc", "tokens", "audio_sec", "ctc_skipped")] + [rejected.total()], device)
-            log.write({"step": step + 1, "loss": loss / tokens, "ctc": ctc / tokens, "grad_norm": grad_norm, "lr": group["lr"],
+            n = max(1, tokens)  # 0 only if every clip was rejected
+            log.write({"step": step + 1, "loss": loss / n, "ctc": ctc / n, "grad_norm": grad_norm, "lr": group["lr"],
                        "tokens": int(tokens), "audio_per_sec": audio_sec / (time.time() - began), "ctc_skipped": int(skipped),
                        "rejected": int(dropped)})
             sums, began = Counter(), time.time()
