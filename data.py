@@ -60,7 +60,7 @@ class Utterance:
 def read_manifest(path) -> list[Utterance]:
     """Read a JSON Lines manifest, in file order. Raises ValueError naming file, line and value; audio is opened later."""
     path, utterances, seen = Path(path), [], {}
-    for number, raw in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, raw in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not raw.strip():
             continue
         utterance = _parse_line(raw, f"{path}:{number}", path.parent)

@@ -388,7 +388,7 @@ def report(root, seconds):
         entries = json.loads((root / "eval" / name / "summary.json").read_text())["results"]
         result[name] = {e["metric"].lower() + suffix: value for e in entries
                         for suffix, value in (("", e["rate"]), ("_interval", [e["low"], e["high"]]))}
-        rows = [json.loads(line) for line in (root / "eval" / name / "hyps.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (root / "eval" / name / "hyps.jsonl").open(encoding="utf-8")]
         errors[name] = {r["id"]: r["substitutions"] + r["deletions"] + r["insertions"] for r in rows}
         units = {r["id"]: r["units"] for r in rows}
         result[name]["pooled"] = 100 * sum(errors[name].values()) / sum(units.values())
@@ -435,7 +435,7 @@ def draw_result(root, result):
     left.set_xticks(range(3), ["teacher", "base student", "after OPD"])
     left.set(ylabel="test error, %", title="unseen voices and sentences (95 % intervals)")
     left.legend(frameon=False)
-    records = [json.loads(line) for line in (root / "opd" / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (root / "opd" / "metrics.jsonl").open()]
     points = [(r["step"], r["dev_error"]) for r in records if "dev_error" in r]
     losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
     right.plot(*zip(*points), "o-", label="dev error, %")
