@@ -21,6 +21,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import unicodedata
 from collections import Counter
@@ -129,6 +130,9 @@ class AudioError(ValueError):
         self.reason = reason
 
 
+UNREADABLE = (OSError, soundfile.SoundFileError, TypeError)  # TypeError: soundfile's answer to headerless formats
+
+
 @lru_cache(maxsize=8)  # the windowed-sinc kernel is costlier than the resampling of a short clip
 def _resampler(rate):
     return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
@@ -145,6 +149,10 @@ def load_audio(utterance: Utterance) -> np.ndarray:
 
     try:
         with soundfile.SoundFile(utterance.audio) as file:
+            # libsndfile reads a cut wav to its end without complaint; its log alone tells. 2^32 - 1 is what a pipe leaves behind.
+            cut = re.search(r"^data\s*: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+            if cut and int(cut[1]) < 2 ** 31:
+                raise reject("unreadable", f"the header promises {cut[1]} bytes of samples, the file holds {cut[2]}")
             rate = file.samplerate
             first = round(utterance.start_sec * rate)
             whole = utterance.duration_sec is None
@@ -157,7 +165,7 @@ def load_audio(utterance: Utterance) -> np.ndarray:
                 raise reject(reason, f"{count / rate:.2f} s is outside {MIN_SEC} to {MAX_SEC} s")
             file.seek(first)
             audio = file.read(count, dtype="float32", always_2d=True).mean(1)  # (n,) mono
-    except (OSError, soundfile.SoundFileError) as error:
+    except UNREADABLE as error:
         raise reject("unreadable", error) from None
     if len(audio) < count - 0.01 * rate:  # the header promised more than the file holds
         raise reject("unreadable", f"{len(audio)} of {count} samples could be decoded")
@@ -305,7 +313,7 @@ def measure(utterances) -> list[float]:
             try:
                 info = soundfile.info(utterance.audio)
                 duration = info.frames / info.samplerate - utterance.start_sec
-            except (OSError, soundfile.SoundFileError):
+            except UNREADABLE:
                 duration = 0.0  # load_audio rejects it, with its reason, when it is its turn
         durations.append(duration)
     return durations

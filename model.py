@@ -295,9 +295,10 @@ def load(path, device="cpu", dtype=torch.float32) -> ASR:
         raise ValueError(f"{path}/config.json: model_type {config.get('model_type')!r} is not known; expected 'arkasr'")
     net = Student(config)
     tensors, expected = load_file(path / "model.safetensors"), net.state_dict()
-    tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v for k, v in tensors.items()}
-    if config.get("tie_word_embeddings", True):
-        tensors["lm.lm_head.weight"] = tensors.get("lm.model.embed_tokens.weight")
+    unread = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")  # published, and used by nothing
+    tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v for k, v in tensors.items() if not k.startswith(unread)}
+    if config.get("tie_word_embeddings", True) and "lm.model.embed_tokens.weight" in tensors:
+        tensors["lm.lm_head.weight"] = tensors["lm.model.embed_tokens.weight"]
     wrong = [f"missing {k}" for k in expected if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in expected]
     wrong += [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}" for k, v in expected.items()
               if k in tensors and tensors[k].shape != v.shape]

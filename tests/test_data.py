@@ -90,6 +90,8 @@ def test_manifest_spellings(tmp_path, row, start, duration):
     ('{"audio": "a.wav", "start": Infinity}', "inf"),
     ('{"audio": "a.wav", "offset": NaN}', "nan"),
     ('{"audio": "a.wav", "begin_time": 4, "end_time": 3}', "-1"),
+    ('{"audio": "a.wav", "begin_time": NaN}', "nan"),
+    ('{"audio": "a.wav", "end_time": NaN}', "nan"),
     ('{"audio": "b.wav", "id": "first"}', "first"),
 ])
 def test_manifest_errors_name_line_and_value(tmp_path, line, names):
@@ -413,7 +415,7 @@ def test_uniforms_are_uniform():
 @pytest.mark.parametrize("text, language, expected", [
     ("", "en", ""), ("   \n\t ", "en", ""), ("?!…", "en", ""),
     ("Hello,  WORLD!", "en", "hello world"),
-    ("Don’t STOP", "en", "don't stop"),
+    ("Don’t STOP", "en", "don't stop"), ("don‘t stop", "en", "don't stop"),
     ("‘quoted’ word", "en", "quoted word"),                    # an apostrophe outside a word is punctuation
     ("rock 'n' roll", "en", "rock n roll"),
     ("the boys' room", "en", "the boys room"),
