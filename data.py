@@ -19,6 +19,7 @@ import ctypes
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -464,44 +465,56 @@ def compose(language, rng) -> str:
     return rng.choice(grammar["patterns"]).format(**{k: rng.choice(v) for k, v in grammar.items() if k not in ("voices", "patterns")})
 
 
+def record(speech, rng, resample) -> np.ndarray:
+    """Clean speech at espeak's rate -> a 16 kHz clip with noise and a level drawn from rng."""
+    audio = resample(torch.from_numpy(speech)).numpy()
+    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio)).astype(np.float32)
+    noise = np.convolve(noise, np.ones(rng.choice([1, 2, 4, 8])), "same")  # white, or with a moving average's low pass
+    audio = audio + noise * np.sqrt((audio ** 2).mean() / (noise ** 2).mean()) * 10 ** (-rng.uniform(25, 40) / 20)
+    return audio * 10 ** (rng.uniform(-16, -6) / 20) / np.abs(audio).max()
+
+
+def speak_language(language, out, seed, sizes, n_voices) -> dict[str, list[dict]]:
+    """Synthesise one language of the demo in this (fresh) process -> {split: manifest rows}."""
+    torch.set_num_threads(1)  # clips are short: a second thread would only wait
+    espeak, rng = Espeak(), random.Random(f"demo/{seed}/{language}")
+    resample = torchaudio.transforms.Resample(espeak.rate, SAMPLE_RATE)
+    variants = random.Random(f"demo/{seed}").sample(VARIANTS, len(VARIANTS))
+    n_train, n_pool, n_test = n_voices
+    unseen = variants[n_pool:n_pool + n_test]
+    voices = {"test": unseen, "dev": unseen, "pool": variants[:n_pool], "train": variants[:n_train]}
+    rows, said = {split: [] for split in voices}, {}  # said: sentence -> split; dev and test keep theirs to themselves
+    progress = tqdm(total=sum(sizes.values()) // 2, desc=f"demo corpus, {language}", unit="clip", position=language == "zh",
+                    mininterval=0.5 if sys.stderr.isatty() else 20)
+    for split in voices:
+        while len(rows[split]) < sizes[split] // 2:
+            text = compose(language, rng)
+            if said.setdefault(text, split) != split and {said[text], split} & {"dev", "test"}:
+                continue
+            voice = f"{rng.choice(GRAMMAR[language]['voices'])}+{rng.choice(voices[split])}"
+            audio = record(espeak.say(text, voice, rng.randint(180, 225) + 40 * (language == "zh"), rng.randint(35, 65)), rng, resample)
+            name = f"{split}-{language}-{len(rows[split]):05d}"
+            soundfile.write(out / "wav" / f"{name}.wav", audio, SAMPLE_RATE, subtype="PCM_16")
+            rows[split].append({"id": name, "audio": f"wav/{name}.wav", "text": text, "language": language,
+                                "duration": round(len(audio) / SAMPLE_RATE, 4), "speaker": voice})
+            progress.update()
+    progress.close()
+    return rows
+
+
 def make_demo(out, seed=0, sizes=(1000, 3500, 100, 500), n_voices=(5, 12, 6)) -> None:
     """Write OUT/{train,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn, same bytes for the same arguments.
 
     train: few voices, labelled. pool: more voices (train's among them), for distillation. dev, test: voices and sentences found
     in neither. Speed 180 to 225 words a minute, level -16 to -6 dBFS peak, white to dull noise at 25 to 40 dB below the speech.
+    Each language has a fresh process of its own: espeak-ng repeats its bytes only for the same calls in the same order.
     """
-    torch.set_num_threads(1)  # clips are short: a second thread would only wait
-    out, rng, espeak = Path(out), random.Random(f"demo/{seed}"), Espeak()
+    out, sizes = Path(out), dict(zip(("train", "pool", "dev", "test"), sizes))
     (out / "wav").mkdir(parents=True, exist_ok=True)
-    variants = rng.sample(VARIANTS, len(VARIANTS))
-    n_train, n_pool, n_test = n_voices
-    voices = {"train": variants[:n_train], "pool": variants[:n_pool], "dev": variants[n_pool:n_pool + n_test],
-              "test": variants[n_pool:n_pool + n_test]}
-    resample = torchaudio.transforms.Resample(espeak.rate, SAMPLE_RATE)
-    said = {}  # sentence -> split: dev and test keep their sentences to themselves
-    progress = tqdm(total=sum(sizes), desc="demo corpus", unit="clip", mininterval=0.5 if sys.stderr.isatty() else 20)
-    for split, size in zip(("test", "dev", "pool", "train"), (sizes[3], sizes[2], sizes[1], sizes[0])):
-        rows = []
-        while len(rows) < size:
-            language = ("en", "zh")[len(rows) % 2]
-            text = compose(language, rng)
-            if said.setdefault(text, split) != split and {said[text], split} & {"dev", "test"}:
-                continue
-            voice = f"{rng.choice(GRAMMAR[language]['voices'])}+{rng.choice(voices[split])}"
-            audio = espeak.say(text, voice, rng.randint(180, 225) + 40 * (language == "zh"), rng.randint(35, 65))
-            audio = resample(torch.from_numpy(audio)).numpy()
-            noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio)).astype(np.float32)
-            noise = np.convolve(noise, np.ones(rng.choice([1, 2, 4, 8])), "same")  # white, or with a moving average's low pass
-            noise *= np.sqrt((audio ** 2).mean() / (noise ** 2).mean()) * 10 ** (-rng.uniform(25, 40) / 20)
-            audio = audio + noise
-            audio *= 10 ** (rng.uniform(-16, -6) / 20) / np.abs(audio).max()
-            name = f"{split}-{len(rows):05d}"
-            soundfile.write(out / "wav" / f"{name}.wav", audio, SAMPLE_RATE, subtype="PCM_16")
-            rows.append({"id": name, "audio": f"wav/{name}.wav", "text": text, "language": language,
-                         "duration": round(len(audio) / SAMPLE_RATE, 4), "speaker": voice})
-            progress.update()
-        write_jsonl(out / f"{split}.jsonl", rows)
-    progress.close()
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as processes:
+        english, mandarin = processes.starmap(speak_language, [(language, out, seed, sizes, n_voices) for language in GRAMMAR], chunksize=1)
+    for split in sizes:
+        write_jsonl(out / f"{split}.jsonl", [row for pair in zip(english[split], mandarin[split]) for row in pair])
 
 
 def main(args) -> None:

@@ -336,8 +336,8 @@ def demo(args, argv):
 
 
 # Sizes of the demo's two models and their training, found on two CPU cores (README, "What the demo shows").
-TEACHER = "--d_model 112 --encoder_layers 3 --lm_layers 2 --steps 1600 --batch 16 --lr 3e-3"
-BASE = "--d_model 80 --encoder_layers 2 --lm_layers 2 --steps 1300 --batch 16 --lr 3e-3"
+TEACHER = "--d_model 112 --encoder_layers 3 --lm_layers 2 --steps 1400 --batch 16 --lr 3e-3"
+BASE = "--d_model 80 --encoder_layers 2 --lm_layers 2 --steps 1200 --batch 16 --lr 3e-3"
 
 
 def drop_flag(argv, *flags):
@@ -470,7 +470,7 @@ def parse_args(argv=None):
     add("--tau", 1.0, "temperature of both distributions inside the divergence")
     add("--chunk", 256, "rows whose logits exist at a time")
     # optimisation
-    add("--steps", 600, "optimiser updates")
+    add("--steps", 500, "optimiser updates")
     add("--batch", 16, "utterances a step, over all processes")
     add("--micro_batch", 16, "utterances a forward; lower it when out of memory, the update stays the same")
     add("--lr", 1e-3, "peak learning rate")

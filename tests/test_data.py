@@ -568,6 +568,7 @@ def test_demo_sentences_stay_apart_when_they_run_short(tmp_path, monkeypatch):
             return sound(np.random.default_rng(0), 0.3)
     monkeypatch.setattr(data, "Espeak", Mute)
     monkeypatch.setattr(data, "compose", lambda language, rng: f"{language} {rng.randrange(12)}")
-    data.make_demo(tmp_path, 0, (6, 20, 4, 4))
-    text = {s: {u.text for u in data.read_manifest(tmp_path / f"{s}.jsonl")} for s in ("train", "pool", "dev", "test")}
+    (tmp_path / "wav").mkdir()
+    rows = data.speak_language("en", tmp_path, 0, {"train": 6, "pool": 40, "dev": 8, "test": 8}, (2, 4, 2))
+    text = {split: {row["text"] for row in rows[split]} for split in rows}
     assert not text["test"] & (text["dev"] | text["pool"] | text["train"]) and not text["dev"] & (text["pool"] | text["train"])
