@@ -502,7 +502,7 @@ def speak_language(language, out, seed, sizes, n_voices) -> dict[str, list[dict]
     return rows
 
 
-def make_demo(out, seed=0, sizes=(1000, 3500, 100, 500), n_voices=(5, 12, 6)) -> None:
+def make_demo(out, seed=0, sizes=(1100, 3500, 100, 500), n_voices=(6, 13, 6)) -> None:
     """Write OUT/{train,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn, same bytes for the same arguments.
 
     train: few voices, labelled. pool: more voices (train's among them), for distillation. dev, test: voices and sentences found
