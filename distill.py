@@ -101,7 +101,7 @@ def distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args) -> C
             z_s = student.head(rows[i:i + args.chunk]).float().masked_fill(blocked, -math.inf)                  # (C, V)
         with torch.no_grad(), teacher.autocast():
             z_t = model.map_logits(teacher.head(hidden_t[i:i + args.chunk]).float(), to_teacher)                # (C, V)
-        d = token_divergence(z_s, z_t, args.divergence, args.top_k if args.support == "union" else None, args.tau)
+        d = token_divergence(z_s, z_t, args.divergence, args.top_k if args.support == "union" else None, args.tau)  # (C,) [dev 1]
         d.sum().backward()
         sums.update({"loss": d.detach().sum(), "top1": (z_s.argmax(-1) == z_t.argmax(-1)).sum(),
                      "entropy": torch.distributions.Categorical(logits=z_s.detach()).entropy().sum()})
@@ -235,6 +235,7 @@ def distil(args):
             if not batch.utterances:
                 continue
             # ---- (1) rollout: the audio encoder runs once, with its graph; the LM reads its output without             [dev 2]
+            #      An empty transcript (EOS at once) is a rollout like any other.                                           [dev 5]
             prompt = model.encode(student, batch)
             uniforms = data.keyed_uniforms(args.seed, step, [u.id for u in batch.utterances], args.max_new_tokens)
             ids, mask = model.generate(student, prompt, args.max_new_tokens, args.temperature, uniforms)        # (B, R)

@@ -83,7 +83,8 @@ def main(args) -> None:
     for path, utterances in sets.items():
         began, bar = time.time(), tqdm(total=len(utterances), desc=Path(path).stem, unit="clip", disable=rank > 0,
                                        mininterval=0.5 if sys.stderr.isatty() else 20)
-        parts = [model.transcribe(asr, utterances, rank, world, args.batch, args.max_new_tokens, lambda n: bar.update(n * world))]
+        advance = lambda n: bar.update(min(n * world, bar.total - bar.n))
+        parts = [model.transcribe(asr, utterances, rank, world, args.batch, args.max_new_tokens, advance)]
         if world > 1:
             own, parts = parts[0], [None] * world
             dist.all_gather_object(parts, own)

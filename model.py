@@ -15,7 +15,7 @@ D width of the LM, V its vocabulary. Prompts are padded on the left, responses o
 
 Weights have the names of the published ARK-ASR checkpoints and are read from safetensors only.
 
-Differs from the published model: [dev 1] padding is masked after each convolution, in attention and in the merge, so that a row's
+Differs from the published model (numbers go on from distill.py): [dev 6] padding is masked after each convolution, in attention and in the merge, so that a row's
 output does not depend on its neighbours. On a clip alone the two are the same function.
 """
 
@@ -104,12 +104,12 @@ class WhisperEncoder(nn.Module):
     def forward(self, mel, n_frames):
         """-> x (B, T', d_model), valid (B, T') True on a row's own frames."""
         own = torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None]         # (B, T)
-        x = F.gelu(self.conv1(mel)) * own[:, None]                                       # (B, d_model, T) [dev 1]
+        x = F.gelu(self.conv1(mel)) * own[:, None]                                       # (B, d_model, T) [dev 6]
         x = F.gelu(self.conv2(x)).transpose(1, 2)                                        # (B, T', d_model)
         own = torch.arange(x.shape[1], device=mel.device) < (n_frames[:, None] + 1) // 2  # (B, T')
         rope = rope_angles(x.shape[1], x.shape[-1] // self.layers[0].self_attn.heads, x.device)
         for layer in self.layers:
-            x = layer(x, rope, own[:, None, None])                                       # keys of padding are masked [dev 1]
+            x = layer(x, rope, own[:, None, None])                                       # keys of padding are masked [dev 6]
         return x, own
 
 
@@ -128,7 +128,7 @@ class AudioEncoder(nn.Module):
 
     def forward(self, mel, n_frames):
         x, own = self.whisper(mel, n_frames)
-        x = self.layer_norm(x) * own[..., None]                                          # (B, T', d_model) [dev 1]
+        x = self.layer_norm(x) * own[..., None]                                          # (B, T', d_model) [dev 6]
         n_tokens = self.n_tokens(n_frames)                                               # (B,)
         missing = int(n_tokens.max()) * self.merge - x.shape[1]                          # > 0 only for clips under 70 ms
         x = F.pad(x, (0, 0, 0, missing))                                                 # (B, A merge, d_model); negative: cut

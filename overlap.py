@@ -85,7 +85,7 @@ def main(args) -> None:
     for start in range(rank * args.batch, len(order), world * args.batch):
         batch = data.load_batch(order[start:start + args.batch], student.net.config["whisper_config"]["num_mel_bins"], keep_going=False)
         sums |= measure_batch(student, teacher, to_teacher, batch, args)
-        bar.update(len(batch.utterances) * world)
+        bar.update(min(len(batch.utterances) * world, bar.total - bar.n))
     bar.close()
     if world > 1:
         parts = [None] * world
