@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import unicodedata
 from collections import Counter
@@ -106,8 +107,9 @@ def _parse_line(raw, where, folder) -> Utterance:
     if start < 0 or not math.isfinite(start) or (duration is not None and not 0 < duration < math.inf):
         raise ValueError(f"{where}: segment start {start} s, duration {duration} s")
     language = get(str, "language", "lang")
+    name = Path(audio).stem + (f"@{start!r}" if start else "")
     return Utterance(
-        id=get(str, "id") or f"{Path(audio).stem}@{start:g}" if start else get(str, "id") or Path(audio).stem,
+        id=get(str, "id") or name,
         audio=os.path.normpath(folder.absolute() / audio), text=get(str, "text"),
         language=language.lower() if language else None, start_sec=float(start),
         duration_sec=None if duration is None else float(duration), speaker=get(str, "speaker"), line=where)
@@ -287,15 +289,16 @@ class Steps(torch.utils.data.Dataset):
         return [load_batch(mine[i:i + self.micro_batch], self.n_mels, augment) for i in range(0, len(mine), self.micro_batch)]
 
 
-def _one_thread(_worker):
-    torch.set_num_threads(1)  # features of one clip are too small to share
+def _outlive_sigterm(_worker):
+    # torchrun and schedulers signal every process of a group: the trainer saves and stops, and needs its loader until then.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def loader(dataset, items, workers):
     """Yield dataset[i] for i in `items`, in that order, made ahead of time by `workers` processes (0: in this one)."""
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers, prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread)
+        worker_init_fn=_outlive_sigterm)
 
 
 def check_labelled(utterances) -> None:
@@ -323,7 +326,8 @@ def measure(utterances) -> list[float]:
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
     """Uniforms in [0, 1), (len(ids), count) float32, that depend on nothing but (seed, step, utterance id, column).
 
-    A rollout drawn with them is the same alone or in any batch, on any number of ranks, and after a resume.
+    A rollout drawn with them is the same alone or in any batch, on any number of ranks, and after a resume (but for a draw that
+    falls within floating-point rounding of the border between two tokens).
     """
     rows = [np.random.default_rng([seed, step, *hashlib.blake2b(i.encode(), digest_size=8).digest()]) for i in ids]
     return np.stack([r.random(count, dtype=np.float32) for r in rows]) if rows else np.zeros((0, count), np.float32)
@@ -338,7 +342,7 @@ def counts_characters(language: str | None) -> bool:
     """True where the error rate counts characters (CER), False where it counts words (WER)."""
     if not language:
         raise ValueError("no language given: it decides between character and word error rate")
-    return language.split("-")[0].lower() in CHARACTER_LANGUAGES
+    return re.split("[-_]", language)[0].lower() in CHARACTER_LANGUAGES
 
 
 def normalize(text: str, language: str) -> str:
@@ -364,7 +368,7 @@ def normalize(text: str, language: str) -> str:
 
 
 class Counts(NamedTuple):
-    """Edit operations that turn the hypothesis into the reference, and the reference's units (words or characters)."""
+    """Edit operations that turn the reference into the hypothesis, and the reference's units (words or characters)."""
     substitutions: int
     deletions: int
     insertions: int
@@ -395,9 +399,11 @@ def bootstrap(numerators, denominators, n=10_000, seed=0) -> tuple[float, float]
     num, den = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if not den.sum() > 0:
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    draws = np.concatenate([rng.multinomial(len(num), np.full(len(num), 1 / len(num)), size=100) for _ in range(n // 100)])
-    low, high = np.nanpercentile((draws @ num) / np.maximum(draws @ den, 1e-12), [2.5, 97.5])
+    rng, rates = np.random.default_rng(seed), []
+    for _ in range(n // 100):  # in blocks: all draws of a large corpus at once would not fit in memory
+        draws = rng.multinomial(len(num), np.full(len(num), 1 / len(num)), size=100)  # (100, utterances) times each is drawn
+        rates.append((draws @ num) / np.maximum(draws @ den, 1e-12))
+    low, high = np.percentile(np.concatenate(rates), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -506,7 +512,7 @@ def make_demo(out, seed=0, sizes=(1100, 3500, 100, 500), n_voices=(6, 13, 6)) ->
     """Write OUT/{train,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn, same bytes for the same arguments.
 
     train: few voices, labelled. pool: more voices (train's among them), for distillation. dev, test: voices and sentences found
-    in neither. Speed 180 to 225 words a minute, level -16 to -6 dBFS peak, white to dull noise at 25 to 40 dB below the speech.
+    in neither. Speed 180 to 225 words a minute (Mandarin 40 more), level -16 to -6 dBFS peak, white to dull noise at 25 to 40 dB below the speech.
     Each language has a fresh process of its own: espeak-ng repeats its bytes only for the same calls in the same order.
     """
     out, sizes = Path(out), dict(zip(("train", "pool", "dev", "test"), sizes))
@@ -529,7 +535,7 @@ def main(args) -> None:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", choices=["demo"], help="what to make: demo = speech synthesised by espeak-ng")
-    parser.add_argument("--out", default="runs/demo/data", help="folder to write manifests and audio to (default: %(default)s)")
+    parser.add_argument("--out", default="runs/data", help="folder to write manifests and audio to (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides sentences, voices and noise (default: %(default)s)")
     return parser.parse_args(argv)
 

@@ -4,7 +4,8 @@ For every batch of audio x:
   (1) rollout   y ~ p_S(. | x)                      the student writes a transcript, sampled          no gradient
   (2) teacher   z_T[t] = logits of T at (x, y_<t)   the teacher reads the same ids on the same audio  no gradient
   (3) student   z_S[t] = logits of S at (x, y_<t)   teacher forcing on its own words                  differentiable
-  (4) loss      L = 1/N sum_t D_t,  D_t = KL(p_S(.|t) || p_T(.|t)) = sum_v p_S(v) (log p_S(v) - log p_T(v))   exact, all of V
+  (4) loss      L = 1/N sum_t D_t,  D_t = KL(p_S(.|t) || p_T(.|t)) = sum_v p_S(v) (log p_S(v) - log p_T(v))   exact, every id that
+                                                    both vocabularies have
   (5) update    one AdamW step
 The transcripts of --data are never read: all that is learnt comes from the teacher.
 
@@ -113,10 +114,12 @@ def distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args) -> C
 # ---------------------------------------------------------------------------- the same in sft.py and distill.py (a test compares)
 
 def setup(args):
-    """Join the processes torchrun started, if any -> rank, world, device. Stops on SIGTERM are noticed, not obeyed at once."""
+    """Join the processes torchrun started, if any -> rank, world, device, and a list that SIGTERM makes non-empty."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     torch.manual_seed(args.seed)  # for random initial weights; every later draw is keyed on (seed, step, utterance)
@@ -126,7 +129,7 @@ def setup(args):
 
 
 def all_sum(values, device) -> list[float]:
-    """Sum numbers over all ranks; the one collective a log line needs."""
+    """Sum numbers over all ranks: all of a log line in one collective, and at each step the token count and the stop flag."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -173,7 +176,7 @@ def dev_error(asr, utterances, args, rank, world) -> float:
     hyps = model.transcribe(asr, utterances, rank, world, args.eval_batch, args.max_new_tokens)
     counts = [data.edit_counts(u.text, hyps[u.id]["hyp"], u.language) for u in utterances if u.id in hyps]
     errors, units = all_sum([sum(c.errors for c in counts), sum(c.units for c in counts)], asr.device)
-    return 100 * errors / units
+    return 100 * errors / units if units else math.nan
 
 
 class Log:
@@ -185,8 +188,8 @@ class Log:
         if rank == 0 and start == 0:
             self.path.unlink(missing_ok=True)
         elif rank == 0 and self.path.exists():  # steps after the restored one are about to be made again
-            kept = [row for row in map(json.loads, self.path.read_text().splitlines()) if row["step"] <= start]
-            data.write_jsonl(self.path, kept)
+            rows = [json.loads(line) for line in self.path.open() if line.endswith("}\n")]  # a killed run may leave half a line
+            data.write_jsonl(self.path, [row for row in rows if row["step"] <= start])
 
     def write(self, record):
         if self.rank == 0:
@@ -195,9 +198,9 @@ class Log:
             self.bar.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
 
 
-def save_best(asr, out, error, best, has_dev) -> float:
-    """Keep --out at the best checkpoint on dev (without --dev: at the newest one) -> the best error so far."""
-    if not has_dev or error < best:
+def save_best(asr, out, error, best) -> float:
+    """Keep --out at the best checkpoint on dev -> the best error so far."""
+    if error < best:
         model.save(asr, out)
     return min(error, best)
 
@@ -212,6 +215,9 @@ def distil(args):
     student = model.load(args.student, device)
     teacher = model.load(args.teacher, device)
     teacher.net.requires_grad_(False)
+    n_mels = [asr.net.config["whisper_config"]["num_mel_bins"] for asr in (student, teacher)]
+    if n_mels[0] != n_mels[1]:
+        raise ValueError(f"student and teacher read the same features, but take {n_mels[0]} and {n_mels[1]} mel bins")
     to_teacher = model.vocabulary_map(student, teacher)                         # (V,) student id -> teacher id, -1: none
     parameters = list(student.net.parameters())
     optimizer = optimizer_for(parameters, args)
@@ -221,7 +227,7 @@ def distil(args):
         raise FileExistsError(f"{args.out} holds an earlier run: continue it with --resume, or choose another --out")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     plan = data.Plan(data.measure(pool), args.batch, args.seed)
-    steps = data.Steps(pool, plan, args.micro_batch, rank, world, student.net.config["whisper_config"]["num_mel_bins"])
+    steps = data.Steps(pool, plan, args.micro_batch, rank, world, n_mels[0])
     if rank == 0:
         print(f"student {sum(map(torch.numel, parameters)):,} parameters, teacher {sum(map(torch.numel, teacher.net.parameters())):,}; "
               f"{int((to_teacher >= 0).sum())} of {len(student.tokenizer)} student ids have a twin; {len(pool)} clips, "
@@ -279,10 +285,11 @@ def distil(args):
                        "audio_per_sec": audio_sec / (time.time() - began)})
             sums, began = Counter(), time.time()
         if dev and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+            paused = time.time()
             error = dev_error(student, dev, args, rank, world)
             log.write({"step": step + 1, "dev_error": error})
-            best = save_best(student, args.out, error, best, True) if rank == 0 else min(error, best)
-            began = time.time()
+            best = save_best(student, args.out, error, best) if rank == 0 else min(error, best)
+            began += time.time() - paused
         if rank == 0 and ((step + 1) % args.save_every == 0 or done):
             model.save_training(args.out, step + 1, student, optimizer, info={"best": best})
         if stopping:
@@ -336,7 +343,7 @@ def demo(args, argv):
     report(folder, seconds)
 
 
-# Sizes of the demo's two models and their training, found on two CPU cores (README, "What the demo shows").
+# Sizes of the demo's two models and their training, found on two CPU cores (README, "What it shows").
 TEACHER = "--d_model 112 --encoder_layers 3 --lm_layers 2 --steps 1400 --batch 16 --lr 3e-3"
 BASE = "--d_model 80 --encoder_layers 2 --lm_layers 2 --steps 1200 --batch 16 --lr 3e-3"
 
@@ -358,8 +365,10 @@ def run_stage(root, name, stages) -> float:
     print(f"\n$ {stages[name][0]}", flush=True)
     before = json.loads(note.read_text()) if note.exists() else {}
     if not before and out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} was not made by the demo: choose another --out")
+        raise FileExistsError(f"{out} was not made by the demo itself (it has no stage.json): remove it, or choose another --out")
     if before.get("commands") != key:
+        if before:
+            print("  made before, by other commands: again", flush=True)
         shutil.rmtree(out, ignore_errors=True)
         before = {"commands": key, "seconds": 0.0, "done": False}
     if before["done"]:
@@ -375,10 +384,11 @@ def run_stage(root, name, stages) -> float:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}  # this process's own place under torchrun
     environment["OMP_NUM_THREADS"] = "1"  # what torchrun sets too, with a warning
     began = time.time()
-    if (code := subprocess.run(launcher + words, env=environment).returncode):
-        raise SystemExit(f"the command above ended with exit code {code}")
-    before |= {"seconds": before["seconds"] + time.time() - began, "done": True}
+    code = subprocess.run(launcher + words, env=environment).returncode
+    before |= {"seconds": before["seconds"] + time.time() - began, "done": code == 0}
     note.write_text(json.dumps(before, indent=2))
+    if code:
+        raise SystemExit(f"the command above ended with exit code {code}")
     return before["seconds"]
 
 
@@ -442,8 +452,8 @@ def draw_result(root, result):
     right.plot(*zip(*points), "o-", label="dev error, %")
     right.set(xlabel="OPD step", ylabel="dev error, %", ylim=(0, None), title="on-policy distillation")
     twin = right.twinx()
-    twin.plot(*zip(*losses), color="tab:gray", alpha=0.6, label="reverse KL")
-    twin.set(ylabel="KL(student || teacher), nats per token", ylim=(0, None))
+    twin.plot(*zip(*losses), color="tab:gray", alpha=0.6, label="divergence")
+    twin.set(ylabel="divergence from the teacher, nats per token", ylim=(0, None))
     for axis in (left, right, twin):
         axis.spines["top"].set_visible(False)
     figure.savefig(root / "result.png", dpi=110)

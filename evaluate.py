@@ -41,21 +41,20 @@ def score(utterances, results) -> list[dict]:
 
 
 def summarize(name, rows, audio_sec, seconds) -> list[dict]:
-    """Corpus rates of one manifest, one entry a language."""
+    """Corpus rates of one manifest, one entry a language. audio_sec and seconds are the whole manifest's."""
     groups, entries = defaultdict(list), []
     for row in rows:
         if "units" in row:
             groups[row["language"]].append(row)
     for language, group in sorted(groups.items()):
-        total = {k: sum(row[k] for row in group) for k in ("substitutions", "deletions", "insertions", "units")}
-        errors = [row["substitutions"] + row["deletions"] + row["insertions"] for row in group]
-        low, high = data.bootstrap(errors, [row["units"] for row in group])
+        counts = [data.Counts(*(row[field] for field in data.Counts._fields)) for row in group]
+        low, high = data.bootstrap([c.errors for c in counts], [c.units for c in counts])
         entries.append({
             "set": name, "language": language, "metric": "CER" if data.counts_characters(language) else "WER",
-            "rate": 100 * sum(errors) / total["units"] if total["units"] else None, "low": 100 * low, "high": 100 * high, **total,
-            "utterances": len(group), "sentence_error": 100 * sum(e > 0 for e in errors) / len(group),
-            "empty": sum(not row["hyp"] for row in group), "truncated": sum(not row["stopped"] for row in group),
-            "audio_sec": audio_sec, "seconds": seconds})
+            "rate": data.error_rate(counts), "low": 100 * low, "high": 100 * high,
+            **{field: sum(getattr(c, field) for c in counts) for field in data.Counts._fields}, "utterances": len(group),
+            "sentence_error": 100 * sum(c.errors > 0 for c in counts) / len(group), "empty": sum(not row["hyp"] for row in group),
+            "truncated": sum(not row["stopped"] for row in group), "set_audio_sec": audio_sec, "set_seconds": seconds})
     return entries
 
 
@@ -90,19 +89,20 @@ def main(args) -> None:
             dist.all_gather_object(parts, own)
         bar.close()
         rows = score(utterances, {i: result for part in parts for i, result in part.items()})
-        entries += summarize(Path(path).stem, rows, sum(data.measure(utterances)), time.time() - began)
-        all_rows += rows
+        if rank == 0:
+            entries += summarize(Path(path).stem, rows, sum(data.measure(utterances)), time.time() - began)
+            all_rows += rows
     if rank == 0:
-        for e in entries:
-            print(f"{e['set']:12} {e['language']:3} {e['utterances']:6} clips {e['units']:7} units  {e['metric']} {e['rate']:6.2f} % "
-                  f"[{e['low']:.2f}, {e['high']:.2f}]  {e['substitutions']} sub {e['deletions']} del {e['insertions']} ins  "
-                  f"sentences wrong {e['sentence_error']:.1f} %  empty {e['empty']}  cut {e['truncated']}  "
-                  f"{e['audio_sec'] / e['seconds']:.0f} x real time")
         out = Path(args.out)
         data.write_jsonl(out / "hyps.jsonl", [row | {"audio": os.path.relpath(row["audio"], out.absolute())} for row in all_rows])
         (out / "summary.json").write_text(json.dumps({
             "model": str(args.model), "data": args.data, "results": entries, "max_new_tokens": args.max_new_tokens,
             "normaliser": "data.normalize", "torch": torch.__version__}, indent=2))
+        for e in entries:
+            print(f"{e['set']:12} {e['language']:3} {e['utterances']:6} clips {e['units']:7} units  {e['metric']} {e['rate']:6.2f} % "
+                  f"[{e['low']:.2f}, {e['high']:.2f}]  {e['substitutions']} sub {e['deletions']} del {e['insertions']} ins  "
+                  f"sentences wrong {e['sentence_error']:.1f} %  empty {e['empty']}  cut {e['truncated']}  "
+                  f"set at {e['set_audio_sec'] / e['set_seconds']:.0f} x real time")
         if args.as_manifest:
             teacher_manifest(all_rows, args.as_manifest)
     if world > 1:

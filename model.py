@@ -15,8 +15,9 @@ D width of the LM, V its vocabulary. Prompts are padded on the left, responses o
 
 Weights have the names of the published ARK-ASR checkpoints and are read from safetensors only.
 
-Differs from the published model (numbers go on from distill.py): [dev 6] padding is masked after each convolution, in attention and in the merge, so that a row's
-output does not depend on its neighbours. On a clip alone the two are the same function.
+Differs from the published model (numbers go on from distill.py):
+  [dev 6] Padding is masked after each convolution, in attention and in the merge, so that a row's output does not depend on its
+          neighbours. On a clip alone the two are the same function.
 """
 
 import json
@@ -139,7 +140,8 @@ class Student(nn.Module):
     """Audio encoder and causal LM, built from a published-style config.json (a dict). `head` is tied to the embeddings."""
     def __init__(self, config: dict):
         super().__init__()
-        self.config, audio = config, config["whisper_config"]
+        self.config = config = {"tie_word_embeddings": True} | config
+        audio = config["whisper_config"]
         if config.get("mlp_adapter_act", "gelu") != "gelu" or config.get("adapter_type", "mlp") != "mlp" or not config.get("use_rope", True):
             raise ValueError("only the published encoder is written out here: use_rope=true, adapter_type='mlp', mlp_adapter_act='gelu'")
         ours = {"whisper_config", "merge_factor", "use_rope", "adapter_type", "mlp_adapter_act", "audio_token_id", "spec_aug",
@@ -200,8 +202,8 @@ def assemble(net: Student, tokenizer, device) -> ASR:
         if i is None or i >= n_rows:
             raise ValueError(f"the tokenizer has no usable {token!r} (id {i}, {n_rows} embeddings)")
     for token, key in ((AUDIO, "audio_token_id"), (EOS, "eos_token_id"), (PAD, "pad_token_id")):
-        if net.config[key] != ids[token]:
-            raise ValueError(f"config.json says {key} = {net.config[key]}, but the tokenizer has {token!r} at {ids[token]}")
+        if net.config.get(key) != ids[token]:
+            raise ValueError(f"config.json says {key} = {net.config.get(key)}, but the tokenizer has {token!r} at {ids[token]}")
     blocked = torch.zeros(n_rows, dtype=torch.bool)
     blocked[len(tokenizer):] = True
     for token, i in tokenizer.get_added_vocab().items():
@@ -255,11 +257,11 @@ def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device=
 def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
     """Write a checkpoint directory in the published layout: config.json, model.safetensors (fp32), tokenizer files.
 
-    Written beside `path` first. A new directory then appears whole, by one rename; in an existing one the files are swapped in
-    one by one, weights last (of one run only the weights ever change). extra: {"name.json" or "name.safetensors": dict}.
+    Written to a temporary folder first. A new directory then appears whole, by one rename; in an existing one the files are swapped
+    in one by one, weights last (of one run only the weights ever change). extra: {"name.json" or "name.safetensors": dict}.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    path = Path(path).absolute()
+    temporary = path / ".tmp" if path.exists() else path.with_name(path.name + ".tmp")  # on the same file system either way
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     (temporary / "config.json").write_text(json.dumps(asr.net.config, indent=2))
@@ -297,7 +299,7 @@ def load(path, device="cpu", dtype=torch.float32) -> ASR:
     tensors, expected = load_file(path / "model.safetensors"), net.state_dict()
     unread = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")  # published, and used by nothing
     tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v for k, v in tensors.items() if not k.startswith(unread)}
-    if config.get("tie_word_embeddings", True) and "lm.model.embed_tokens.weight" in tensors:
+    if net.config["tie_word_embeddings"] and "lm.model.embed_tokens.weight" in tensors:
         tensors["lm.lm_head.weight"] = tensors["lm.model.embed_tokens.weight"]
     wrong = [f"missing {k}" for k in expected if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in expected]
     wrong += [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}" for k, v in expected.items()
@@ -403,9 +405,16 @@ def draw(z, temperature, uniform):
     if temperature == 0:
         return z.argmax(-1)
     cdf = (z / temperature).softmax(-1).cumsum(-1)                                                                  # (B, V)
-    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 1e-6, and kept below it: the id found has p > 0.
+    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 1e-6, and kept below it: the id found has p > 0. (On a GPU
+    # cumsum is a parallel scan and need not rise to the last bit: there an id of p = 0 has a chance of the order of 1e-7.)
     point = torch.minimum(uniform * cdf[:, -1], torch.nextafter(cdf[:, -1], torch.zeros_like(cdf[:, -1])))
     return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+
+
+class Cache(StaticCache):
+    """A static cache in the values' dtype: under autocast RoPE returns keys in fp32, and transformers gives both buffers their dtype."""
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(values.dtype), values, *args, **kwargs)
 
 
 @torch.no_grad()
@@ -417,7 +426,7 @@ def generate(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms
     ask whether all rows are done: at every token on a CPU, at every eighth on a GPU.
     """
     n_rows, n_prompt = prompt.mask.shape
-    cache = StaticCache(config=asr.body.config, max_cache_len=n_prompt + max_new_tokens)
+    cache = Cache(config=asr.body.config, max_cache_len=n_prompt + max_new_tokens)
     keys = F.pad(prompt.mask, (0, max_new_tokens))                                                                  # (B, P+R)
     n_own = prompt.mask.sum(1, keepdim=True)                                                                        # (B, 1)
     ids = torch.full((n_rows, max_new_tokens), asr.pad_id, device=asr.device)                                       # (B, R)
@@ -426,19 +435,19 @@ def generate(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms
     uniforms = None if temperature == 0 else torch.as_tensor(uniforms, device=asr.device)
     look_every = 1 if asr.device.type == "cpu" else 8
     embeds, attend, positions = prompt.embeds, _causal_mask(keys, n_prompt), _positions(prompt.mask)
-    for t in range(max_new_tokens):
-        with asr.autocast():
+    with asr.autocast():  # around the whole loop: weights are cast to bf16 once, not at every token
+        for t in range(max_new_tokens):
             hidden = asr.body(inputs_embeds=embeds, attention_mask={"full_attention": attend}, position_ids=positions,
                               past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                      # (B, D)
             z = asr.head(hidden).float().masked_fill(asr.blocked, -math.inf)                                        # (B, V)
-        token = draw(z, temperature, None if uniforms is None else uniforms[:, t])                                  # (B,)
-        ids[:, t] = torch.where(live, token, asr.pad_id)
-        mask[:, t] = live
-        keys[:, n_prompt + t] = live
-        live = live & (token != asr.eos_id)
-        if t % look_every == look_every - 1 and not live.any():
-            break
-        embeds, attend, positions = asr.body.embed_tokens(ids[:, t:t + 1]), keys[:, None, None], n_own + t
+            token = draw(z, temperature, None if uniforms is None else uniforms[:, t])                              # (B,)
+            ids[:, t] = torch.where(live, token, asr.pad_id)
+            mask[:, t] = live
+            keys[:, n_prompt + t] = live
+            live = live & (token != asr.eos_id)
+            if t % look_every == look_every - 1 and not live.any():
+                break
+            embeds, attend, positions = asr.body.embed_tokens(ids[:, t:t + 1]), keys[:, None, None], n_own + t
     used = int(mask.any(0).sum())
     return ids[:, :used], mask[:, :used]
 

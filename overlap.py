@@ -11,6 +11,9 @@ tokens and tokens without a twin in the other vocabulary are removed:
     python overlap.py --student runs/x/sft --teacher runs/x/teacher --data test.jsonl --out runs/x/overlap
     torchrun --nproc_per_node 8 overlap.py --student ... (the same)
 
+The paper merges both top-k sets and then drops what is invalid; here invalid tokens make room for valid ones before. The two agree
+wherever no invalid token is among the most probable. The public code also removes stop tokens from the student's set.
+
 Rollouts are sampled at temperature 1, as in training, from uniforms keyed on (seed, utterance). --out receives overlap.json.
 """
 
@@ -62,8 +65,9 @@ def measure_batch(student, teacher, to_teacher, batch, args) -> dict[str, list[f
     row = scored.nonzero()[:, 0]                                                                                    # (N,) clip of each state
     sums = torch.zeros(len(ids), 1 + len(STATISTICS), dtype=torch.double, device=ids.device)
     for i in range(0, len(row), args.chunk):
-        z_s = student.head(hidden_s[i:i + args.chunk]).float().masked_fill(to_teacher < 0, -math.inf)               # (C, V)
-        z_t = model.map_logits(teacher.head(hidden_t[i:i + args.chunk]).float(), to_teacher)                        # (C, V)
+        with student.autocast():
+            z_s = student.head(hidden_s[i:i + args.chunk]).float().masked_fill(to_teacher < 0, -math.inf)           # (C, V)
+            z_t = model.map_logits(teacher.head(hidden_t[i:i + args.chunk]).float(), to_teacher)                    # (C, V)
         stats = overlap_stats(z_s, z_t, torch.ones(len(z_s), dtype=torch.bool, device=z_s.device), args.top_k)
         values = torch.stack([torch.ones_like(stats["kl"]), *(stats[name] for name in STATISTICS)], dim=1)          # (C, 7)
         sums.index_add_(0, row[i:i + args.chunk], values)

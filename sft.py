@@ -41,10 +41,12 @@ import model
 # ---------------------------------------------------------------------------- the same in sft.py and distill.py (a test compares)
 
 def setup(args):
-    """Join the processes torchrun started, if any -> rank, world, device. Stops on SIGTERM are noticed, not obeyed at once."""
+    """Join the processes torchrun started, if any -> rank, world, device, and a list that SIGTERM makes non-empty."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     torch.manual_seed(args.seed)  # for random initial weights; every later draw is keyed on (seed, step, utterance)
@@ -54,7 +56,7 @@ def setup(args):
 
 
 def all_sum(values, device) -> list[float]:
-    """Sum numbers over all ranks; the one collective a log line needs."""
+    """Sum numbers over all ranks: all of a log line in one collective, and at each step the token count and the stop flag."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -101,7 +103,7 @@ def dev_error(asr, utterances, args, rank, world) -> float:
     hyps = model.transcribe(asr, utterances, rank, world, args.eval_batch, args.max_new_tokens)
     counts = [data.edit_counts(u.text, hyps[u.id]["hyp"], u.language) for u in utterances if u.id in hyps]
     errors, units = all_sum([sum(c.errors for c in counts), sum(c.units for c in counts)], asr.device)
-    return 100 * errors / units
+    return 100 * errors / units if units else math.nan
 
 
 class Log:
@@ -113,8 +115,8 @@ class Log:
         if rank == 0 and start == 0:
             self.path.unlink(missing_ok=True)
         elif rank == 0 and self.path.exists():  # steps after the restored one are about to be made again
-            kept = [row for row in map(json.loads, self.path.read_text().splitlines()) if row["step"] <= start]
-            data.write_jsonl(self.path, kept)
+            rows = [json.loads(line) for line in self.path.open() if line.endswith("}\n")]  # a killed run may leave half a line
+            data.write_jsonl(self.path, [row for row in rows if row["step"] <= start])
 
     def write(self, record):
         if self.rank == 0:
@@ -123,9 +125,9 @@ class Log:
             self.bar.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
 
 
-def save_best(asr, out, error, best, has_dev) -> float:
-    """Keep --out at the best checkpoint on dev (without --dev: at the newest one) -> the best error so far."""
-    if not has_dev or error < best:
+def save_best(asr, out, error, best) -> float:
+    """Keep --out at the best checkpoint on dev -> the best error so far."""
+    if error < best:
         model.save(asr, out)
     return min(error, best)
 
@@ -170,7 +172,7 @@ def ctc_sum(ctc_head, prompt, responses, eos_id):
     fits = (need > 0) & (need <= prompt.n_audio.cpu())
     if not fits.any():
         return prompt.audio.sum() * 0.0, len(labels)
-    logp = ctc_head(prompt.audio[fits.to(prompt.audio.device)]).float().log_softmax(-1).transpose(0, 1)  # (A, B, V + 1)
+    logp = ctc_head(prompt.audio[fits.to(prompt.audio.device)].float()).log_softmax(-1).transpose(0, 1)  # (A, B, V + 1)
     kept = [row for row, ok in zip(labels, fits) if ok]
     loss = F.ctc_loss(logp, torch.cat(kept).to(logp.device), prompt.n_audio.cpu()[fits], torch.tensor([len(r) for r in kept]),
                       blank=ctc_head.out_features - 1, reduction="sum")
@@ -191,8 +193,9 @@ def main(args):
     dev = data.read_manifest(args.dev) if args.dev else []
     data.check_labelled(train + dev)
     asr = make_student(args, train, device)
-    ctc_head = nn.Linear(asr.head.in_features, asr.head.out_features + 1).to(device)  # thrown away after training
-    modules = {"ctc_head": ctc_head} if args.ctc else {}
+    modules = {}
+    if args.ctc:
+        modules["ctc_head"] = nn.Linear(asr.head.in_features, asr.head.out_features + 1).to(device)  # thrown away after training
     parameters = [p for m in (asr.net, *modules.values()) for p in m.parameters()]
     optimizer = optimizer_for(parameters, args)
     resumed = model.load_training(args.out, asr, optimizer, modules) if args.resume else None
@@ -218,11 +221,14 @@ def main(args):
             responses = [asr.encode_text(u.text) for u in batch.utterances]
             ids, mask = pad_responses(responses, asr.pad_id, device)
             prompt = model.encode(asr, batch)
-            ce = cross_entropy_sum(asr, model.response_hidden(asr, prompt, ids, mask), ids[mask])
-            ctc, skipped = ctc_sum(ctc_head, prompt, responses, asr.eos_id) if args.ctc else (ce * 0.0, 0)
-            (ce + args.ctc * ctc).backward()
+            loss = cross_entropy_sum(asr, model.response_hidden(asr, prompt, ids, mask), ids[mask])
+            sums.update({"loss": loss.detach(), "audio_sec": batch.audio_sec})
+            if args.ctc:
+                ctc, skipped = ctc_sum(modules["ctc_head"], prompt, responses, asr.eos_id)
+                loss = loss + args.ctc * ctc
+                sums.update({"ctc": ctc.detach(), "ctc_skipped": skipped})
+            loss.backward()
             n_tokens += sum(map(len, responses))
-            sums.update({"loss": ce.detach(), "ctc": ctc.detach(), "audio_sec": batch.audio_sec, "ctc_skipped": skipped})
         sums["tokens"] += n_tokens
 
         # ---- update: every response token of the step weighs 1 / N, whatever rank and micro-batch it landed in
@@ -248,10 +254,11 @@ def main(args):
                        "rejected": int(dropped)})
             sums, began = Counter(), time.time()
         if dev and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+            paused = time.time()
             error = dev_error(asr, dev, args, rank, world)
             log.write({"step": step + 1, "dev_error": error})
-            best = save_best(asr, args.out, error, best, True) if rank == 0 else min(error, best)
-            began = time.time()
+            best = save_best(asr, args.out, error, best) if rank == 0 else min(error, best)
+            began += time.time() - paused
         if rank == 0 and ((step + 1) % args.save_every == 0 or done):
             model.save_training(args.out, step + 1, asr, optimizer, modules, {"best": best})
         if stopping:

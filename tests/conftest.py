@@ -91,3 +91,10 @@ def checkpoints(tmp_path_factory, student, teacher):
     model.save(student, folder / "student")
     model.save(teacher, folder / "teacher")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_gradients_left(request):
+    """Models are shared by the session: what one test's backward leaves in them must not be added to the next one's."""
+    for name in {"student", "teacher"} & set(request.fixturenames):
+        request.getfixturevalue(name).net.zero_grad(set_to_none=True)

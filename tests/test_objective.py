@@ -259,7 +259,7 @@ def test_chunked_backward_equals_one_shot_autograd(student, teacher, foreign_tea
         logp = z_s.detach().log_softmax(-1)
         assert float(sums["entropy"]) == pytest.approx(-(logp.exp() * logp).sum().item(), rel=1e-4)
         for name, gradient in gradients(student).items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()) + 1e-8, msg=name)
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()) + 1e-8, msg=lambda text: f"{name}: {text}")
     assert all(p.grad is None for p in teacher.net.parameters()), "the teacher is frozen"
 
 
