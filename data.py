@@ -533,7 +533,8 @@ def main(args) -> None:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("corpus", choices=["demo"], help="what to make: demo = speech synthesised by espeak-ng")
     parser.add_argument("--out", default="runs/data", help="folder to write manifests and audio to (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides sentences, voices and noise (default: %(default)s)")

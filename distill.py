@@ -18,6 +18,7 @@ The transcripts of --data are never read: all that is learnt comes from the teac
 Differs from the paper (arXiv 2605.28139):
   [dev 1] Reverse KL over the full vocabulary. Eq. 1 is forward KL, KL(p_T || p_S), on the union of both top-k sets:
           --divergence forward --support union --top_k 32 --temperature 0
+          (Positions with fewer than two tokens in the union, which Eq. 1 leaves out, count here with D_t = 0.)
   [dev 2] Rollouts are sampled at temperature 1, the distribution that the loss is an expectation over; the paper decodes greedily.
   [dev 3] The teacher is given the student's token ids, mapped through equal token strings, not text that is tokenised again.
   [dev 4] One mean over the step's N tokens; the public code takes a mean per rank, then a mean over ranks.
@@ -446,21 +447,23 @@ def draw_result(root, result):
     left.set_xticks(range(3), ["teacher", "base student", "after OPD"])
     left.set(ylabel="test error, %", title="unseen voices and sentences (95 % intervals)")
     left.legend(frameon=False)
-    records = [json.loads(line) for line in (root / "opd" / "metrics.jsonl").open()]
-    points = [(r["step"], r["dev_error"]) for r in records if "dev_error" in r]
-    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    right.plot(*zip(*points), "o-", label="dev error, %")
-    right.set(xlabel="OPD step", ylabel="dev error, %", ylim=(0, None), title="on-policy distillation")
+    records = {name: [json.loads(line) for line in (root / name / "metrics.jsonl").open()] for name in ("base", "opd")}
+    start = min(r["dev_error"] for r in records["base"] if "dev_error" in r)  # the checkpoint that OPD starts from
+    right.plot(*zip((0, start), *((r["step"], r["dev_error"]) for r in records["opd"] if "dev_error" in r)), "o-")
+    right.set(xlabel="OPD step", ylim=(0, None), title="on-policy distillation")
+    right.set_ylabel("dev error, % (languages pooled)", color="tab:blue")
     twin = right.twinx()
-    twin.plot(*zip(*losses), color="tab:gray", alpha=0.6, label="divergence")
-    twin.set(ylabel="divergence from the teacher, nats per token", ylim=(0, None))
+    twin.plot(*zip(*((r["step"], r["loss"]) for r in records["opd"] if "loss" in r)), color="tab:gray")
+    twin.set(ylim=(0, None))
+    twin.set_ylabel("divergence from the teacher, nats per token", color="tab:gray")
     for axis in (left, right, twin):
         axis.spines["top"].set_visible(False)
     figure.savefig(root / "result.png", dpi=110)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",
                                                                 **(kw if "action" in kw else {"type": type(default)} | kw))
     add("--student", None, "checkpoint directory to start from; without it, the demo", type=str)

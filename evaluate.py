@@ -26,6 +26,17 @@ import data
 import model
 
 
+def check(sets) -> None:
+    """Raise ValueError, before any work, for what could not be scored or written afterwards: {path: utterances}."""
+    everything = [u for utterances in sets.values() for u in utterances]
+    for u in everything:
+        if u.text is not None and not u.language:
+            raise ValueError(f"{u.line}: {u.id}: no 'language', which decides between words and characters")
+    twice = [i for i, n in Counter(u.id for u in everything).items() if n > 1]
+    if twice:
+        raise ValueError(f"hyps.jsonl is one manifest: {len(twice)} ids stand in more than one set, such as {twice[0]!r}")
+
+
 def score(utterances, results) -> list[dict]:
     """One row a clip: the manifest's fields, "hyp", and edit counts where there is a reference. Missing ids raise."""
     rows = []
@@ -33,8 +44,6 @@ def score(utterances, results) -> list[dict]:
         row = {"id": u.id, "audio": u.audio, "text": u.text, "language": u.language, "duration": u.duration_sec, "start": u.start_sec,
                "speaker": u.speaker, **results[u.id]}
         if u.text is not None:
-            if not u.language:
-                raise ValueError(f"{u.line}: {u.id}: no 'language', which decides between words and characters")
             row |= data.edit_counts(u.text, row["hyp"], u.language)._asdict()
         rows.append({k: v for k, v in row.items() if v is not None and not (k == "start" and v == 0)})
     return rows
@@ -74,9 +83,7 @@ def main(args) -> None:
     if world > 1:
         dist.init_process_group("gloo")  # finished transcripts travel as Python objects; no tensor does
     sets = {path: data.read_manifest(path) for path in args.data}
-    twice = [i for i, n in Counter(u.id for utterances in sets.values() for u in utterances).items() if n > 1]
-    if twice:
-        raise ValueError(f"hyps.jsonl is one manifest: {len(twice)} ids stand in more than one set, such as {twice[0]!r}")
+    check(sets)
     asr = model.load(args.model, device)
     all_rows, entries = [], []
     for path, utterances in sets.items():
@@ -111,7 +118,8 @@ def main(args) -> None:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",
                                                                 **(kw if "action" in kw else {"type": type(default)} | kw))
     add("--model", None, "checkpoint directory, student or teacher", type=str, required=True)

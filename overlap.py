@@ -98,6 +98,8 @@ def main(args) -> None:
     if rank == 0:
         rows = [sums[u.id] for u in utterances]  # manifest order: the interval does not depend on how clips were shared out
         states = [row[0] for row in rows]
+        if not sum(states):
+            raise ValueError(f"{args.data}: no state could be scored: none of the rollouts' tokens has a twin in the teacher's vocabulary")
         result = {"student": str(args.student), "teacher": str(args.teacher), "data": args.data, "k": args.top_k, "seed": args.seed,
                   "temperature": args.temperature, "clips": len(rows), "states": int(sum(states)), "shared_ids": int((to_teacher >= 0).sum())}
         print(f"{len(rows)} clips, {result['states']} states, k = {args.top_k}, {result['shared_ids']} shared ids")
@@ -113,7 +115,8 @@ def main(args) -> None:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",
                                                                 **(kw if "action" in kw else {"type": type(default)} | kw))
     add("--student", None, "checkpoint directory; writes the rollouts", type=str, required=True)

@@ -338,6 +338,7 @@ def test_report(tmp_path, capsys):
         value = lambda x: {"mean": x, "low": x - 0.01, "high": x + 0.01}
         (tmp_path / "overlap" / name).mkdir(parents=True)
         (tmp_path / "overlap" / name / "overlap.json").write_text(json.dumps({"k": 32, "vuss": value(vuss), "overlap": value(2 - vuss / 32)}))
+    data.write_jsonl(tmp_path / "base" / "metrics.jsonl", [{"step": 900, "dev_error": 20.0}])
     data.write_jsonl(tmp_path / "opd" / "metrics.jsonl", [{"step": 25, "loss": 0.9}, {"step": 50, "loss": 0.5}, {"step": 50, "dev_error": 9.0}])
     seconds = {name: float(n) for n, name in enumerate(STAGES)}
     distill.report(tmp_path, seconds)
