@@ -4,8 +4,8 @@ For every batch of audio x:
   (1) rollout   y ~ p_S(. | x)                      the student writes a transcript, sampled          no gradient
   (2) teacher   z_T[t] = logits of T at (x, y_<t)   the teacher reads the same ids on the same audio  no gradient
   (3) student   z_S[t] = logits of S at (x, y_<t)   teacher forcing on its own words                  differentiable
-  (4) loss      L = 1/N sum_t D_t,  D_t = KL(p_S(.|t) || p_T(.|t)) = sum_v p_S(v) (log p_S(v) - log p_T(v))   exact, every id that
-                                                    both vocabularies have
+  (4) loss      L = 1/N sum_t D_t,  D_t = KL(p_S(.|t) || p_T(.|t)) = sum_v p_S(v) (log p_S(v) - log p_T(v))
+                                                    exact: v runs over every id that both vocabularies have
   (5) update    one AdamW step
 The transcripts of --data are never read: all that is learnt comes from the teacher.
 
@@ -183,7 +183,7 @@ def dev_error(asr, utterances, args, rank, world) -> float:
 class Log:
     """metrics.jsonl and a progress bar on rank 0; nothing on the others."""
     def __init__(self, args, rank, start):
-        self.path, self.rank, self.began = Path(args.out) / "metrics.jsonl", rank, time.time()
+        self.path, self.rank = Path(args.out) / "metrics.jsonl", rank
         self.bar = tqdm(total=args.steps, initial=start, desc=Path(args.out).name, unit="step", disable=rank > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 20)
         if rank == 0 and start == 0:
@@ -209,6 +209,7 @@ def save_best(asr, out, error, best) -> float:
 # ---------------------------------------------------------------------------- training
 
 def distil(args):
+    """The algorithm at the top of this file, one pass down the page a step."""
     rank, world, device, stop = setup(args)
     pool = data.read_manifest(args.data)
     dev = data.read_manifest(args.dev) if args.dev else []
@@ -462,6 +463,7 @@ def draw_result(root, result):
 
 
 def parse_args(argv=None):
+    """Flags -> namespace; defaults are the demo's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",

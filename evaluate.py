@@ -77,6 +77,7 @@ def teacher_manifest(rows, path) -> None:
 
 
 def main(args) -> None:
+    """Transcribe every set, score, print, write."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
@@ -118,6 +119,7 @@ def main(args) -> None:
 
 
 def parse_args(argv=None):
+    """Flags -> namespace; defaults are the demo's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",

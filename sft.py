@@ -109,7 +109,7 @@ def dev_error(asr, utterances, args, rank, world) -> float:
 class Log:
     """metrics.jsonl and a progress bar on rank 0; nothing on the others."""
     def __init__(self, args, rank, start):
-        self.path, self.rank, self.began = Path(args.out) / "metrics.jsonl", rank, time.time()
+        self.path, self.rank = Path(args.out) / "metrics.jsonl", rank
         self.bar = tqdm(total=args.steps, initial=start, desc=Path(args.out).name, unit="step", disable=rank > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 20)
         if rank == 0 and start == 0:
@@ -188,6 +188,7 @@ def make_student(args, train, device):
 
 
 def main(args):
+    """Train: see the top of this file."""
     rank, world, device, stop = setup(args)
     train = [u for path in args.data for u in data.read_manifest(path)]
     dev = data.read_manifest(args.dev) if args.dev else []
@@ -277,6 +278,7 @@ def main(args):
 
 
 def parse_args(argv=None):
+    """Flags -> namespace; defaults are the demo's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",
