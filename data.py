@@ -188,8 +188,16 @@ def load_audio(utterance: Utterance) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _mel_transform(n_mels):
-    return torchaudio.transforms.MelSpectrogram(
+    transform = torchaudio.transforms.MelSpectrogram(
         SAMPLE_RATE, n_fft=N_FFT, hop_length=HOP, f_min=0, f_max=8000, n_mels=n_mels, power=2, norm="slaney", mel_scale="slaney")
+    # Whisper's filters are computed in fp64 and then rounded; torchaudio's default fp32 differs by 2e-5 after the logarithm.
+    torch.set_default_dtype(torch.float64)
+    try:
+        filters = torchaudio.functional.melscale_fbanks(N_FFT // 2 + 1, 0.0, 8000.0, n_mels, SAMPLE_RATE, "slaney", "slaney")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    transform.mel_scale.fb = filters.float()
+    return transform
 
 
 def log_mel(audio: np.ndarray, n_mels: int = 128) -> torch.Tensor:
@@ -512,7 +520,8 @@ def make_demo(out, seed=0, sizes=(1100, 3500, 100, 500), n_voices=(6, 13, 6)) ->
     """Write OUT/{train,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn, same bytes for the same arguments.
 
     train: few voices, labelled. pool: more voices (train's among them), for distillation. dev, test: voices and sentences found
-    in neither, the same voices for every seed. Speed 180 to 225 words a minute (Mandarin 40 more), level -16 to -6 dBFS peak, white to dull noise at 25 to 40 dB below the speech.
+    in neither, the same voices for every seed. Speed 180 to 225 words a minute (Mandarin 40 more), level -16 to -6 dBFS peak,
+    white to dull noise at 25 to 40 dB below the speech.
     Each language has a fresh process of its own: espeak-ng repeats its bytes only for the same calls in the same order.
     """
     out, sizes = Path(out), dict(zip(("train", "pool", "dev", "test"), sizes))

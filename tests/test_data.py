@@ -240,13 +240,13 @@ def test_log_mel_is_whispers(name):
     assert mel.dtype == torch.float32 and mel.shape == (128, len(audio) // 160) == expected.shape
     difference = np.abs(mel.numpy() - expected)
     # transformers' own numpy and torch paths differ by 2e-5 in single bins near the floor.
-    assert difference.max() < 5e-5 and np.quantile(difference, 0.999) < 1e-5
+    assert difference.max() < 1e-5
 
 
 def test_log_mel_of_80_bins():
     audio = sound(np.random.default_rng(7), 0.7)
     expected = WhisperFeatureExtractor(feature_size=80)(audio, sampling_rate=RATE, padding=False, truncation=False, return_tensors="np").input_features[0]
-    np.testing.assert_allclose(data.log_mel(audio, 80).numpy(), expected, atol=5e-5)
+    np.testing.assert_allclose(data.log_mel(audio, 80).numpy(), expected, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------- batches
