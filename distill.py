@@ -419,11 +419,11 @@ def report(root, seconds):
 
     def cell(name, key, digits):
         if key not in result[name]:
-            return f"{'':22}"
+            return " " * 24
         bounds = result[name][f"{key}_interval"]
-        return f"{result[name][key]:{digits}f} [{bounds[0]:{digits}f}, {bounds[1]:{digits}f}]".ljust(22)
+        return f"{result[name][key]:{digits}f} [{bounds[0]:{digits}f}, {bounds[1]:{digits}f}]".ljust(24)
 
-    print(f"\n{'':9}{'WER en, %':22}{'CER zh, %':22}{'overlap@%d' % result['k']:22}{'VUSS':22}")
+    print(f"\n{'':9}{'WER en, %':24}{'CER zh, %':24}{'overlap@%d' % result['k']:24}VUSS")
     for name in ("teacher", "base", "opd"):
         print(f"{name:9}{cell(name, 'wer', '.2')}{cell(name, 'cer', '.2')}{cell(name, 'overlap', '.3')}{cell(name, 'vuss', '.2')}")
     change = result["base_minus_opd"]
