@@ -116,7 +116,7 @@ def main(args) -> None:
 
 
 def parse_args(argv=None):
-    """Flags -> namespace; defaults are the demo's."""
+    """Flags -> namespace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",
