@@ -27,7 +27,7 @@ import signal
 import sys
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -221,6 +221,7 @@ class Batch:
     mel: torch.Tensor                  # (B, n_mels, T) zeros after a row's own frames
     n_frames: torch.Tensor             # (B,) mel frames of each row
     rejected: list[tuple[str, str]]    # (reason, message) of clips that were left out
+    padded: dict[int, torch.Tensor] = field(default_factory=dict)  # row -> mel of the clip with zeros up to half a second: how Qwen3-ASR hears shorter ones
 
     @property
     def audio_sec(self) -> float:
@@ -261,22 +262,25 @@ def load_batch(utterances, n_mels=128, augment=None, keep_going=True) -> Batch:
 
     augment: optional function (mel (n_mels, T), utterance) -> mel.
     """
-    kept, mels, rejected = [], [], []
+    kept, mels, rejected, padded = [], [], [], {}
     for utterance in utterances:
         try:
-            mel = log_mel(load_audio(utterance), n_mels)  # (n_mels, T)
+            audio = load_audio(utterance)
+            mel = log_mel(audio, n_mels)  # (n_mels, T)
         except AudioError as error:
             if not keep_going:
                 raise
             rejected.append((error.reason, str(error)))
             continue
+        if len(audio) < SAMPLE_RATE // 2:
+            padded[len(kept)] = log_mel(np.pad(audio, (0, SAMPLE_RATE // 2 - len(audio))), n_mels)
         mels.append(augment(mel, utterance) if augment else mel)
         kept.append(utterance)
     n_frames = torch.tensor([mel.shape[1] for mel in mels], dtype=torch.long)
     batch = torch.zeros(len(mels), n_mels, int(n_frames.max()) if mels else 0)  # (B, n_mels, T)
     for row, mel in zip(batch, mels):
         row[:, :mel.shape[1]] = mel
-    return Batch(kept, batch, n_frames, rejected)
+    return Batch(kept, batch, n_frames, rejected, padded)
 
 
 class Steps(torch.utils.data.Dataset):
@@ -437,7 +441,7 @@ GRAMMAR = {
         patterns=["{verb}{colour}{thing}", "{where}有{number}个{thing}", "{name}有{number}个{thing}", "{colour}{thing}在{where}",
                   "{when}{verb}{number}个{thing}"],
         verb="拿来 找到 打开 修理 洗净 藏好".split(), colour="红色 绿色 黄色 黑色 白色 紫色".split(),
-        thing="台灯 桌子 窗户 篮子 铅笔 相机".split(), number="两 三 五 六 七 九".split(),
+        thing="台灯 桌子 窗户 篮子 铅笔 书包".split(), number="两 三 五 七 八 九".split(),
         name="小明 李华 王芳 张伟".split(), where="桥下 厨房 河边 车站".split(), when="今天 明天 今晚".split()),
 }
 
@@ -516,7 +520,7 @@ def speak_language(language, out, seed, sizes, n_voices) -> dict[str, list[dict]
     return rows
 
 
-def make_demo(out, seed=0, sizes=(1100, 3500, 100, 500), n_voices=(6, 13, 6)) -> None:
+def make_demo(out, seed=0, sizes=(1000, 3500, 100, 500), n_voices=(6, 13, 6)) -> None:
     """Write OUT/{train,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn, same bytes for the same arguments.
 
     train: few voices, labelled. pool: more voices (train's among them), for distillation. dev, test: voices and sentences found

@@ -36,6 +36,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -208,18 +209,23 @@ def save_best(asr, out, error, best) -> float:
 
 # ---------------------------------------------------------------------------- training
 
+def load_pair(args, device):
+    """-> student in fp32, teacher frozen: in bf16 on a GPU, in fp32 on a CPU."""
+    student = model.load_student(args.student, device)
+    teacher = model.load(args.teacher, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    teacher.net.requires_grad_(False)
+    if student.n_mels != teacher.n_mels:
+        raise ValueError(f"student and teacher read the same features, but take {student.n_mels} and {teacher.n_mels} mel bins")
+    return student, teacher
+
+
 def distil(args):
     """The algorithm at the top of this file, one pass down the page a step."""
     rank, world, device, stop = setup(args)
     pool = data.read_manifest(args.data)
     dev = data.read_manifest(args.dev) if args.dev else []
     data.check_labelled(dev)
-    student = model.load(args.student, device)
-    teacher = model.load(args.teacher, device)
-    teacher.net.requires_grad_(False)
-    n_mels = [asr.net.config["whisper_config"]["num_mel_bins"] for asr in (student, teacher)]
-    if n_mels[0] != n_mels[1]:
-        raise ValueError(f"student and teacher read the same features, but take {n_mels[0]} and {n_mels[1]} mel bins")
+    student, teacher = load_pair(args, device)
     to_teacher = model.vocabulary_map(student, teacher)                         # (V,) student id -> teacher id, -1: none
     parameters = list(student.net.parameters())
     optimizer = optimizer_for(parameters, args)
@@ -229,7 +235,7 @@ def distil(args):
         raise FileExistsError(f"{args.out} holds an earlier run: continue it with --resume, or choose another --out")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     plan = data.Plan(data.measure(pool), args.batch, args.seed)
-    steps = data.Steps(pool, plan, args.micro_batch, rank, world, n_mels[0])
+    steps = data.Steps(pool, plan, args.micro_batch, rank, world, student.n_mels)
     if rank == 0:
         print(f"student {sum(map(torch.numel, parameters)):,} parameters, teacher {sum(map(torch.numel, teacher.net.parameters())):,}; "
               f"{int((to_teacher >= 0).sum())} of {len(student.tokenizer)} student ids have a twin; {len(pool)} clips, "
@@ -259,7 +265,7 @@ def distil(args):
             n_tokens += len(hidden_s)
             sums.update(batch_sums)
             sums.update({"audio_sec": batch.audio_sec, "clips": len(ids), "no_twin": (mask & ~scored).sum(),
-                         "truncated": (~((ids == student.eos_id) & mask).any(1)).sum()})
+                         "truncated": (~(student.stop[ids] & mask).any(1)).sum()})
         sums["tokens"] += n_tokens
 
         # ---- (5) update: every token of the step weighs 1 / N, whatever rank and micro-batch it landed in              [dev 4]
@@ -309,6 +315,83 @@ def distil(args):
         raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
 
 
+# ---------------------------------------------------------------------------- --check
+
+def check(args):
+    """One step's worth of everything without an update; stops with the numbers if student and teacher do not fit together.
+
+    A teacher given the right audio and the right ids finds a reference far likelier than another clip's. A wrong vocabulary map, a
+    wrong prompt, random weights or unheard audio all bring the two together. Reads transcripts (of --dev, else --data) where it can.
+    """
+    rank, world, device, _ = setup(args)
+    student, teacher = load_pair(args, device)
+    to_teacher, same = model.vocabulary_map(student, teacher), model.vocabulary_map(student, student)
+    batch = data.load_batch(data.read_manifest(args.dev or args.data)[:args.batch], student.n_mels)
+    prompt = model.encode(student, batch)
+    uniforms = data.keyed_uniforms(args.seed, 0, [u.id for u in batch.utterances], args.max_new_tokens)
+    ids, mask = model.generate(student, prompt, args.max_new_tokens, args.temperature, uniforms)                # (B, R)
+    scored = mask & (to_teacher[ids] >= 0).cumprod(1).bool()                                                    # (B, R)
+    with torch.no_grad():
+        prompt_t = model.encode(teacher, batch)
+        again = model.response_hidden(student, model.encode(student, batch), ids, mask)                         # (M, D)
+
+    @torch.no_grad()
+    def logp_teacher(ids, mask):
+        """Mean log p_T of the ids under the mask, nats per token."""
+        ids, mask = ids.to(device), mask.to(device)
+        hidden, y, total = model.response_hidden(teacher, prompt_t, to_teacher[ids].clamp(min=0), mask), ids[mask], 0.0
+        for i in range(0, len(y), args.chunk):
+            z_t = model.map_logits(teacher.head(hidden[i:i + args.chunk]).float(), to_teacher)                  # (C, V)
+            total += z_t.log_softmax(-1).gather(-1, y[i:i + args.chunk, None]).sum().item()
+        return total / max(1, len(y))
+
+    def logp_texts(texts):
+        rows = [student.encode_text(text) for text in texts]
+        padded = torch.tensor([row + [student.pad_id] * (max(map(len, rows)) - len(row)) for row in rows])      # (B, R)
+        own = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        return logp_teacher(padded, own & (to_teacher[padded.to(device)] >= 0).cumprod(1).bool().cpu())
+
+    hidden_s = model.response_hidden(student, prompt, ids, mask)                                                # (M, D)
+    with torch.no_grad():
+        hidden_t = model.response_hidden(teacher, prompt_t, to_teacher[ids].clamp(min=0), scored)               # (N, D_t)
+    itself = distil_backward(student, hidden_s, student, again, same, args)
+    student.net.zero_grad(set_to_none=True)
+    hidden_s = model.response_hidden(student, model.encode(student, batch), ids, mask)[scored[mask]]            # (N, D)
+    sums, n = distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args), max(1, len(hidden_s))
+    grad_norm = nn.utils.clip_grad_norm_([p for p in student.net.parameters() if p.grad is not None], math.inf).item() / n
+    texts = [u.text for u in batch.utterances]
+    reference = shuffled = None
+    if all(texts) and len(set(texts)) > 1:
+        order = sorted(range(len(texts)), key=texts.__getitem__)  # half way round the sorted texts stands another text
+        turned = dict(zip(order, order[len(order) // 2:] + order[:len(order) // 2]))
+        reference, shuffled = logp_texts(texts), logp_texts([texts[turned[i]] for i in range(len(texts))])
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    shown = lambda value: "no transcripts to try" if value is None else f"{value:.3f} nats per token"
+    table = {
+        "clips": f"{len(batch.utterances)}, {batch.audio_sec:.1f} s; rejected {len(batch.rejected)}",
+        "ids shared": f"{int((to_teacher >= 0).sum())} of {int((~student.blocked).sum())} that the student may write",
+        "rollouts": f"{int(mask.sum())} tokens; {int((mask & ~scored).sum())} not scored for want of a twin",
+        "teacher's prompt ends": " ".join(sorted({repr(teacher.tokenizer.decode(s)[-40:]) for s in teacher.suffixes(batch, None, None)})),
+        "log p_T of rollouts": shown(logp_teacher(ids, scored)),
+        "log p_T of references": shown(reference),
+        "log p_T of other clips' references": shown(shuffled),
+        "D_t, student against itself": f"{float(itself['loss']) / max(1, int(mask.sum())):.2e} nats per token",
+        f"D_t, {args.divergence}, {args.support}": f"{float(sums['loss']) / n:.3f} nats per token",
+        "gradient norm": f"{grad_norm:.3f}",
+        "peak memory": f"{peak / 2 ** 30:.2f} GiB"}
+    if rank == 0:
+        for name, value in table.items():
+            print(f"{name:36} {value}")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if abs(float(itself["loss"])) > 1e-6 * max(1, int(mask.sum())):
+        raise SystemExit("student and teacher forward disagree on the student itself: its divergence from itself should be 0")
+    if reference is not None and reference < shuffled + 1.0:
+        raise SystemExit(f"the teacher does not know this audio: references {reference:.3f}, other clips' references {shuffled:.3f} nats per "
+                         "token; expected a nat or more between them. Wrong checkpoint, wrong language, or wrong transcripts?")
+
+
 # ---------------------------------------------------------------------------- the demo: every stage, from nothing to a table
 
 def demo(args, argv):
@@ -346,7 +429,7 @@ def demo(args, argv):
 
 
 # Sizes of the demo's two models and their training, found on two CPU cores (README, "What it shows").
-TEACHER = "--d_model 112 --encoder_layers 3 --lm_layers 2 --steps 1400 --batch 16 --lr 3e-3"
+TEACHER = "--d_model 112 --encoder_layers 3 --lm_layers 2 --steps 1800 --batch 16 --lr 3e-3"
 BASE = "--d_model 80 --encoder_layers 2 --lm_layers 2 --steps 1200 --batch 16 --lr 3e-3"
 
 
@@ -473,6 +556,7 @@ def parse_args(argv=None):
     add("--data", None, "manifest of audio to distil on; transcripts are not read", type=str)
     add("--dev", None, "manifest to measure the error rate on while training", type=str)
     add("--out", None, "folder to write to (the demo: runs/demo)", type=str)
+    add("--check", False, "try student and teacher on one batch, print what was verified, train nothing", action="store_true")
     add("--resume", False, "continue from the newest state in --out, if there is one", action="store_true")
     add("--seed", 0, "decides data order and rollouts")
     add("--device", "auto", "auto, cpu or cuda")
@@ -486,7 +570,7 @@ def parse_args(argv=None):
     add("--tau", 1.0, "temperature of both distributions inside the divergence")
     add("--chunk", 256, "rows whose logits exist at a time")
     # optimisation
-    add("--steps", 500, "optimiser updates")
+    add("--steps", 600, "optimiser updates")
     add("--batch", 16, "utterances a step, over all processes")
     add("--micro_batch", 16, "utterances a forward; lower it when out of memory, the update stays the same")
     add("--lr", 1e-3, "peak learning rate")
@@ -501,14 +585,16 @@ def parse_args(argv=None):
     add("--workers", 1, "loader processes a rank")
     args = parser.parse_args(argv)
     given = [args.student, args.teacher, args.data]
-    if any(given) and not (all(given) and args.out):
+    if any(given) and not (all(given) and (args.out or args.check)):
         parser.error("give --student, --teacher, --data and --out together; none of the first three runs the demo")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.student:
+    if args.check and args.student:
+        check(args)
+    elif args.student:
         distil(args)
     else:
         demo(args, sys.argv[1:] if argv is None else argv)

@@ -6,6 +6,12 @@
     prompt     <|user|><|begin_of_audio|><|audio|> x A<|end_of_audio|>Please transcribe this audio.<|assistant|>
     response   transcript<|im_end|>
 
+The other family, Qwen3-ASR, is transformers' own; it is a teacher here, never trained:
+
+    prompt     <|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|><|audio_pad|> x A<|audio_end|><|im_end|>\n
+               <|im_start|>assistant\nlanguage English<asr_text>
+    response   transcript<|im_end|>
+
 Shapes: B utterances, T mel frames, A audio tokens, P prompt columns, R response columns, N response tokens packed over the batch,
 D width of the LM, V its vocabulary. Prompts are padded on the left, responses on the right, so that in every row
 
@@ -13,7 +19,7 @@ D width of the LM, V its vocabulary. Prompts are padded on the left, responses o
     input_ids   prompt         y_0    y_1   ...   y_{R-1} (= EOS)
     hidden[c] predicts column c+1: rows P-1 ... P+R-2 predict y_0 ... y_{R-1}
 
-Weights have the names of the published ARK-ASR checkpoints and are read from safetensors only.
+Weights have the names of the published ARK-ASR checkpoints and are read from safetensors only; no code of a checkpoint is ever run.
 
 Differs from the published model (numbers go on from distill.py):
   [dev 6] Padding is masked after each convolution, in attention and in the merge, so that a row's output does not depend on its
@@ -25,15 +31,19 @@ import math
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ASRConfig,
+                          Qwen3ASRForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM, StaticCache)
+from transformers.models.qwen3_asr.processing_qwen3_asr import LANGUAGE_CODE_TO_NAME
 
 import data
 
@@ -116,12 +126,12 @@ class WhisperEncoder(nn.Module):
 
 class AudioEncoder(nn.Module):
     """Encoder + adapter: log-mel (B, n_mels, T) -> audio embeddings (B, A, D) and how many are a row's own (B,)."""
-    def __init__(self, n_mels, d_model, layers, heads, ffn, lm_width, merge=4):
+    def __init__(self, n_mels, d_model, layers, heads, ffn, lm_width, merge=4, act=nn.GELU):
         super().__init__()
         self.merge = merge
         self.whisper = WhisperEncoder(n_mels, d_model, layers, heads, ffn)
         self.layer_norm = nn.LayerNorm(d_model)  # takes the place of the encoder's own last LayerNorm
-        self.adapting = nn.Sequential(nn.Linear(d_model * merge, 2 * lm_width), nn.GELU(), nn.Linear(2 * lm_width, lm_width))
+        self.adapting = nn.Sequential(nn.Linear(d_model * merge, 2 * lm_width), act(), nn.Linear(2 * lm_width, lm_width))
 
     def n_tokens(self, n_frames):
         """Audio tokens of a clip: 100 frames/s -> 50 -> 12.5 tokens/s; what is left over is dropped; at least one."""
@@ -136,41 +146,61 @@ class AudioEncoder(nn.Module):
         return self.adapting(x.unflatten(1, (-1, self.merge)).flatten(2)), n_tokens      # (B, A, D)
 
 
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "selu": nn.SELU}
+LANGUAGE_MODELS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+
+
 class Student(nn.Module):
-    """Audio encoder and causal LM, built from a published-style config.json (a dict). `head` is tied to the embeddings."""
+    """Audio encoder and causal LM, built from a published-style config.json (a dict). `head` is tied to the embeddings.
+
+    One key more than the published ones: lm_type "qwen3" for an LM with norms on queries and keys (absent: qwen2).
+    """
     def __init__(self, config: dict):
         super().__init__()
         self.config = config = {"tie_word_embeddings": True} | config
-        audio = config["whisper_config"]
-        if config.get("mlp_adapter_act", "gelu") != "gelu" or config.get("adapter_type", "mlp") != "mlp" or not config.get("use_rope", True):
-            raise ValueError("only the published encoder is written out here: use_rope=true, adapter_type='mlp', mlp_adapter_act='gelu'")
+        audio, act, lm_type = config["whisper_config"], config.get("mlp_adapter_act", "gelu"), config.get("lm_type", "qwen2")
+        if config.get("adapter_type", "mlp") != "mlp" or not config.get("use_rope", True):
+            raise ValueError("only the published encoder is written out here: use_rope=true, adapter_type='mlp'")
+        for key, value, known in (("mlp_adapter_act", act, ACTIVATIONS), ("lm_type", lm_type, LANGUAGE_MODELS)):
+            if value not in known:
+                raise ValueError(f"{key} {value!r}: expected one of {', '.join(known)}")
         ours = {"whisper_config", "merge_factor", "use_rope", "adapter_type", "mlp_adapter_act", "audio_token_id", "spec_aug",
-                "max_whisper_length", "architectures", "auto_map", "model_type", "rope_theta", "dtype", "torch_dtype"}
+                "max_whisper_length", "architectures", "auto_map", "model_type", "rope_theta", "dtype", "torch_dtype", "lm_type"}
         lm_config = {k: v for k, v in config.items() if k not in ours}
-        lm_config.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)})
-        self.lm = Qwen2ForCausalLM(Qwen2Config(**lm_config, attn_implementation="sdpa"))
+        if not lm_config.get("rope_parameters"):  # the older spelling
+            lm_config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)}
+        make_config, make_lm = LANGUAGE_MODELS[lm_type]
+        self.lm = make_lm(make_config(**lm_config, attn_implementation="sdpa"))
+        if set(self.lm.config.layer_types) != {"full_attention"}:
+            raise ValueError("the LM of config.json has sliding-window layers: not written out here")
         self.audio_encoder = AudioEncoder(audio["num_mel_bins"], audio["d_model"], audio["encoder_layers"],
                                           audio["encoder_attention_heads"], audio["encoder_ffn_dim"],
-                                          config["hidden_size"], config.get("merge_factor", 4))
+                                          config["hidden_size"], config.get("merge_factor", 4), ACTIVATIONS[act])
 
 
 # ---------------------------------------------------------------------------- a model with its tokenizer
 
 @dataclass
 class ASR:
-    """A recogniser: what every script needs to run a model without knowing its family."""
-    net: Student
+    """A recogniser: what every script needs to run a model without knowing its family. This one is a student."""
+    net: nn.Module
     tokenizer: PreTrainedTokenizerFast
     prefix_ids: list[int]     # prompt before the audio
     suffix_ids: list[int]     # prompt after the audio
     eos_id: int
     pad_id: int
     audio_id: int
+    stop: torch.Tensor        # (V,) True for ids that end a transcript: EOS, and what else the checkpoint ends at
     blocked: torch.Tensor     # (V,) True for ids that no transcript may contain: special tokens, padded tail of the vocabulary
+    companions: dict[str, str] = field(default_factory=dict)  # further text files of the checkpoint, for its publisher's own code
 
     @property
     def device(self):
         return self.blocked.device
+
+    @property
+    def n_mels(self):
+        return self.net.config["whisper_config"]["num_mel_bins"]
 
     @property
     def body(self):           # inputs_embeds -> last hidden state (B, columns, D)
@@ -180,39 +210,140 @@ class ASR:
     def head(self):           # hidden (N, D) -> logits (N, V)
         return self.net.lm.lm_head
 
+    def hear(self, batch: data.Batch):
+        """-> audio embeddings (B, A, D), how many are a row's own (B,)."""
+        return self.net.audio_encoder(batch.mel.to(self.device, self.head.weight.dtype), batch.n_frames.to(self.device))
+
+    def suffixes(self, batch: data.Batch, audio, n_audio) -> list[list[int]]:
+        """What follows the audio in each row's prompt."""
+        return [self.suffix_ids] * len(batch.utterances)
+
+    def prompt_ids(self, n_audio, suffix) -> list[int]:
+        """One row's prompt, a placeholder for each of its n_audio audio embeddings."""
+        return [*self.prefix_ids, *[self.audio_id] * n_audio, *suffix]
+
     def autocast(self):
         """bf16 arithmetic on a GPU over fp32 weights (untested on hardware here); nothing on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
+    @cached_property
+    def plain(self) -> Tokenizer:
+        """The tokenizer without its added tokens: whatever a text looks like, it stays text."""
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
+
     def encode_text(self, text: str) -> list[int]:
-        """Transcript -> ids of the response, EOS included. Text that looks like a special token stays text."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) + [self.eos_id]
+        """Transcript -> ids of the response, EOS included. No text can inject a special token."""
+        return self.plain.encode(text, add_special_tokens=False).ids + [self.eos_id]
 
     def decode(self, ids, mask) -> list[str]:
-        """Response ids and mask (B, R) -> transcripts, without EOS."""
-        rows = [[i for i, m in zip(row, keep) if m and i != self.eos_id] for row, keep in zip(ids.tolist(), mask.tolist())]
-        return [self.tokenizer.decode(row) for row in rows]
+        """Response ids and mask (B, R) -> transcripts, without what ended them."""
+        keep = mask & ~self.stop[ids]
+        return [self.tokenizer.decode([i for i, k in zip(row, own) if k]) for row, own in zip(ids.tolist(), keep.tolist())]
 
 
-def assemble(net: Student, tokenizer, device) -> ASR:
-    """Join network and tokenizer; check that every token of the prompt is what the config says. Raises ValueError naming the token."""
-    vocabulary, n_rows = tokenizer.get_vocab(), net.config["vocab_size"]
-    ids = {token: vocabulary.get(token) for token in SPECIAL}
+@dataclass
+class Qwen3ASR(ASR):
+    """A Qwen3-ASR checkpoint in transformers' native classes. Its prompt names the language of the audio."""
+    languages: dict = field(default_factory=dict)  # clip -> ids of "language X<asr_text>" that the model itself wrote
+
+    @property
+    def n_mels(self):
+        return self.net.config.audio_config.num_mel_bins
+
+    @property
+    def body(self):
+        return self.net.model.language_model
+
+    @property
+    def head(self):
+        return self.net.lm_head
+
+    def hear(self, batch):
+        """The audio tower takes whole seconds of 100 frames, zeros behind a clip's own; clips below half a second are padded before."""
+        chunk = 2 * self.net.config.audio_config.n_window
+        n_frames = torch.tensor([batch.padded[i].shape[1] if i in batch.padded else n for i, n in enumerate(batch.n_frames.tolist())])
+        mel = batch.mel.new_zeros(len(n_frames), self.n_mels, -(-int(n_frames.max()) // chunk) * chunk)         # (B, n_mels, T)
+        mel[:, :, :batch.mel.shape[2]] = batch.mel
+        for i, features in batch.padded.items():
+            mel[i, :, :features.shape[1]] = features
+        own = torch.arange(mel.shape[2]) < n_frames[:, None]                                                     # (B, T)
+        packed = self.net.get_audio_features(mel.to(self.device, self.head.weight.dtype), own.long().to(self.device)).pooler_output
+        r = n_frames % chunk  # a whole second gives 13 tokens, the rest goes through three convolutions of stride 2
+        n_audio = n_frames // chunk * 13 + ((((r + 1) // 2) + 1) // 2 + 1) // 2
+        return nn.utils.rnn.pad_sequence(packed.split(n_audio.tolist()), batch_first=True), n_audio.to(self.device)
+
+    def suffixes(self, batch, audio, n_audio):
+        """The manifest's language, else the one the model itself hears in the clip (asked once a clip). Never the student's text."""
+        key = lambda u: (u.audio, u.start_sec, u.duration_sec)
+        unknown = [i for i, u in enumerate(batch.utterances) if not u.language and key(u) not in self.languages]
+        if unknown:
+            tag = self.tokenizer.convert_tokens_to_ids("<asr_text>")
+            only_tag = torch.arange(len(self.stop), device=self.device) == tag
+            listener = replace(self, stop=only_tag, blocked=(self.blocked | self.stop) & ~only_tag)
+            prompt = place(self, [self.prompt_ids(n, self.suffix_ids) for n in n_audio[unknown].tolist()], audio[unknown], n_audio[unknown])
+            ids, mask = generate(listener, prompt, max_new_tokens=12)
+            for i, row, own in zip(unknown, ids.tolist(), mask.tolist()):
+                written = [t for t, m in zip(row, own) if m]
+                if written[-1] != tag:
+                    raise ValueError(f"{batch.utterances[i].line}: the teacher wrote {self.tokenizer.decode(written)!r} where it should name "
+                                     f"the language of {batch.utterances[i].audio}; give it in the manifest's field `language`")
+                self.languages[key(batch.utterances[i])] = written
+        return [self.suffix_ids + (self.language_ids(u) if u.language else self.languages[key(u)]) for u in batch.utterances]
+
+    def language_ids(self, utterance: data.Utterance) -> list[int]:
+        """Ids of "language X<asr_text>" for the manifest's code or name. Raises ValueError for a language the model doesn't know."""
+        spelled, code = utterance.language.lower(), re.split("[-_]", utterance.language.lower())[0]
+        names = LANGUAGE_CODE_TO_NAME | {"cmn": "Chinese", "tl": "Filipino"} | {name.lower(): name for name in LANGUAGE_CODE_TO_NAME.values()}
+        name = names.get(spelled) or names.get(code)
+        if name is None:
+            raise ValueError(f"{utterance.line}: language {utterance.language!r} is not one of Qwen3-ASR's: "
+                             f"{', '.join(f'{c} {n}' for c, n in LANGUAGE_CODE_TO_NAME.items())}")
+        return self.plain.encode(f"language {name}").ids + [self.tokenizer.convert_tokens_to_ids("<asr_text>")]
+
+
+def special_ids(tokenizer, tokens, n_rows) -> dict[str, int]:
+    """Ids of the prompt's special tokens. Raises ValueError naming the one that the tokenizer lacks or the embeddings don't reach."""
+    vocabulary = tokenizer.get_vocab()
+    ids = {token: vocabulary.get(token) for token in tokens}
     for token, i in ids.items():
         if i is None or i >= n_rows:
             raise ValueError(f"the tokenizer has no usable {token!r} (id {i}, {n_rows} embeddings)")
-    for token, key in ((AUDIO, "audio_token_id"), (EOS, "eos_token_id"), (PAD, "pad_token_id")):
-        if net.config.get(key) != ids[token]:
-            raise ValueError(f"config.json says {key} = {net.config.get(key)}, but the tokenizer has {token!r} at {ids[token]}")
-    blocked = torch.zeros(n_rows, dtype=torch.bool)
+    return ids
+
+
+def stop_and_blocked(tokenizer, stop_ids, n_rows, device):
+    """-> stop, blocked, each (V,) bool: ids that end a transcript; ids that can't stand in one.
+
+    Blocked are the special tokens, every added token spelled <...> and what lies past the tokenizer, but for those that stop.
+    """
+    stop, blocked = torch.zeros(2, n_rows, dtype=torch.bool)
+    stop[list(stop_ids)] = True
     blocked[len(tokenizer):] = True
-    for token, i in tokenizer.get_added_vocab().items():
-        if re.fullmatch(r"<.*>", token) and token != EOS and i < n_rows:
-            blocked[i] = True
+    added = [i for token, i in tokenizer.get_added_vocab().items() if re.fullmatch(r"<.*>", token)]
+    blocked[[i for i in {*added, *tokenizer.all_special_ids} if i < n_rows]] = True
+    return stop.to(device), (blocked & ~stop).to(device)
+
+
+def as_set(ids) -> set[int]:
+    """eos_token_id of a config, None, a number or a list -> set."""
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
+def assemble(net: Student, tokenizer, device, companions=None) -> ASR:
+    """Join network and tokenizer; check that every token of the prompt is what the config says. Raises ValueError naming the token."""
+    n_rows = net.config["vocab_size"]
+    ids = special_ids(tokenizer, SPECIAL, n_rows)
+    stop_ids = as_set(net.config.get("eos_token_id")) | as_set(json.loads((companions or {}).get("generation_config.json", "{}")).get("eos_token_id"))
+    for token, key, said in ((AUDIO, "audio_token_id", as_set(net.config.get("audio_token_id"))), (EOS, "eos_token_id", stop_ids),
+                             (PAD, "pad_token_id", as_set(net.config.get("pad_token_id")))):
+        if ids[token] not in said:
+            raise ValueError(f"config.json says {key} = {net.config.get(key)}, but the tokenizer has {token!r} at {ids[token]}")
+    stop, blocked = stop_and_blocked(tokenizer, stop_ids, n_rows, device)
     instruction = tokenizer.encode(INSTRUCTION, add_special_tokens=False)
     return ASR(net.to(device), tokenizer, prefix_ids=[ids["<|user|>"], ids["<|begin_of_audio|>"]],
                suffix_ids=[ids["<|end_of_audio|>"], *instruction, ids["<|assistant|>"]], eos_id=ids[EOS], pad_id=ids[PAD],
-               audio_id=ids[AUDIO], blocked=blocked.to(device))
+               audio_id=ids[AUDIO], stop=stop, blocked=blocked, companions=companions or {})
 
 
 def train_tokenizer(texts, vocab_size) -> PreTrainedTokenizerFast:
@@ -255,7 +386,8 @@ def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device=
 # ---------------------------------------------------------------------------- save and load
 
 def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
-    """Write a checkpoint directory in the published layout: config.json, model.safetensors (fp32), tokenizer files.
+    """Write a checkpoint directory in the published layout: config.json, model.safetensors (fp32), tokenizer files, and what other
+    text files the checkpoint came with (its publisher's code and settings: carried along, never run).
 
     Written to a temporary folder first. A new directory then appears whole, by one rename; in an existing one the files are swapped
     in one by one, weights last (of one run only the weights ever change). extra: {"name.json" or "name.safetensors": dict}.
@@ -264,6 +396,8 @@ def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
     temporary = path / ".tmp" if path.exists() else path.with_name(path.name + ".tmp")  # on the same file system either way
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    for name, text in asr.companions.items():
+        (temporary / name).write_text(text, encoding="utf-8")
     (temporary / "config.json").write_text(json.dumps(asr.net.config, indent=2))
     asr.tokenizer.save_pretrained(temporary)
     tensors = {k.removeprefix("lm."): v.detach().cpu().contiguous() for k, v in asr.net.state_dict().items()}
@@ -282,32 +416,218 @@ def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
     temporary.rmdir()
 
 
+COMPANIONS = """generation_config.json preprocessor_config.json processor_config.json chat_template.jinja added_tokens.json
+special_tokens_map.json vocab.json merges.txt""".split()
+
+
+def find(name) -> Path:
+    """A checkpoint directory, or the Hub id "owner/name" of one -> its local folder. Code files (*.py) come along and are never run."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        if not (Path(name) / "config.json").exists():
+            raise FileNotFoundError(f"{name}: no config.json there, so it is not a checkpoint directory")
+        return Path(name)
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]))
+    except Exception as error:  # offline, unknown, gated: one line is enough
+        raise FileNotFoundError(f"{name}: no such directory, and not to be had from the Hub ({type(error).__name__}: {error})") from error
+
+
 def load_tokenizer(path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint directory."""
-    return PreTrainedTokenizerFast.from_pretrained(path)
+    """The tokenizer of a checkpoint: tokenizer.json, or Qwen's vocab.json and merges.txt."""
+    path = find(path)
+    return (PreTrainedTokenizerFast if (path / "tokenizer.json").exists() else Qwen2Tokenizer).from_pretrained(path)
 
 
-def load(path, device="cpu", dtype=torch.float32) -> ASR:
-    """Read a checkpoint directory. Any missing, unexpected or misshapen weight is an error that lists it."""
-    path = Path(path)
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path}: no config.json there, so it is not a checkpoint directory")
-    config = json.loads((path / "config.json").read_text())
-    if config.get("model_type") != "arkasr":
-        raise ValueError(f"{path}/config.json: model_type {config.get('model_type')!r} is not known; expected 'arkasr'")
-    net = Student(config)
-    tensors, expected = load_file(path / "model.safetensors"), net.state_dict()
-    unread = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")  # published, and used by nothing
-    tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v for k, v in tensors.items() if not k.startswith(unread)}
-    if net.config["tie_word_embeddings"] and "lm.model.embed_tokens.weight" in tensors:
-        tensors["lm.lm_head.weight"] = tensors["lm.model.embed_tokens.weight"]
+def read_weights(path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint directory: one model.safetensors, or the shards that its index lists."""
+    index = path / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if not (path / files[0]).exists() and index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    absent = [file for file in files if not (path / file).exists()]
+    if absent:
+        raise FileNotFoundError(f"{path}: {', '.join(absent)} not found; weights are read from safetensors only")
+    return {k: v for file in files for k, v in load_file(path / file).items()}
+
+
+def fill(net, tensors, where) -> None:
+    """Put tensors into a network built on the meta device. A missing, unexpected or misshapen weight is an error that lists all of them."""
+    expected = net.state_dict()
     wrong = [f"missing {k}" for k in expected if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in expected]
     wrong += [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}" for k, v in expected.items()
               if k in tensors and tensors[k].shape != v.shape]
     if wrong:
-        raise ValueError(f"{path}/model.safetensors does not fit its config.json:\n  " + "\n  ".join(wrong))
-    net.load_state_dict(tensors)
-    return assemble(net.to(dtype), load_tokenizer(path), device)
+        raise ValueError(f"{where}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
+    net.load_state_dict(tensors, assign=True)
+
+
+def empty_student(config) -> Student:
+    """A student on the meta device: no memory is taken, nothing is drawn that a checkpoint would overwrite."""
+    with torch.device("meta"):
+        net = Student(config)
+    net.lm.model.rotary_emb = type(net.lm.model.rotary_emb)(config=net.lm.config)  # its angles stand in no checkpoint
+    return net
+
+
+def load(name, device="cpu", dtype=torch.float32) -> ASR:
+    """Read a checkpoint, a directory or a Hub id: a student (ARK-ASR's layout) or a Qwen3-ASR (both of its layouts).
+
+    Students are trained in fp32, whatever the checkpoint's dtype; a frozen teacher may be read in bf16. Raises FileNotFoundError,
+    and ValueError that names every weight, token or key that does not fit.
+    """
+    path = find(name)
+    config = json.loads((path / "config.json").read_text())
+    if config.get("model_type") == "qwen3_asr":
+        return load_qwen3_asr(path, config, device, dtype)
+    if config.get("model_type") != "arkasr":
+        raise ValueError(f"{path}/config.json: model_type {config.get('model_type')!r} is not known; expected 'arkasr' or 'qwen3_asr'")
+    net = empty_student(config)
+    unread = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")  # published, and used by nothing
+    tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v.to(dtype) for k, v in read_weights(path).items()
+               if not k.startswith(unread)}
+    if net.config["tie_word_embeddings"] and "lm.model.embed_tokens.weight" in tensors:
+        tensors["lm.lm_head.weight"] = tensors["lm.model.embed_tokens.weight"]  # stored or not, it is the same matrix
+    fill(net, tensors, path)
+    net.lm.tie_weights()
+    companions = {f.name: f.read_text(encoding="utf-8") for f in sorted(path.iterdir()) if f.name in COMPANIONS or f.suffix == ".py"}
+    return assemble(net, load_tokenizer(path), device, companions)
+
+
+def load_student(name, device) -> ASR:
+    """A checkpoint to train. Raises ValueError if it is not a student."""
+    asr = load(name, device)
+    if not isinstance(asr.net, Student):
+        raise ValueError(f"{name} is a Qwen3-ASR checkpoint: it can teach and be evaluated, but only students (model_type 'arkasr') are trained")
+    return asr
+
+
+# ---------------------------------------------------------------------------- Qwen3-ASR
+
+# The original repositories' names -> transformers' names.
+QWEN3_ASR_KEYS = {
+    r"^thinker\.model\.": "model.language_model.", r"^thinker\.lm_head\.": "lm_head.",
+    r"^thinker\.audio_tower\.proj1\.": "model.multi_modal_projector.linear_1.",
+    r"^thinker\.audio_tower\.proj2\.": "model.multi_modal_projector.linear_2.", r"^thinker\.audio_tower\.": "model.audio_tower."}
+
+
+def qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
+    """config.json of either layout -> transformers' config. The original one nests everything in thinker_config."""
+    if "thinker_config" not in config:
+        return Qwen3ASRConfig(**{k: v for k, v in config.items() if k not in ("model_type", "architectures", "transformers_version")})
+    thinker = config["thinker_config"]
+    known = lambda section, cls: {k: v for k, v in thinker[section].items() if k in cls.__dataclass_fields__ and k != "model_type"}
+    native = Qwen3ASRConfig()
+    text = known("text_config", Qwen3Config)
+    theta = thinker["text_config"].get("rope_theta") or (thinker["text_config"].get("rope_parameters") or {})["rope_theta"]
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}  # its M-RoPE gives all three axes the same position
+    tied = thinker["text_config"].get("tie_word_embeddings", thinker.get("tie_word_embeddings", True))
+    return Qwen3ASRConfig(
+        audio_config={"model_type": "qwen3_asr_encoder"} | known("audio_config", type(native.audio_config)),
+        text_config={"model_type": "qwen3"} | text, audio_token_id=thinker.get("audio_token_id", native.audio_token_id),
+        tie_word_embeddings=tied)
+
+
+def load_qwen3_asr(path, config, device, dtype) -> Qwen3ASR:
+    """Read a Qwen3-ASR directory. transformers would fill what it doesn't find with random numbers: here that is an error."""
+    net, report = Qwen3ASRForConditionalGeneration.from_pretrained(
+        path, config=qwen3_asr_config(config), key_mapping=QWEN3_ASR_KEYS if "thinker_config" in config else None, dtype=dtype,
+        attn_implementation="sdpa", use_safetensors=True, output_loading_info=True)
+    wrong = [f"{kind.removesuffix('_keys')} {key}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+             for key in sorted(map(str, report[kind]))]
+    if wrong:
+        raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
+    tokenizer, n_rows = load_tokenizer(path), net.config.text_config.vocab_size
+    tokens = ["<|im_start|>", EOS, "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>", "<asr_text>"]
+    start, eos, audio_start, audio_pad, audio_end, _ = special_ids(tokenizer, tokens, n_rows).values()
+    if net.config.audio_token_id != audio_pad:
+        raise ValueError(f"config.json says audio_token_id = {net.config.audio_token_id}, but the tokenizer has '<|audio_pad|>' at {audio_pad}")
+    text = lambda words: tokenizer.encode(words, add_special_tokens=False)
+    turn = lambda role: [start, *text(role + "\n")]
+    stop, blocked = stop_and_blocked(tokenizer, {eos} | as_set(net.config.eos_token_id), n_rows, device)
+    return Qwen3ASR(net.eval().to(device), tokenizer, prefix_ids=[*turn("system"), eos, *text("\n"), *turn("user"), audio_start],
+                    suffix_ids=[audio_end, eos, *text("\n"), *turn("assistant")], eos_id=eos, pad_id=eos, audio_id=audio_pad,
+                    stop=stop, blocked=blocked)
+
+
+# ---------------------------------------------------------------------------- a student from parts
+
+def interleave_rope(weight, heads):
+    """Undo transformers' row order of q and k: of each head's rows, first half [0, 2, .., 1, 3, ..] -> [0, 1, 2, 3, ..]; weight or bias."""
+    rows = weight.unflatten(0, (heads, -1)).clone()                                       # (heads, head_dim, ...)
+    n = rows.shape[1] // 2
+    rows[:, 0:n:2], rows[:, 1:n:2] = rows[:, :n // 2].clone(), rows[:, n // 2:n].clone()
+    return rows.flatten(0, 1)
+
+
+def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Encoder of a GLM-ASR (transformers' or its original layout), ARK-ASR or Whisper checkpoint -> whisper_config, weights by our names.
+
+    Whisper adds a table of positions where this encoder turns queries and keys: its weights fit, and the positions have to be learnt anew.
+    """
+    path = find(name)
+    config, tensors = json.loads((path / "config.json").read_text()), read_weights(path)
+    if config.get("model_type") == "glmasr":
+        audio = config["audio_config"]
+        shape = dict(d_model=audio["hidden_size"], encoder_layers=audio["num_hidden_layers"], encoder_attention_heads=audio["num_attention_heads"],
+                     encoder_ffn_dim=audio["intermediate_size"], num_mel_bins=audio.get("num_mel_bins", 128))
+        rope = audio.get("rope_parameters") or {}
+        if (rope.get("rope_theta", 1e4), rope.get("partial_rotary_factor", 0.5)) != (1e4, 0.5):
+            raise ValueError(f"{path}/config.json: rope_parameters {rope}; expected theta 10000 on half of each head")
+        prefix, new_names = "model.audio_tower.", {
+            ".o_proj.": ".out_proj.", ".input_layernorm.": ".self_attn_layer_norm.", ".post_attention_layernorm.": ".final_layer_norm.",
+            ".mlp.fc": ".fc", "whisper.norm.": "layer_norm."}
+    else:
+        shape = config.get("whisper_config", config)
+        shape = {k: shape[k] for k in ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins")}
+        prefix = next((p for p in ("audio_encoder.whisper.", "model.encoder.", "encoder.") if p + "conv1.weight" in tensors), None)
+        if prefix is None:
+            raise ValueError(f"{path}: no Whisper-shaped encoder among its weights, such as {sorted(tensors)[:3]}")
+        new_names = {"whisper.layer_norm.": "layer_norm."} if prefix != "audio_encoder.whisper." else {}
+    ours = {}
+    for key, value in tensors.items():
+        if key.startswith(prefix):
+            new = "whisper." + key.removeprefix(prefix)
+            for old_part, new_part in new_names.items():
+                new = new.replace(old_part, new_part) if old_part[0] == "." or new.startswith(old_part) else new
+            turned = config.get("model_type") == "glmasr" and re.search(r"\.[qk]_proj\.", new)
+            ours[new] = interleave_rope(value, shape["encoder_attention_heads"]) if turned else value
+    ours |= {k.removeprefix("audio_encoder."): v for k, v in tensors.items() if k.startswith("audio_encoder.layer_norm.")}
+    return shape, {k: v for k, v in ours.items() if not k.startswith(("whisper.embed_positions.", "whisper.layer_norm."))}
+
+
+def student_from_parts(encoder, lm, device="cpu") -> ASR:
+    """A fresh student from a trained audio encoder and a trained Qwen2, Qwen2.5 or Qwen3 causal LM; the adapter is new (torch's generator).
+
+    Tokens of the prompt that the LM's tokenizer lacks are added; their embeddings start at the mean of the text's, with its spread.
+    """
+    path = find(lm)
+    lm_config, tokenizer = json.loads((path / "config.json").read_text()), load_tokenizer(path)
+    if lm_config.get("model_type") not in LANGUAGE_MODELS:
+        raise ValueError(f"{path}/config.json: model_type {lm_config.get('model_type')!r}; expected one of {', '.join(LANGUAGE_MODELS)}")
+    n_old = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL if token not in tokenizer.get_vocab()])
+    shape, encoder_tensors = read_encoder(encoder)
+    n_rows = max(lm_config["vocab_size"], -(-len(tokenizer) // 64) * 64)
+    ids = special_ids(tokenizer, SPECIAL, n_rows)
+    net = empty_student(lm_config | {
+        "architectures": ["ArkasrForConditionalGeneration"], "model_type": "arkasr", "lm_type": lm_config["model_type"],
+        "vocab_size": n_rows, "whisper_config": shape | {"max_source_positions": 1500}, "adapter_type": "mlp", "merge_factor": 4,
+        "use_rope": True, "mlp_adapter_act": "gelu", "spec_aug": False, "max_whisper_length": 1500, "audio_token_id": ids[AUDIO],
+        "bos_token_id": ids[PAD], "eos_token_id": ids[EOS], "pad_token_id": ids[PAD]})
+    tensors = {"lm." + k: v.float() for k, v in read_weights(path).items()}
+    table = tensors["lm.model.embed_tokens.weight"]                                       # (rows, D)
+    fresh = table[:n_old].mean(0) + table[:n_old].std(0) * torch.randn(n_rows - n_old, table.shape[1])
+    table = tensors["lm.model.embed_tokens.weight"] = torch.cat([table[:n_old], fresh])
+    if net.config["tie_word_embeddings"]:
+        tensors["lm.lm_head.weight"] = table
+    else:
+        head = tensors["lm.lm_head.weight"]
+        tensors["lm.lm_head.weight"] = torch.cat([head[:n_old], head[:n_old].mean(0).expand(n_rows - n_old, -1)])
+    adapter = nn.Sequential(*(nn.Linear(m.in_features, m.out_features) if isinstance(m, nn.Linear) else m for m in net.audio_encoder.adapting))
+    tensors |= {"audio_encoder." + k: v.float() for k, v in encoder_tensors.items()}
+    fill(net, tensors | {"audio_encoder.adapting." + k: v.detach() for k, v in adapter.state_dict().items()}, f"{encoder} and {lm}")
+    net.lm.tie_weights()
+    return assemble(net, tokenizer, device)
 
 
 def save_training(out, step, asr, optimizer, modules=None, info=None) -> None:
@@ -358,8 +678,13 @@ class Prompt:
 def encode(asr: ASR, batch: data.Batch) -> Prompt:
     """Run the audio encoder once and place its output in the prompt. Differentiable."""
     with asr.autocast():
-        audio, n_audio = asr.net.audio_encoder(batch.mel.to(asr.device, asr.head.weight.dtype), batch.n_frames.to(asr.device))
-    rows = [asr.prefix_ids + [asr.audio_id] * n + asr.suffix_ids for n in n_audio.tolist()]
+        audio, n_audio = asr.hear(batch)
+    suffixes = asr.suffixes(batch, audio, n_audio)
+    return place(asr, [asr.prompt_ids(n, suffix) for n, suffix in zip(n_audio.tolist(), suffixes)], audio, n_audio)
+
+
+def place(asr: ASR, rows, audio, n_audio) -> Prompt:
+    """Prompt ids (lists, one a row) and audio embeddings (B, A, D) -> left-padded prompts with the audio in place."""
     width = max(map(len, rows))
     ids = torch.tensor([[asr.pad_id] * (width - len(row)) + row for row in rows], device=asr.device)               # (B, P)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=asr.device)     # (B, P)
@@ -444,7 +769,7 @@ def generate(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms
             ids[:, t] = torch.where(live, token, asr.pad_id)
             mask[:, t] = live
             keys[:, n_prompt + t] = live
-            live = live & (token != asr.eos_id)
+            live = live & ~asr.stop[token]
             if t % look_every == look_every - 1 and not live.any():
                 break
             embeds, attend, positions = asr.body.embed_tokens(ids[:, t:t + 1]), keys[:, None, None], n_own + t
@@ -462,9 +787,9 @@ def transcribe(asr: ASR, utterances, rank=0, world=1, micro_batch=16, max_new_to
     order = [utterances[i] for i in sorted(range(len(utterances)), key=durations.__getitem__)]
     results = {}
     for start in range(rank * micro_batch, len(order), world * micro_batch):
-        batch = data.load_batch(order[start:start + micro_batch], asr.net.config["whisper_config"]["num_mel_bins"], keep_going=False)
+        batch = data.load_batch(order[start:start + micro_batch], asr.n_mels, keep_going=False)
         ids, mask = generate(asr, encode(asr, batch), max_new_tokens)
-        stopped = ((ids == asr.eos_id) & mask).any(1).tolist()
+        stopped = (asr.stop[ids] & mask).any(1).tolist()
         for utterance, hyp, stop, n in zip(batch.utterances, asr.decode(ids, mask), stopped, mask.sum(1).tolist()):
             results[utterance.id] = {"hyp": hyp.strip(), "stopped": stop, "n_tokens": n}
         if progress:

@@ -88,7 +88,7 @@ def main(args) -> None:
     order = [utterances[i] for i in sorted(range(len(utterances)), key=durations.__getitem__)]
     sums, bar = {}, tqdm(total=len(order), desc="overlap", unit="clip", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 20)
     for start in range(rank * args.batch, len(order), world * args.batch):
-        batch = data.load_batch(order[start:start + args.batch], student.net.config["whisper_config"]["num_mel_bins"], keep_going=False)
+        batch = data.load_batch(order[start:start + args.batch], student.n_mels, keep_going=False)
         sums |= measure_batch(student, teacher, to_teacher, batch, args)
         bar.update(min(len(batch.utterances) * world, bar.total - bar.n))
     bar.close()

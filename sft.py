@@ -180,9 +180,11 @@ def ctc_sum(ctc_head, prompt, responses, eos_id):
 
 
 def make_student(args, train, device):
-    """--student DIR, or --init random with --tokenizer DIR or one trained on the transcripts."""
+    """--student, or --init_encoder with --init_lm, or --init random with --tokenizer or one trained on the transcripts."""
     if args.student:
-        return model.load(args.student, device)
+        return model.load_student(args.student, device)
+    if args.init_encoder:
+        return model.student_from_parts(args.init_encoder, args.init_lm, device)
     tokenizer = model.load_tokenizer(args.tokenizer) if args.tokenizer else model.train_tokenizer((u.text for u in train), args.vocab_size)
     return model.random_student(tokenizer, args.d_model, args.encoder_layers, args.lm_layers, args.heads, device)
 
@@ -206,7 +208,7 @@ def main(args):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     plan = data.Plan(data.measure(train), args.batch, args.seed)
     augment = partial(spec_augment, seed=args.seed) if args.spec_augment else None
-    steps = data.Steps(train, plan, args.micro_batch, rank, world, asr.net.config["whisper_config"]["num_mel_bins"], augment)
+    steps = data.Steps(train, plan, args.micro_batch, rank, world, asr.n_mels, augment)
     if rank == 0:
         print(f"{sum(p.numel() for p in asr.net.parameters()):,} parameters, {len(train)} clips, {plan.steps_per_epoch} steps an epoch, "
               f"{args.batch} clips a step over {world} process(es) in micro-batches of {args.micro_batch}, on {device}")
@@ -290,8 +292,10 @@ def parse_args(argv=None):
     add("--seed", 0, "decides weights, data order and augmentation")
     add("--device", "auto", "auto, cpu or cuda")
     # student
-    add("--student", None, "checkpoint directory to start from", type=str)
-    add("--init", None, "start from random weights of the size below instead", type=str, choices=["random"])
+    add("--student", None, "checkpoint to start from, a directory or a Hub id", type=str)
+    add("--init_encoder", None, "or: encoder of a GLM-ASR, ARK-ASR or Whisper checkpoint, with --init_lm and a new adapter", type=str)
+    add("--init_lm", None, "Qwen2, Qwen2.5 or Qwen3 causal LM to put behind it", type=str)
+    add("--init", None, "or: random weights of the size below", type=str, choices=["random"])
     add("--tokenizer", None, "checkpoint directory to take the tokenizer from (else one is trained on --data)", type=str)
     add("--vocab_size", 640, "size of that trained tokenizer")
     add("--d_model", 144, "width of encoder and LM")
@@ -316,8 +320,10 @@ def parse_args(argv=None):
     add("--max_new_tokens", 64, "longest transcript in dev decoding, tokens")
     add("--workers", 1, "loader processes a rank")
     args = parser.parse_args(argv)
-    if bool(args.student) == bool(args.init):
-        parser.error("give either --student DIR or --init random")
+    if bool(args.init_encoder) != bool(args.init_lm):
+        parser.error("--init_encoder and --init_lm go together")
+    if sum(map(bool, (args.student, args.init_encoder, args.init))) != 1:
+        parser.error("give one of --student, --init_encoder with --init_lm, and --init random")
     return args
 
 
