@@ -6,7 +6,11 @@ In reading order:
   3. features   Whisper's log-mel, 100 frames a second              log_mel
   4. batches    a pure function of (seed, step): resume is free     Plan, Steps, loader
   5. metric     normalised text, edit counts, bootstrap interval    normalize, edit_counts, bootstrap
-  6. demo       a bilingual corpus spoken by espeak-ng              python data.py demo --out DIR
+  6. corpora    manifests for corpora that lie on disk              python data.py NAME ROOT OUT
+  7. demo       a bilingual corpus spoken by espeak-ng              python data.py demo --out DIR --seed N
+
+NAME is librispeech, aishell1, wenetspeech or folder (any folder of audio; the transcript of x.wav is x.txt, where there is one;
+`python data.py folder ROOT OUT --language CODE`). ROOT is where it was unpacked, OUT the folder for the manifests; audio stays in place.
 
 A manifest line (paths are relative to the manifest's own folder):
   {"id": "en-17", "audio": "wav/en-17.wav", "text": "put two cups on the shelf", "language": "en"}
@@ -26,7 +30,7 @@ import re
 import signal
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -120,7 +124,8 @@ def write_jsonl(path, rows) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(temporary, path)
 
 
@@ -419,7 +424,175 @@ def bootstrap(numerators, denominators, n=10_000, seed=0) -> tuple[float, float]
     return float(low), float(high)
 
 
-# ---------------------------------------------------------------------------- 6. demo corpus
+# ---------------------------------------------------------------------------- 6. corpora
+
+# Each corpus is a generator of (name of a manifest, row). The row's audio is an absolute path; a row without "duration" is a whole file,
+# whose header is read later; a row with "left_out": REASON goes into no manifest and is counted.
+
+AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
+WENETSPEECH = {"L": "train", "M": "train_m", "S": "train_s", "DEV": "dev", "TEST_NET": "test_net", "TEST_MEETING": "test_meeting"}
+
+
+def _read_text(path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file; expected {path}")
+    try:
+        return path.read_text(encoding="utf-8-sig")  # -sig: without the mark that some editors put at the start
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8: {error}") from None
+
+
+def _read_transcripts(path, glue) -> dict[str, str]:
+    """Lines of an id and words -> {id: words joined by `glue`}."""
+    texts = {}
+    for number, words in enumerate(map(str.split, _read_text(path).split("\n")), 1):
+        if words and words[0] in texts:
+            raise ValueError(f"{path}:{number}: expected one line an utterance, {words[0]!r} already has one")
+        if words:
+            texts[words[0]] = glue.join(words[1:])
+    return texts
+
+
+def _whole_file(audio, text, **more) -> dict:
+    row = {"id": audio.stem, "audio": str(audio), "text": text} | more
+    reason = "no audio file" if not audio.is_file() else "no transcript" if not text else None
+    return row | {"left_out": reason} if reason else row
+
+
+def librispeech(root):
+    """ROOT or ROOT/LibriSpeech holds SUBSET/SPEAKER/CHAPTER/: SPEAKER-CHAPTER.trans.txt, SPEAKER-CHAPTER-NNNN.flac. A manifest a SUBSET found.
+
+    Text is in capitals, as published. Raises FileNotFoundError if there is no chapter, or a chapter has no .trans.txt.
+    """
+    home = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
+    chapters = sorted(p for kind in ("train", "dev", "test") for p in home.glob(f"{kind}-*/*/*") if p.is_dir())
+    if not chapters:
+        raise FileNotFoundError(f"{root}: no LibriSpeech; expected folders like {home}/dev-clean/84/121123 (SUBSET/SPEAKER/CHAPTER)")
+    for chapter in chapters:
+        subset, speaker = chapter.parts[-3:-1]
+        texts = _read_transcripts(chapter / f"{speaker}-{chapter.name}.trans.txt", " ")
+        for name in sorted(texts.keys() | {p.stem for p in chapter.glob("*.flac")}):
+            yield subset, _whole_file(chapter / f"{name}.flac", texts.get(name), language="en", speaker=speaker)
+
+
+def aishell1(root):
+    """ROOT or ROOT/data_aishell holds transcript/aishell_transcript_v0.8.txt, wav/{train,dev,test}/SPEAKER/*.wav. A manifest a split found.
+
+    Words are joined. Some published wavs have no transcript: left out. Raises FileNotFoundError without transcripts or wavs.
+    """
+    home = root / "data_aishell"
+    if not home.is_dir() and (root.name == "data_aishell" or (root / "transcript").is_dir()):
+        home = root
+    texts = _read_transcripts(home / "transcript" / "aishell_transcript_v0.8.txt", "")
+    wavs = [wav for split in ("train", "dev", "test") for wav in sorted((home / "wav" / split).glob("*/*.wav"))]
+    if not wavs:
+        raise FileNotFoundError(f"{home}: no audio; expected {home}/wav/{{train,dev,test}}/SPEAKER/*.wav (unpack wav/*.tar.gz there)")
+    for wav in wavs:
+        yield wav.parts[-3], _whole_file(wav, texts.get(wav.stem), language="zh", speaker=wav.parts[-2])
+    for name in sorted(texts.keys() - {wav.stem for wav in wavs}):
+        yield "transcript", {"audio": name, "left_out": "no audio file"}
+
+
+def _wenetspeech_audios(path, chunk=1 << 22):
+    """Yield the objects of "audios" one by one: the published file has 6 GB and would take tens as a whole."""
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    with open(path, encoding="utf-8") as file:
+        text = file.read(chunk)
+        found = re.search(r'"audios"\s*:\s*\[', text)
+        if not found:
+            raise ValueError(f'{path}: expected {{"audios": [...]}}, found {text[:80]!r}')
+        at = found.end()
+        while True:
+            at = space.match(text, at).end()
+            if text[at:at + 1] == "]":
+                return
+            try:
+                audio, at = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:  # the object goes on in the next chunk, or is broken
+                more = file.read(chunk)
+                if not more or error.pos < len(text) - chunk:
+                    raise ValueError(f"{path}: cut off or not JSON ({error.msg}): {text[error.pos:error.pos + 80]!r}") from None
+                text, at = text[at:] + more, 0
+            else:
+                yield audio
+
+
+def wenetspeech(root):
+    """ROOT holds WenetSpeech.json and the .opus files at the paths it names. Manifests of segments: train (L), train_m and train_s (M, S;
+    parts of L), dev, test_net, test_meeting. L whole needs about 10 GB of memory here, and as much to read.
+
+    Raises FileNotFoundError without the json, ValueError where it is cut off or an audio lacks a field.
+    """
+    path = root / "WenetSpeech.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file; expected {path}")
+    for audio in _wenetspeech_audios(path):
+        try:
+            file = str(root / audio["path"])
+            exists = os.path.isfile(file)
+            for segment in audio["segments"]:
+                start, seconds = segment["begin_time"], round(segment["end_time"] - segment["begin_time"], 4)
+                row = {"id": segment["sid"], "audio": file, "text": segment["text"], "language": "zh", "start": start, "duration": seconds}
+                names = [WENETSPEECH[s] for s in segment["subsets"] if s in WENETSPEECH]
+                reason = ("no audio file" if not exists else "no transcript" if not row["text"].strip() else
+                          "bad times" if start < 0 or not seconds > 0 else None if names else "in none of " + " ".join(WENETSPEECH))
+                for name in names or ["other"]:
+                    yield name, row | {"left_out": reason} if reason else row
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: expected path, segments: [sid, begin_time, end_time, text, subsets]; "
+                             f"{error!r} in {str(audio)[:200]}") from None
+
+
+def folder(root, language=None):
+    """All audio under ROOT, one manifest named like it: text from the .txt of the same name, if there is one. Raises FileNotFoundError
+    without audio. An id is the path below ROOT with - for /. Links to folders are not followed.
+    """
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+    if not files:
+        raise FileNotFoundError(f"{root}: no audio; expected files *{', *'.join(sorted(AUDIO_SUFFIXES))} in it or below")
+    for path in files:
+        text = _read_text(path.with_suffix(".txt")).strip() if path.with_suffix(".txt").exists() else None
+        row = {"id": "-".join(path.relative_to(root).with_suffix("").parts), "audio": str(path), "text": text, "language": language}
+        yield root.name, {k: v for k, v in row.items() if v}
+
+
+CORPORA = {"librispeech": librispeech, "aishell1": aishell1, "wenetspeech": wenetspeech, "folder": folder}
+
+
+def write_corpus(rows, out) -> None:
+    """Write (manifest's name, row) pairs as OUT/NAME.jsonl and print what is in each, and what was left out and why.
+
+    Files whose header can't be read are left out. Raises ValueError, before anything is written, where two rows of a manifest share an
+    id, or if nothing is left.
+    """
+    out, manifests, left_out = Path(os.path.abspath(out)), defaultdict(dict), defaultdict(dict)
+    for name, row in tqdm(rows, desc="corpus", unit="clip", mininterval=0.5 if sys.stderr.isatty() else 20):
+        if "duration" not in row and "left_out" not in row:
+            try:
+                info = soundfile.info(row["audio"])
+                row["duration"] = round(info.frames / info.samplerate, 4)
+                if not row["duration"]:
+                    row["left_out"] = "empty"
+            except UNREADABLE:
+                row["left_out"] = "unreadable"
+        if "left_out" in row:
+            left_out[name].setdefault(row["left_out"], [0, row["audio"]])[0] += 1  # [how many, the first]
+        elif manifests[name].setdefault(row["id"], row) is not row:
+            raise ValueError(f"{name}: expected one id each: {manifests[name][row['id']]['audio']} and {row['audio']} are both {row['id']!r}")
+    reasons = {name: "; ".join(f"{n} {reason} (first: {first})" for reason, (n, first) in left_out[name].items()) for name in list(left_out)}
+    if not any(manifests.values()):
+        raise ValueError(f"no utterance is left. Left out: {reasons}")
+    for name in sorted(manifests.keys() | reasons.keys()):
+        kept = manifests[name].values()
+        if kept:
+            write_jsonl(out / f"{name}.jsonl", (row | {"audio": os.path.relpath(row["audio"], out)} for row in kept))
+        speakers, untold = len({row.get("speaker") for row in kept} - {None}), sum("text" not in row for row in kept)
+        print(f"{out / name}.jsonl: {len(kept)} utterances, {sum(row['duration'] for row in kept) / 3600:.2f} h, {speakers or 'unknown'} speakers"
+              + f", {untold} without text" * (untold > 0) + "; not written" * (not kept)
+              + (f"; left out: {reasons[name]}" if name in reasons else ""))
+
+
+# ---------------------------------------------------------------------------- 7. demo corpus
 
 # Variants that an independent recogniser understood. victor, f2, f3 and f5 are left out: they read uninitialised memory, so the
 # same text would not give the same bytes twice.
@@ -537,6 +710,13 @@ def make_demo(out, seed=0, sizes=(1000, 3500, 100, 500), n_voices=(6, 13, 6)) ->
 
 
 def main(args) -> None:
+    if args.corpus != "demo":
+        root = Path(os.path.abspath(args.root))
+        rows = folder(root, args.language) if args.corpus == "folder" else CORPORA[args.corpus](root)
+        try:
+            return write_corpus(rows, args.out)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"data.py {args.corpus}: {error}") from None
     make_demo(args.out, args.seed)
     for split in ("train", "pool", "dev", "test"):
         utterances = read_manifest(Path(args.out) / f"{split}.jsonl")
@@ -548,9 +728,16 @@ def main(args) -> None:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("corpus", choices=["demo"], help="what to make: demo = speech synthesised by espeak-ng")
-    parser.add_argument("--out", default="runs/data", help="folder to write manifests and audio to (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides sentences, voices and noise (default: %(default)s)")
+    corpora = parser.add_subparsers(dest="corpus", required=True, metavar="NAME", help=f"demo, {', '.join(CORPORA)}; NAME --help says more")
+    demo = corpora.add_parser("demo", allow_abbrev=False, help="speech synthesised by espeak-ng")
+    demo.add_argument("--out", default="runs/data", help="folder to write manifests and audio to (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="decides sentences, voices and noise (default: %(default)s)")
+    for name, corpus in CORPORA.items():
+        importer = corpora.add_parser(name, allow_abbrev=False, description=corpus.__doc__)
+        importer.add_argument("root", metavar="ROOT", help="where the corpus lies")
+        importer.add_argument("out", metavar="OUT", help="folder to write manifests to")
+        if name == "folder":
+            importer.add_argument("--language", help="code for every line: en, zh, ... (default: none)")
     return parser.parse_args(argv)
 
 

@@ -318,7 +318,7 @@ def stop_and_blocked(tokenizer, stop_ids, n_rows, device):
     Blocked are the special tokens, every added token spelled <...> and what lies past the tokenizer, but for those that stop.
     """
     stop, blocked = torch.zeros(2, n_rows, dtype=torch.bool)
-    stop[list(stop_ids)] = True
+    stop[[i for i in stop_ids if i < n_rows]] = True  # Qwen3-ASR's original config has none: transformers' defaults are the real vocabulary's
     blocked[len(tokenizer):] = True
     added = [i for token, i in tokenizer.get_added_vocab().items() if re.fullmatch(r"<.*>", token)]
     blocked[[i for i in {*added, *tokenizer.all_special_ids} if i < n_rows]] = True
@@ -484,7 +484,7 @@ def load(name, device="cpu", dtype=torch.float32) -> ASR:
     net = empty_student(config)
     unread = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")  # published, and used by nothing
     tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v.to(dtype) for k, v in read_weights(path).items()
-               if not k.startswith(unread)}
+               if not k.startswith(unread) and not k.endswith(".num_batches_tracked")}
     if net.config["tie_word_embeddings"] and "lm.model.embed_tokens.weight" in tensors:
         tensors["lm.lm_head.weight"] = tensors["lm.model.embed_tokens.weight"]  # stored or not, it is the same matrix
     fill(net, tensors, path)
@@ -513,6 +513,8 @@ QWEN3_ASR_KEYS = {
 def qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
     """config.json of either layout -> transformers' config. The original one nests everything in thinker_config."""
     if "thinker_config" not in config:
+        if not {"audio_config", "text_config"} <= config.keys():  # transformers would take defaults: random weights of the 1.7B size
+            raise ValueError(f"config.json of a Qwen3-ASR has audio_config and text_config, or thinker_config; this one has {', '.join(config)}")
         return Qwen3ASRConfig(**{k: v for k, v in config.items() if k not in ("model_type", "architectures", "transformers_version")})
     thinker = config["thinker_config"]
     known = lambda section, cls: {k: v for k, v in thinker[section].items() if k in cls.__dataclass_fields__ and k != "model_type"}
@@ -531,12 +533,18 @@ def load_qwen3_asr(path, config, device, dtype) -> Qwen3ASR:
     """Read a Qwen3-ASR directory. transformers would fill what it doesn't find with random numbers: here that is an error."""
     net, report = Qwen3ASRForConditionalGeneration.from_pretrained(
         path, config=qwen3_asr_config(config), key_mapping=QWEN3_ASR_KEYS if "thinker_config" in config else None, dtype=dtype,
-        attn_implementation="sdpa", use_safetensors=True, output_loading_info=True)
+        attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True)  # not ignored, but reported with the rest below
     wrong = [f"{kind.removesuffix('_keys')} {key}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
              for key in sorted(map(str, report[kind]))]
     if wrong:
         raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
-    tokenizer, n_rows = load_tokenizer(path), net.config.text_config.vocab_size
+    return assemble_qwen3_asr(net.eval(), load_tokenizer(path), device)
+
+
+def assemble_qwen3_asr(net, tokenizer, device) -> Qwen3ASR:
+    """Join network and tokenizer, as `assemble` does for a student."""
+    n_rows = net.config.text_config.vocab_size
     tokens = ["<|im_start|>", EOS, "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>", "<asr_text>"]
     start, eos, audio_start, audio_pad, audio_end, _ = special_ids(tokenizer, tokens, n_rows).values()
     if net.config.audio_token_id != audio_pad:
@@ -544,7 +552,7 @@ def load_qwen3_asr(path, config, device, dtype) -> Qwen3ASR:
     text = lambda words: tokenizer.encode(words, add_special_tokens=False)
     turn = lambda role: [start, *text(role + "\n")]
     stop, blocked = stop_and_blocked(tokenizer, {eos} | as_set(net.config.eos_token_id), n_rows, device)
-    return Qwen3ASR(net.eval().to(device), tokenizer, prefix_ids=[*turn("system"), eos, *text("\n"), *turn("user"), audio_start],
+    return Qwen3ASR(net.to(device), tokenizer, prefix_ids=[*turn("system"), eos, *text("\n"), *turn("user"), audio_start],
                     suffix_ids=[audio_end, eos, *text("\n"), *turn("assistant")], eos_id=eos, pad_id=eos, audio_id=audio_pad,
                     stop=stop, blocked=blocked)
 
@@ -573,15 +581,16 @@ def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
         rope = audio.get("rope_parameters") or {}
         if (rope.get("rope_theta", 1e4), rope.get("partial_rotary_factor", 0.5)) != (1e4, 0.5):
             raise ValueError(f"{path}/config.json: rope_parameters {rope}; expected theta 10000 on half of each head")
-        prefix, new_names = "model.audio_tower.", {
+        prefix = next((p for p in ("audio_tower.", "model.audio_tower.") if p + "conv1.weight" in tensors), "audio_tower.")  # on disk, in memory
+        new_names = {
             ".o_proj.": ".out_proj.", ".input_layernorm.": ".self_attn_layer_norm.", ".post_attention_layernorm.": ".final_layer_norm.",
             ".mlp.fc": ".fc", "whisper.norm.": "layer_norm."}
     else:
-        shape = config.get("whisper_config", config)
-        shape = {k: shape[k] for k in ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins")}
         prefix = next((p for p in ("audio_encoder.whisper.", "model.encoder.", "encoder.") if p + "conv1.weight" in tensors), None)
         if prefix is None:
             raise ValueError(f"{path}: no Whisper-shaped encoder among its weights, such as {sorted(tensors)[:3]}")
+        shape = config.get("whisper_config", config)
+        shape = {k: shape[k] for k in ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins")}
         new_names = {"whisper.layer_norm.": "layer_norm."} if prefix != "audio_encoder.whisper." else {}
     ours = {}
     for key, value in tensors.items():

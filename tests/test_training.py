@@ -8,7 +8,6 @@ Runs are of a few steps on clips of a second. Most are made in this process; tor
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
