@@ -568,7 +568,7 @@ def parse_args(argv=None):
     add("--support", "full", "full: the whole vocabulary; union: of both top-k sets, renormalised", choices=["full", "union"])
     add("--top_k", 32, "k of --support union")
     add("--tau", 1.0, "temperature of both distributions inside the divergence")
-    add("--chunk", 256, "rows whose logits exist at a time")
+    add("--chunk", 64, "rows whose logits exist at a time")
     # optimisation
     add("--steps", 600, "optimiser updates")
     add("--batch", 16, "utterances a step, over all processes")
