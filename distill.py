@@ -613,7 +613,7 @@ def parse_args(argv=None):
     add("--top_k", 32, "k of the top-k supports")
     add("--baseline", False, "with --support sampled: subtract each position's exact divergence from the advantage", action="store_true")
     add("--tau", 1.0, "temperature of both distributions inside the divergence")
-    add("--chunk", 256, "rows whose logits exist at a time")
+    add("--chunk", 64, "rows whose logits exist at a time")
     # optimisation
     add("--steps", 600, "optimiser updates")
     add("--batch", 16, "utterances a step, over all processes")
