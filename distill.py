@@ -57,43 +57,81 @@ import model
 
 # ---------------------------------------------------------------------------- the objective: pure tensors, copies out alone
 
-def top_k_union(z_s, z_t, k):
-    """U_t = topk(z_S[t], k) u topk(z_T[t], k): logits (N, V) twice -> (N, V) bool, True on the union (section 3.3)."""
-    k = min(k, z_s.shape[-1])
-    union = torch.zeros_like(z_s, dtype=torch.bool)
-    return union.scatter_(-1, z_s.topk(k).indices, True).scatter_(-1, z_t.topk(k).indices, True)
+def support_of(z_s, z_t, support, k):
+    """Which tokens are compared at each position: logits (N, V) twice -> (N, V) bool, True on the support; None: all of them.
+
+      union     U_t = topk(z_S[t], k) u topk(z_T[t], k), a set: a token in both counts once         (section 3.3)
+      teacher   topk(z_T[t], k)
+      student   topk(z_S[t], k)
+    """
+    k, chosen = min(k, z_s.shape[-1]), torch.zeros_like(z_s, dtype=torch.bool)
+    if support not in ("full", "union", "teacher", "student"):
+        raise ValueError(f"support {support!r}: expected 'full', 'union', 'teacher' or 'student'")
+    if support in ("union", "student"):
+        chosen.scatter_(-1, z_s.topk(k).indices, True)
+    if support in ("union", "teacher"):
+        chosen.scatter_(-1, z_t.topk(k).indices, True)
+    return None if support == "full" else chosen
 
 
-def token_divergence(z_s, z_t, divergence="reverse", top_k=None, tau=1.0):
+def token_divergence(z_s, z_t, divergence="reverse", support="full", top_k=32, tau=1.0, beta=0.5):
     """D_t for every row: logits z_s, z_t (N, V) of one vocabulary -> (N,) nats.
 
       reverse   D_t = tau^2 KL(p_S || p_T) = tau^2 sum_v p_S(v) (log p_S(v) - log p_T(v))
-      forward   D_t = tau^2 KL(p_T || p_S)                                                        (Eq. 1, with top_k)
+      forward   D_t = tau^2 KL(p_T || p_S)                                                 (Eq. 1, with support "union")
+      jsd       D_t = tau^2 (beta KL(p_T || m) + (1 - beta) KL(p_S || m)),  m = beta p_T + (1 - beta) p_S     (GKD, Eq. 1)
+                near beta = 0 it is beta times forward, near 1 it is 1 - beta times reverse
       p_S = softmax(z_S / tau),  p_T = softmax(z_T / tau)
 
-    -inf marks tokens that are out of the question; it must stand at the same places on both sides. With top_k, both sides are
-    renormalised on U_t: tokens outside it then get no gradient at all, and with k = 1 and equal argmax the loss is zero.
+    -inf marks tokens that are out of the question; it must stand at the same places on both sides. On a support other than "full"
+    both sides are renormalised on it: tokens outside get no gradient at all, so mass that the student wastes there is never pulled
+    back, and with k = 1 and equal argmax the loss is zero.
     tau^2: gradients of logits divided by tau shrink by 1 / tau twice over (Hinton et al. 2015, section 2).
     Both arguments are logits. One side's log-probabilities would do on the full vocabulary, but a mixture within a row would not.
     """
-    if top_k is not None:
-        with torch.no_grad():  # which tokens are compared is a choice, not something to differentiate
-            out = ~top_k_union(z_s, z_t, top_k)
-        z_s, z_t = z_s.masked_fill(out, -math.inf), z_t.masked_fill(out, -math.inf)
+    with torch.no_grad():  # which tokens are compared is a choice, not something to differentiate
+        chosen = support_of(z_s, z_t, support, top_k)
+    if chosen is not None:
+        z_s, z_t = z_s.masked_fill(~chosen, -math.inf), z_t.masked_fill(~chosen, -math.inf)
     logp_s, logp_t = (z_s / tau).log_softmax(-1), (z_t / tau).log_softmax(-1)   # (N, V)
+    p_s, p_t = logp_s.exp(), logp_t.exp()                                       # (N, V)
     never = torch.isneginf(logp_s) | torch.isneginf(logp_t)                     # p log p is 0 there, not nan
-    log_ratio = (logp_s - logp_t).masked_fill(never, 0.0)                       # (N, V)
+    logp_s, logp_t = logp_s.masked_fill(never, 0.0), logp_t.masked_fill(never, 0.0)
     if divergence == "reverse":
-        return tau ** 2 * (logp_s.exp() * log_ratio).sum(-1)                    # (N,)
+        return tau ** 2 * (p_s * (logp_s - logp_t)).sum(-1)                     # (N,)
     if divergence == "forward":
-        return tau ** 2 * -(logp_t.exp() * log_ratio).sum(-1)                   # (N,)
-    raise ValueError(f"divergence {divergence!r}: expected 'reverse' or 'forward'")
+        return tau ** 2 * (p_t * (logp_t - logp_s)).sum(-1)                     # (N,)
+    if divergence == "jsd" and 0 < beta < 1:
+        logp_m = torch.logaddexp(logp_t + math.log(beta), logp_s + math.log(1 - beta))                          # (N, V)
+        return tau ** 2 * (beta * p_t * (logp_t - logp_m) + (1 - beta) * p_s * (logp_s - logp_m)).sum(-1)       # (N,)
+    raise ValueError(f"divergence {divergence!r} with beta {beta}: expected 'reverse', 'forward', or 'jsd' with 0 < beta < 1")
 
 
-def distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args) -> Counter:
+def sampled_divergence(z_s, z_t, y, baseline=False):
+    """Reverse KL from the emitted tokens alone, as policy gradients have it: logits (N, V), y (N,) ~ p_S -> (N,) nats.
+
+      value      log p_S(y_t) - log p_T(y_t)                    its mean over y ~ p_S is KL(p_S || p_T)
+      gradient   -A_t d log p_S(y_t),   A_t = log p_T(y_t) - log p_S(y_t), taken as a number
+      baseline   A_t = ... + KL(p_S(.|t) || p_T(.|t)): same mean, since sum_v p_S(v) d log p_S(v) = 0; less variance
+                                                            while the two models are well apart
+
+    Unbiased only where y was drawn from this very p_S: temperature 1, no other support. The full divergence sums over all v what
+    this leaves to one draw; it is here to compare with, and for teachers that give nothing but the log-probability of a token.
+    """
+    logp_s, logp_t = z_s.log_softmax(-1), z_t.log_softmax(-1)                   # (N, V)
+    of_y = lambda logp: logp.gather(-1, y[:, None])[:, 0]                       # (N,)
+    value = (of_y(logp_s) - of_y(logp_t)).detach()                              # (N,)
+    advantage = -value
+    if baseline:
+        advantage = advantage + token_divergence(z_s.detach(), z_t)             # (N,)
+    surrogate = -advantage * of_y(logp_s)                                       # (N,) its gradient is the one above
+    return value + surrogate - surrogate.detach()
+
+
+def distil_backward(student, hidden_s, teacher, hidden_t, y, to_teacher, args) -> Counter:
     """Heads, loss and gradient for N rows, a chunk at a time, so that nothing of size (N, V) ever exists.
 
-    hidden_s (N, D) with its graph, hidden_t (N, D_t). The rows are cut from the graph, each chunk's backward runs at once and adds
+    hidden_s (N, D) with its graph, hidden_t (N, D_t), y (N,) the emitted ids. The rows are cut from the graph, each chunk's backward runs at once and adds
     to the head's gradient, and one last backward carries the rows' gradient into the body. The gradient is that of sum_t D_t;
     dividing by N is average_gradients' part. -> sums over rows, for the log.
     """
@@ -104,7 +142,10 @@ def distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args) -> C
             z_s = student.head(rows[i:i + args.chunk]).float().masked_fill(blocked, -math.inf)                  # (C, V)
         with torch.no_grad(), teacher.autocast():
             z_t = model.map_logits(teacher.head(hidden_t[i:i + args.chunk]).float(), to_teacher)                # (C, V)
-        d = token_divergence(z_s, z_t, args.divergence, args.top_k if args.support == "union" else None, args.tau)  # (C,) [dev 1]
+        if args.support == "sampled":
+            d = sampled_divergence(z_s, z_t, y[i:i + args.chunk], args.baseline)                                # (C,)
+        else:
+            d = token_divergence(z_s, z_t, args.divergence, args.support, args.top_k, args.tau, args.beta)      # (C,) [dev 1]
         d.sum().backward()
         sums.update({"loss": d.detach().sum(), "top1": (z_s.argmax(-1) == z_t.argmax(-1)).sum(),
                      "entropy": torch.distributions.Categorical(logits=z_s.detach()).entropy().sum()})
@@ -261,7 +302,7 @@ def distil(args):
             # ---- (3) student: the states it visited, now with gradients
             hidden_s = model.response_hidden(student, prompt, ids, mask)[scored[mask]]                          # (N, D)
             # ---- (4) loss
-            batch_sums = distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args)
+            batch_sums = distil_backward(student, hidden_s, teacher, hidden_t, ids[scored], to_teacher, args)
             n_tokens += len(hidden_s)
             sums.update(batch_sums)
             sums.update({"audio_sec": batch.audio_sec, "clips": len(ids), "no_twin": (mask & ~scored).sum(),
@@ -354,10 +395,10 @@ def check(args):
     hidden_s = model.response_hidden(student, prompt, ids, mask)                                                # (M, D)
     with torch.no_grad():
         hidden_t = model.response_hidden(teacher, prompt_t, to_teacher[ids].clamp(min=0), scored)               # (N, D_t)
-    itself = distil_backward(student, hidden_s, student, again, same, args)
+    itself = distil_backward(student, hidden_s, student, again, ids[mask], same, args)
     student.net.zero_grad(set_to_none=True)
     hidden_s = model.response_hidden(student, model.encode(student, batch), ids, mask)[scored[mask]]            # (N, D)
-    sums, n = distil_backward(student, hidden_s, teacher, hidden_t, to_teacher, args), max(1, len(hidden_s))
+    sums, n = distil_backward(student, hidden_s, teacher, hidden_t, ids[scored], to_teacher, args), max(1, len(hidden_s))
     grad_norm = nn.utils.clip_grad_norm_([p for p in student.net.parameters() if p.grad is not None], math.inf).item() / n
     texts = [u.text for u in batch.utterances]
     reference = shuffled = None
@@ -564,9 +605,13 @@ def parse_args(argv=None):
     add("--temperature", 1.0, "of the student's sampling; 0 = greedy, as published")
     add("--max_new_tokens", 64, "longest rollout, tokens")
     # objective
-    add("--divergence", "reverse", "reverse: KL(student || teacher); forward: KL(teacher || student)", choices=["reverse", "forward"])
-    add("--support", "full", "full: the whole vocabulary; union: of both top-k sets, renormalised", choices=["full", "union"])
-    add("--top_k", 32, "k of --support union")
+    add("--divergence", "reverse", "reverse: KL(student || teacher); forward: KL(teacher || student); jsd: between them",
+        choices=["reverse", "forward", "jsd"])
+    add("--beta", 0.5, "the teacher's share in jsd's mixture")
+    add("--support", "full", "tokens compared: the whole vocabulary; both top-k sets, the teacher's or the student's, renormalised; "
+        "or only the sampled token (policy gradient)", choices=["full", "union", "teacher", "student", "sampled"])
+    add("--top_k", 32, "k of the top-k supports")
+    add("--baseline", False, "with --support sampled: subtract each position's exact divergence from the advantage", action="store_true")
     add("--tau", 1.0, "temperature of both distributions inside the divergence")
     add("--chunk", 64, "rows whose logits exist at a time")
     # optimisation
@@ -587,6 +632,9 @@ def parse_args(argv=None):
     given = [args.student, args.teacher, args.data]
     if any(given) and not (all(given) and (args.out or args.check)):
         parser.error("give --student, --teacher, --data and --out together; none of the first three runs the demo")
+    if args.support == "sampled" and (args.divergence, args.temperature, args.tau) != ("reverse", 1.0, 1.0):
+        parser.error("--support sampled estimates reverse KL from tokens drawn at temperature 1: it goes with --divergence reverse, "
+                     "--temperature 1 and --tau 1")
     return args
 
 

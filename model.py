@@ -746,9 +746,18 @@ def draw(z, temperature, uniform):
 
 
 class Cache(StaticCache):
-    """A static cache in the values' dtype: under autocast RoPE returns keys in fp32, and transformers gives both buffers their dtype."""
+    """A static cache, allocated once, that hands out only the columns written so far and can drop rows."""
+    used = 0                  # columns written, the current ones included
+
     def update(self, keys, values, *args, **kwargs):
-        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+        # Under autocast RoPE returns keys in fp32, and transformers gives both buffers their dtype.
+        keys, values = super().update(keys.to(values.dtype), values, *args, **kwargs)
+        return keys[:, :, :self.used], values[:, :, :self.used]
+
+    def keep(self, rows):
+        """Go on with these rows alone."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 @torch.no_grad()
@@ -756,32 +765,38 @@ def generate(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms
     """Write transcripts: greedy (temperature 0) or sampled with `uniforms` (B, max_new_tokens), see data.keyed_uniforms.
 
     -> ids (B, R), mask (B, R): True on emitted tokens, EOS included. A row without EOS was cut at max_new_tokens.
-    The cache is allocated once; finished rows are frozen; there is no collective, and the host looks at the device only to
-    ask whether all rows are done: at every token on a CPU, at every eighth on a GPU.
+    Finished rows are frozen, and once half of the rows are done the others go on alone. There is no collective, and the host looks
+    at the device only to ask how many rows are left: at every token on a CPU, at every eighth on a GPU.
     """
-    n_rows, n_prompt = prompt.mask.shape
+    (n_rows, n_prompt), device = prompt.mask.shape, asr.device
     cache = Cache(config=asr.body.config, max_cache_len=n_prompt + max_new_tokens)
-    keys = F.pad(prompt.mask, (0, max_new_tokens))                                                                  # (B, P+R)
-    n_own = prompt.mask.sum(1, keepdim=True)                                                                        # (B, 1)
-    ids = torch.full((n_rows, max_new_tokens), asr.pad_id, device=asr.device)                                       # (B, R)
+    ids = torch.full((n_rows, max_new_tokens), asr.pad_id, device=device)                                           # (B, R)
     mask = torch.zeros_like(ids, dtype=torch.bool)
-    live = torch.ones(n_rows, dtype=torch.bool, device=asr.device)
-    uniforms = None if temperature == 0 else torch.as_tensor(uniforms, device=asr.device)
-    look_every = 1 if asr.device.type == "cpu" else 8
-    embeds, attend, positions = prompt.embeds, _causal_mask(keys, n_prompt), _positions(prompt.mask)
+    uniforms = None if temperature == 0 else torch.as_tensor(uniforms, device=device)
+    look_every = 1 if device.type == "cpu" else 8
+    rows, live = torch.arange(n_rows, device=device), torch.ones(n_rows, dtype=torch.bool, device=device)           # (b,) rows at work
+    keys, n_own = F.pad(prompt.mask, (0, max_new_tokens)), prompt.mask.sum(1, keepdim=True)                         # (b, P+R), (b, 1)
+    embeds, attend, positions = prompt.embeds, _causal_mask(prompt.mask, n_prompt), _positions(prompt.mask)
     with asr.autocast():  # around the whole loop: weights are cast to bf16 once, not at every token
         for t in range(max_new_tokens):
+            cache.used = n_prompt + t
             hidden = asr.body(inputs_embeds=embeds, attention_mask={"full_attention": attend}, position_ids=positions,
-                              past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                      # (B, D)
-            z = asr.head(hidden).float().masked_fill(asr.blocked, -math.inf)                                        # (B, V)
-            token = draw(z, temperature, None if uniforms is None else uniforms[:, t])                              # (B,)
-            ids[:, t] = torch.where(live, token, asr.pad_id)
-            mask[:, t] = live
+                              past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                      # (b, D)
+            z = asr.head(hidden).float().masked_fill(asr.blocked, -math.inf)                                        # (b, V)
+            token = draw(z, temperature, None if uniforms is None else uniforms[rows, t])                           # (b,)
+            token = torch.where(live, token, asr.pad_id)
+            ids[rows, t], mask[rows, t] = token, live
             keys[:, n_prompt + t] = live
             live = live & ~asr.stop[token]
-            if t % look_every == look_every - 1 and not live.any():
-                break
-            embeds, attend, positions = asr.body.embed_tokens(ids[:, t:t + 1]), keys[:, None, None], n_own + t
+            if t % look_every == look_every - 1:
+                n_live = int(live.sum())
+                if n_live == 0:
+                    break
+                if 2 * n_live <= len(rows):  # copying what is left of the cache costs about one step of the rows let go
+                    left = live.nonzero()[:, 0]
+                    cache.keep(left)
+                    rows, live, keys, n_own, token = rows[left], live[left], keys[left], n_own[left], token[left]
+            embeds, attend, positions = asr.body.embed_tokens(token[:, None]), keys[:, None, None, :n_prompt + t + 1], n_own + t
     used = int(mask.any(0).sum())
     return ids[:, :used], mask[:, :used]
 

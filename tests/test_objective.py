@@ -40,13 +40,12 @@ def top(scores, k):
     return set(sorted((v for v, z in scores.items() if z > -INF), key=lambda v: -scores[v])[:k])
 
 
-def divergence_of_row(row_s, row_t, divergence, top_k, tau):
+def divergence_of_row(row_s, row_t, divergence, support, top_k, tau, beta=0.5):
     s, t = dict(enumerate(row_s)), dict(enumerate(row_t))
-    if top_k is not None:
-        union = top(s, top_k) | top(t, top_k)
-        s, t = {v: s[v] for v in union}, {v: t[v] for v in union}
-    p_s, p_t = probabilities(s, tau), probabilities(t, tau)
-    return tau ** 2 * (kl(p_s, p_t) if divergence == "reverse" else kl(p_t, p_s))
+    tokens = {"full": set(s), "student": top(s, top_k), "teacher": top(t, top_k), "union": top(s, top_k) | top(t, top_k)}[support]
+    p_s, p_t = (probabilities({v: z[v] for v in sorted(tokens)}, tau) for z in (s, t))
+    m = {v: beta * p_t[v] + (1 - beta) * p_s[v] for v in p_s}
+    return tau ** 2 * {"reverse": kl(p_s, p_t), "forward": kl(p_t, p_s), "jsd": beta * kl(p_t, m) + (1 - beta) * kl(p_s, m)}[divergence]
 
 
 def paper_eq_1(rows_s, rows_t, k, tau):
@@ -74,55 +73,121 @@ def random_logits(n=5, v=11, seed=0, blocked=()):
 
 # ---------------------------------------------------------------------------- token_divergence
 
-GRID = list(itertools.product(["reverse", "forward"], [None, 1, 3], [1.0, 2.0], [(), (0, 4, 10)]))
+GRID = [(divergence, support, top_k, tau, blocked)
+        for divergence, (support, top_k), tau, blocked in itertools.product(
+            ["reverse", "forward", "jsd"], [("full", 1), *itertools.product(["union", "teacher", "student"], [1, 3])],
+            [1.0, 2.0], [(), (0, 4, 10)])]
 
 
-@pytest.mark.parametrize("divergence, top_k, tau, blocked", GRID)
-def test_divergence_equals_the_formula(divergence, top_k, tau, blocked):
+@pytest.mark.parametrize("divergence, support, top_k, tau, blocked", GRID)
+def test_divergence_equals_the_formula(divergence, support, top_k, tau, blocked):
     z_s, z_t = random_logits(blocked=blocked)
-    ours = distill.token_divergence(z_s, z_t, divergence, top_k, tau)
-    slow = [divergence_of_row(s, t, divergence, top_k, tau) for s, t in zip(z_s.tolist(), z_t.tolist())]
-    assert ours.shape == (5,)
-    torch.testing.assert_close(ours, torch.tensor(slow, dtype=torch.float64), rtol=1e-12, atol=1e-13)
+    for beta in (0.5, 0.2) if divergence == "jsd" else (0.5,):
+        ours = distill.token_divergence(z_s, z_t, divergence, support, top_k, tau, beta)
+        slow = [divergence_of_row(s, t, divergence, support, top_k, tau, beta) for s, t in zip(z_s.tolist(), z_t.tolist())]
+        assert ours.shape == (5,)
+        torch.testing.assert_close(ours, torch.tensor(slow, dtype=torch.float64), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("divergence, top_k, tau, blocked", GRID)
-def test_gradient_equals_finite_differences(divergence, top_k, tau, blocked):
+@pytest.mark.parametrize("divergence, support, top_k, tau, blocked", GRID)
+def test_gradient_equals_finite_differences(divergence, support, top_k, tau, blocked):
     z_s, z_t = random_logits(n=3, seed=1, blocked=blocked)
-    free = torch.isfinite(z_s)
+    free, beta = torch.isfinite(z_s), 0.3
 
     def loss_of(finite):  # only finite logits can be nudged
-        return distill.token_divergence(z_s.masked_scatter(free, finite), z_t, divergence, top_k, tau)
+        return distill.token_divergence(z_s.masked_scatter(free, finite), z_t, divergence, support, top_k, tau, beta)
 
     assert torch.autograd.gradcheck(loss_of, z_s[free].clone().requires_grad_(), eps=1e-6, atol=1e-7)
     # ... and the same differences taken on the oracle, so that value and gradient belong to the same formula
     leaf, eps = z_s.clone().requires_grad_(), 1e-5
-    distill.token_divergence(leaf, z_t, divergence, top_k, tau).sum().backward()
+    distill.token_divergence(leaf, z_t, divergence, support, top_k, tau, beta).sum().backward()
     assert torch.isfinite(leaf.grad).all() and (leaf.grad[~free] == 0).all()
     for n, v in free.nonzero().tolist():
         up, down = z_s[n].tolist(), z_s[n].tolist()
         up[v], down[v] = up[v] + eps, down[v] - eps
-        slope = (divergence_of_row(up, z_t[n].tolist(), divergence, top_k, tau)
-                 - divergence_of_row(down, z_t[n].tolist(), divergence, top_k, tau)) / (2 * eps)
-        assert leaf.grad[n, v].item() == pytest.approx(slope, abs=1e-7)
+        of = lambda row: divergence_of_row(row, z_t[n].tolist(), divergence, support, top_k, tau, beta)
+        assert leaf.grad[n, v].item() == pytest.approx((of(up) - of(down)) / (2 * eps), abs=1e-7)
 
 
-@pytest.mark.parametrize("divergence", ["reverse", "forward"])
-@pytest.mark.parametrize("top_k", [None, 3])
-def test_equal_logits_cost_nothing_and_pull_nowhere(divergence, top_k):
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("support", ["full", "union", "teacher", "student"])
+def test_equal_logits_cost_nothing_and_pull_nowhere(divergence, support):
     z, _ = random_logits(blocked=(2,))
     leaf = z.clone().requires_grad_()
-    loss = distill.token_divergence(leaf, z + 7.0, divergence, top_k, tau=2.0)  # logits are defined up to a constant
+    loss = distill.token_divergence(leaf, z + 7.0, divergence, support, 3, tau=2.0)  # logits are defined up to a constant
     loss.sum().backward()
     assert loss.abs().max() < 1e-14 and leaf.grad.abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("divergence", ["reverse", "forward"])
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("support", ["union", "teacher", "student"])
 @pytest.mark.parametrize("k", [11, 12, 500])
-def test_k_of_the_whole_vocabulary_is_the_full_divergence(divergence, k):
+def test_k_of_the_whole_vocabulary_is_the_full_divergence(divergence, support, k):
     z_s, z_t = random_logits(blocked=(3,))
-    torch.testing.assert_close(distill.token_divergence(z_s, z_t, divergence, k), distill.token_divergence(z_s, z_t, divergence))
+    torch.testing.assert_close(distill.token_divergence(z_s, z_t, divergence, support, k), distill.token_divergence(z_s, z_t, divergence))
 
+
+def test_jsd_tends_to_forward_and_reverse():
+    """GKD: JSD(beta) / beta -> KL(p_T || p_S) for beta -> 0, JSD(beta) / (1 - beta) -> KL(p_S || p_T) for beta -> 1; symmetric at 1/2."""
+    z_s, z_t = random_logits(seed=8)
+    of = lambda beta: distill.token_divergence(z_s, z_t, "jsd", beta=beta)
+    torch.testing.assert_close(of(1e-7) / 1e-7, distill.token_divergence(z_s, z_t, "forward"), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(of(1 - 1e-7) / 1e-7, distill.token_divergence(z_s, z_t, "reverse"), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(of(0.5), distill.token_divergence(z_t, z_s, "jsd"))
+    assert (of(0.5) <= math.log(2)).all() and (of(0.5) > 0).all()
+
+
+# ---------------------------------------------------------------------------- sampled_divergence
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_sampled_divergence_is_reverse_kl_in_the_mean(baseline):
+    """Summed over every y with its probability, value and gradient are those of the full reverse KL: exactly, not by sampling."""
+    z_s, z_t = random_logits(n=1, seed=9, blocked=(2,))
+    p_s, leaf, mean = z_s.softmax(-1)[0], z_s.clone().requires_grad_(), 0.0
+    for y in range(11):
+        if y != 2:  # a blocked id is never drawn
+            d = distill.sampled_divergence(leaf, z_t, torch.tensor([y]), baseline)
+            mean = mean + p_s[y] * d
+    mean.sum().backward()
+    full = z_s.clone().requires_grad_()
+    expected = distill.token_divergence(full, z_t)
+    expected.sum().backward()
+    torch.testing.assert_close(mean.detach(), expected.detach(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(leaf.grad, full.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_sampled_divergence_of_one_token_by_the_formula():
+    """Value log p_S(y) - log p_T(y); gradient (log p_S(y) - log p_T(y) - b) (1[v = y] - p_S(v)), b = 0 or the row's KL."""
+    z_s, z_t = random_logits(n=4, seed=10)
+    y, p_s = torch.tensor([3, 0, 10, 3]), z_s.softmax(-1)
+    gap = torch.stack([z_s[n].log_softmax(-1)[y[n]] - z_t[n].log_softmax(-1)[y[n]] for n in range(4)])
+    for baseline in (False, True):
+        leaf = z_s.clone().requires_grad_()
+        d = distill.sampled_divergence(leaf, z_t, y, baseline)
+        d.sum().backward()
+        weight = gap - (distill.token_divergence(z_s, z_t) if baseline else 0.0)
+        torch.testing.assert_close(d.detach(), gap)
+        torch.testing.assert_close(leaf.grad, weight[:, None] * (F.one_hot(y, 11) - p_s), rtol=1e-9, atol=1e-12)
+
+
+def test_a_baseline_lowers_the_variance():
+    """Over many states, with student and teacher well apart; in a single state it may go the other way."""
+    total = {False: 0.0, True: 0.0}
+    for seed in range(20):
+        z_s, z_t = random_logits(n=1, seed=20 + seed)
+        p_s = z_s.softmax(-1)[0]
+        for baseline in total:
+            rows = []
+            for y in range(11):
+                leaf = z_s.clone().requires_grad_()
+                distill.sampled_divergence(leaf, z_t, torch.tensor([y]), baseline).sum().backward()
+                rows.append(leaf.grad[0])
+            mean = sum(p * g for p, g in zip(p_s, rows))
+            total[baseline] += sum(p * ((g - mean) ** 2).sum() for p, g in zip(p_s, rows)).item()
+    assert total[True] < 0.8 * total[False]
+
+
+# ---------------------------------------------------------------------------- the same by hand
 
 def test_direction_by_hand():
     """p_S = (1/2, 1/2), p_T = (3/4, 1/4): KL(S||T) = ln(4/3) / 2 = 0.1438, KL(T||S) = 3/4 ln(3/2) - 1/4 ln 2 = 0.1308."""
@@ -130,8 +195,9 @@ def test_direction_by_hand():
     assert distill.token_divergence(z_s, z_t).item() == pytest.approx(0.14384103622589)  # reverse is the default
     assert distill.token_divergence(z_s, z_t, "reverse").item() == pytest.approx(0.14384103622589)
     assert distill.token_divergence(z_s, z_t, "forward").item() == pytest.approx(0.13081203594113697)
-    with pytest.raises(ValueError, match="jsd"):
-        distill.token_divergence(z_s, z_t, "jsd")
+    for wrong in ({"divergence": "jeffreys"}, {"divergence": "jsd", "beta": 0.0}, {"divergence": "jsd", "beta": 1.0}, {"support": "tail"}):
+        with pytest.raises(ValueError, match=str(wrong.get("beta", wrong.get("support", "jeffreys")))):
+            distill.token_divergence(z_s, z_t, **wrong)
 
 
 def test_a_token_in_both_top_k_sets_is_counted_once():
@@ -139,7 +205,7 @@ def test_a_token_in_both_top_k_sets_is_counted_once():
     p_s, p_t = torch.tensor([[0.50, 0.30, 0.15, 0.05]]).double(), torch.tensor([[0.05, 0.50, 0.30, 0.15]]).double()
     once = sum(s / 19 * math.log((s / 19) / (t / 17)) for s, t in ((10, 1), (6, 10), (3, 6)))
     twice = sum(s / 25 * math.log((s / 25) / (t / 27)) for s, t in ((10, 1), (6, 10), (6, 10), (3, 6)))
-    ours = distill.token_divergence(p_s.log(), p_t.log(), "reverse", top_k=2).item()
+    ours = distill.token_divergence(p_s.log(), p_t.log(), "reverse", "union", 2).item()
     assert ours == pytest.approx(once) and abs(once - twice) > 0.05
 
 
@@ -147,7 +213,7 @@ def test_a_token_in_both_top_k_sets_is_counted_once():
 @pytest.mark.parametrize("k", [2, 4])
 def test_forward_on_the_union_is_equation_1_of_the_paper(k, tau):
     z_s, z_t = random_logits(n=7, v=23, seed=3, blocked=(0, 22))
-    ours = distill.token_divergence(z_s, z_t, "forward", k, tau).mean().item()
+    ours = distill.token_divergence(z_s, z_t, "forward", "union", k, tau).mean().item()
     assert ours == pytest.approx(paper_eq_1(z_s.tolist(), z_t.tolist(), k, tau), rel=1e-12)
 
 
@@ -167,29 +233,32 @@ def test_closed_form_gradient():
 def test_tokens_outside_the_union_get_no_gradient():
     z_s, z_t = random_logits(n=6, v=30, seed=5)
     leaf = z_s.clone().requires_grad_()
-    distill.token_divergence(leaf, z_t, "forward", top_k=4).sum().backward()
-    union = distill.top_k_union(z_s, z_t, 4)
+    distill.token_divergence(leaf, z_t, "forward", "union", 4).sum().backward()
+    union = distill.support_of(z_s, z_t, "union", 4)
     assert (leaf.grad[~union] == 0).all() and (leaf.grad[union] != 0).all()
 
 
 def test_k_1_with_equal_arg_max_is_zero():
     z_s, z_t = random_logits()
     z_s[:, 6] = z_t[:, 6] = 50.0
-    assert (distill.token_divergence(z_s, z_t, "forward", top_k=1) == 0).all()
+    assert (distill.token_divergence(z_s, z_t, "forward", "union", 1) == 0).all()
 
 
 @pytest.mark.parametrize("k", [1, 4, 30, 99])
-def test_top_k_union_is_the_union_of_sets(k):
+def test_supports_are_the_sets_they_say(k):
     z_s, z_t = random_logits(n=8, v=30, seed=6)
-    union = distill.top_k_union(z_s, z_t, k)
-    for row, s, t in zip(union, z_s.tolist(), z_t.tolist()):
-        assert set(row.nonzero()[:, 0].tolist()) == top(dict(enumerate(s)), k) | top(dict(enumerate(t)), k)
+    found = {support: distill.support_of(z_s, z_t, support, k) for support in ("union", "teacher", "student")}
+    for n, (s, t) in enumerate(zip(z_s.tolist(), z_t.tolist())):
+        sets = {"teacher": top(dict(enumerate(t)), k), "student": top(dict(enumerate(s)), k)}
+        for support, chosen in found.items():
+            assert set(chosen[n].nonzero()[:, 0].tolist()) == sets.get(support, sets["teacher"] | sets["student"])
+    assert distill.support_of(z_s, z_t, "full", k) is None
 
 
 # ---------------------------------------------------------------------------- heads in chunks
 
 def options(**changes):
-    return SimpleNamespace(**{"divergence": "reverse", "support": "full", "top_k": 4, "tau": 1.0, "chunk": 256, **changes})
+    return SimpleNamespace(**{"divergence": "reverse", "support": "full", "top_k": 4, "tau": 1.0, "beta": 0.5, "baseline": False, "chunk": 256, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +297,8 @@ def twins(student, teacher):
     return pairs
 
 
-@pytest.mark.parametrize("changes", [{}, {"divergence": "forward", "support": "union", "tau": 2.0}], ids=["reverse full", "forward union"])
+@pytest.mark.parametrize("changes", [{}, {"divergence": "forward", "support": "union", "tau": 2.0}, {"divergence": "jsd", "beta": 0.2},
+                                     {"support": "sampled", "baseline": True}], ids=["reverse full", "forward union", "jsd", "sampled"])
 @pytest.mark.parametrize("foreign", [False, True], ids=["same tokenizer", "foreign tokenizer"])
 def test_chunked_backward_equals_one_shot_autograd(student, teacher, foreign_teacher, batch, foreign, changes):
     teacher = foreign_teacher if foreign else teacher
@@ -247,13 +317,16 @@ def test_chunked_backward_equals_one_shot_autograd(student, teacher, foreign_tea
     shared = sorted(pairs)
     z_s = student.head(hidden_s())[:, shared]
     z_t = torch.stack([teacher.head(hidden_t)[:, pairs[i]] for i in shared], dim=1).detach()
-    top_k = 4 if changes.get("support") == "union" else None
-    naive = distill.token_divergence(z_s, z_t, changes.get("divergence", "reverse"), top_k, changes.get("tau", 1.0)).sum()
+    if changes.get("support") == "sampled":
+        naive = distill.sampled_divergence(z_s, z_t, torch.tensor([shared.index(i) for i in ids[scored].tolist()]), True).sum()
+    else:
+        o = options(**changes)
+        naive = distill.token_divergence(z_s, z_t, o.divergence, o.support, o.top_k, o.tau, o.beta).sum()
     naive.backward()
     expected = gradients(student)
     assert expected["lm.model.embed_tokens.weight"].abs().max() > 0 and expected["audio_encoder.whisper.conv1.weight"].abs().max() > 0
     for chunk in (1, 3, 1000):
-        sums = distill.distil_backward(student, hidden_s(), teacher, hidden_t, to_teacher, options(chunk=chunk, **changes))
+        sums = distill.distil_backward(student, hidden_s(), teacher, hidden_t, ids[scored], to_teacher, options(chunk=chunk, **changes))
         assert float(sums["loss"]) == pytest.approx(naive.item(), rel=1e-5)
         assert int(sums["top1"]) == int((z_s.argmax(-1) == z_t.argmax(-1)).sum())
         logp = z_s.detach().log_softmax(-1)
@@ -266,7 +339,7 @@ def test_chunked_backward_equals_one_shot_autograd(student, teacher, foreign_tea
 def test_blocked_ids_get_no_gradient_from_the_loss(student, foreign_teacher):
     to_teacher, generator = model.vocabulary_map(student, foreign_teacher), torch.Generator().manual_seed(0)
     rows = torch.randn(6, 32, generator=generator).requires_grad_()
-    distill.distil_backward(student, rows, foreign_teacher, torch.randn(6, 48, generator=generator), to_teacher, options(chunk=4))
+    distill.distil_backward(student, rows, foreign_teacher, torch.randn(6, 48, generator=generator), None, to_teacher, options(chunk=4))
     of_head = gradients(student)["lm.model.embed_tokens.weight"]  # the head's weight: `rows` did not come from the body
     pairs = twins(student, foreign_teacher)
     blocked = [i for i in range(len(of_head)) if i not in pairs]
@@ -277,7 +350,7 @@ def test_no_scored_token_is_no_gradient_and_no_error(student, foreign_teacher):
     """Every id of a micro-batch may lack a twin; then there is nothing to learn from it, and nothing to stop for."""
     to_teacher = model.vocabulary_map(student, foreign_teacher)
     hidden_s = (student.body.embed_tokens.weight * 1.0)[:0]  # (0, D), with a graph
-    sums = distill.distil_backward(student, hidden_s, foreign_teacher, torch.zeros(0, 48), to_teacher, options())
+    sums = distill.distil_backward(student, hidden_s, foreign_teacher, torch.zeros(0, 48), None, to_teacher, options())
     assert float(sums["loss"]) == 0.0 and all((g == 0).all() for g in gradients(student).values())
 
 
@@ -286,7 +359,7 @@ def test_a_student_is_its_own_perfect_teacher(student, batch):
     with torch.no_grad():
         hidden_t = model.response_hidden(student, model.encode(student, batch), ids, mask)
     hidden_s = model.response_hidden(student, model.encode(student, batch), ids, mask)
-    sums = distill.distil_backward(student, hidden_s, student, hidden_t, model.vocabulary_map(student, student), options())
+    sums = distill.distil_backward(student, hidden_s, student, hidden_t, ids[mask], model.vocabulary_map(student, student), options())
     assert abs(float(sums["loss"])) / int(mask.sum()) < 1e-6 and int(sums["top1"]) == int(mask.sum())
     assert max(g.abs().max() for g in gradients(student).values()) < 1e-3
 
