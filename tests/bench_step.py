@@ -91,7 +91,7 @@ def one_step(student, teacher, to_teacher, batch, args, step):
     hidden_s = model.response_hidden(student, prompt, ids, mask)[scored[mask]]
     tick()
     rows = hidden_s.detach().requires_grad_()  # cut here, so that the head's part and the body's can be timed apart
-    distill.distil_backward(student, rows * 1, teacher, hidden_t, to_teacher, args)
+    distill.distil_backward(student, rows * 1, teacher, hidden_t, ids[scored], to_teacher, args)
     tick()
     hidden_s.backward(rows.grad)
     tick()
@@ -112,7 +112,7 @@ def main():
     torch.set_num_threads(own.threads)
     clips, shortest, longest, max_new_tokens = {"demo": (16, 1.0, 1.8, 8), "mid": (16, 4.0, 8.0, 24), "0.6b": (4, 5.0, 10.0, 40)}[own.size]
     steps = own.steps or {"demo": 30, "mid": 3, "0.6b": 1}[own.size]
-    args = argparse.Namespace(chunk=distill.parse_args([]).chunk, divergence="reverse", support="full", top_k=32, tau=1.0, max_new_tokens=max_new_tokens)
+    args = argparse.Namespace(chunk=distill.parse_args([]).chunk, divergence="reverse", support="full", top_k=32, tau=1.0, beta=0.5, max_new_tokens=max_new_tokens)
     student, teacher = make(own.size)
     teacher.net.requires_grad_(False)
     to_teacher, batch = model.vocabulary_map(student, teacher), make_batch(clips, shortest, longest)
