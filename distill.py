@@ -128,14 +128,36 @@ def sampled_divergence(z_s, z_t, y, baseline=False):
     return value + surrogate - surrogate.detach()
 
 
-def distil_backward(student, hidden_s, teacher, hidden_t, y, to_teacher, args) -> Counter:
+@torch.no_grad()
+def agreement(z_s, z_t, k) -> dict[str, torch.Tensor]:
+    """How student and teacher stand to each other at these states: logits (C, V) twice -> {name: sum over rows}. overlap.py has more."""
+    k = min(k, z_s.shape[-1])
+    top_s, top_t = z_s.topk(k), z_t.topk(k)
+    pairs = (top_s.indices[:, :, None] == top_t.indices[:, None]) & torch.isfinite(top_s.values)[:, :, None]    # (C, k, k)
+    mass = lambda z, top, shared: ((top.values - z.logsumexp(-1, keepdim=True)).exp() * shared).sum()
+    entropy = lambda z: torch.distributions.Categorical(logits=z).entropy().sum()
+    return {"top1": (top_s.indices[:, 0] == top_t.indices[:, 0]).sum(), "overlap": pairs.sum() / k,
+            "mass_s": mass(z_s, top_s, pairs.any(2)), "mass_t": mass(z_t, top_t, pairs.any(1)),
+            "entropy": entropy(z_s), "entropy_t": entropy(z_t)}
+
+
+def repeats(ids, mask, n=3):
+    """(B, R) rollouts -> (B,) bool: does some n-gram of emitted tokens come twice? The first sign of a loop."""
+    if ids.shape[1] <= n:
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    grams, own = ids.unfold(1, n, 1), mask.unfold(1, n, 1).all(-1)                                              # (B, R - n + 1, n), (B, R - n + 1)
+    same = (grams[:, :, None] == grams[:, None]).all(-1) & own[:, :, None] & own[:, None]                       # (B, R - n + 1, R - n + 1)
+    return same.triu(1).flatten(1).any(1)
+
+
+def distil_backward(student, hidden_s, teacher, hidden_t, y, to_teacher, args, watch=True) -> Counter:
     """Heads, loss and gradient for N rows, a chunk at a time, so that nothing of size (N, V) ever exists.
 
-    hidden_s (N, D) with its graph, hidden_t (N, D_t), y (N,) the emitted ids. The rows are cut from the graph, each chunk's backward runs at once and adds
-    to the head's gradient, and one last backward carries the rows' gradient into the body. The gradient is that of sum_t D_t;
-    dividing by N is average_gradients' part. -> sums over rows, for the log.
+    hidden_s (N, D) with its graph, hidden_t (N, D_t), y (N,) the emitted ids. The rows are cut from the graph, each chunk's backward
+    runs at once and adds to the head's gradient, and one last backward carries the rows' gradient into the body. The gradient is that
+    of sum_t D_t; dividing by N is average_gradients' part. -> sums over rows, for the log; those of `agreement` only if `watch`.
     """
-    rows, sums = hidden_s.detach().requires_grad_(), Counter()
+    rows, sums, all_d = hidden_s.detach().requires_grad_(), Counter(), []
     blocked = to_teacher < 0                                                    # (V,) no twin, special, or padding of the vocabulary
     for i in range(0, len(rows), args.chunk):
         with student.autocast():
@@ -147,10 +169,15 @@ def distil_backward(student, hidden_s, teacher, hidden_t, y, to_teacher, args) -
         else:
             d = token_divergence(z_s, z_t, args.divergence, args.support, args.top_k, args.tau, args.beta)      # (C,) [dev 1]
         d.sum().backward()
-        sums.update({"loss": d.detach().sum(), "top1": (z_s.argmax(-1) == z_t.argmax(-1)).sum(),
-                     "entropy": torch.distributions.Categorical(logits=z_s.detach()).entropy().sum()})
+        all_d.append(d.detach())
+        if watch:
+            sums.update(agreement(z_s, z_t, args.top_k))
     if len(rows):
         hidden_s.backward(rows.grad)
+        d = torch.cat(all_d)                                                    # (N,)
+        sums.update({"loss": d.sum(), "worst": d.topk(math.ceil(len(d) / 10)).values.sum()})
+    if watch:
+        sums["watched"] = len(rows)
     return sums
 
 
@@ -214,12 +241,13 @@ def optimizer_for(parameters, args):
                              lr=args.lr, betas=(0.9, 0.98))
 
 
-def dev_error(asr, utterances, args, rank, world) -> float:
-    """Greedy error rate in percent on dev: errors over reference units, languages pooled, ranks share the clips."""
+def dev_error(asr, utterances, args, rank, world) -> dict[str, float]:
+    """Greedy errors on dev, languages pooled, ranks share the clips -> {"dev_error": percent, "dev_length": units written / in reference}."""
     hyps = model.transcribe(asr, utterances, rank, world, args.eval_batch, args.max_new_tokens)
     counts = [data.edit_counts(u.text, hyps[u.id]["hyp"], u.language) for u in utterances if u.id in hyps]
-    errors, units = all_sum([sum(c.errors for c in counts), sum(c.units for c in counts)], asr.device)
-    return 100 * errors / units if units else math.nan
+    errors, units, extra = all_sum([sum(c.errors for c in counts), sum(c.units for c in counts),
+                                    sum(c.insertions - c.deletions for c in counts)], asr.device)
+    return {"dev_error": 100 * errors / units, "dev_length": 1 + extra / units} if units else {"dev_error": math.nan, "dev_length": math.nan}
 
 
 class Log:
@@ -246,6 +274,29 @@ def save_best(asr, out, error, best) -> float:
     if error < best:
         model.save(asr, out)
     return min(error, best)
+
+
+def draw_metrics(out) -> None:
+    """metrics.jsonl -> metrics.png: loss, dev error and, where they are logged, overlap and health of the rollouts over steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
+    panels = [("loss, nats per token", ["loss", "ctc"]), ("dev error, %", ["dev_error"]),
+              ("agreement with the teacher", ["overlap", "top1_agreement", "mass_student", "mass_teacher"]),
+              ("share of rollouts", ["truncated", "empty", "repeats"])]
+    panels = [(title, found) for title, keys in panels if (found := [k for k in keys if any(k in r for r in records)])]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained", squeeze=False)
+    for axis, (title, keys) in zip(axes[0], panels):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in records if key in r]
+            axis.plot(*zip(*points), "o-" if len(points) < 12 else "-", markersize=3, label=key)
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(keys) > 1:
+            axis.legend(frameon=False, fontsize="small")
+    figure.savefig(Path(out) / "metrics.png", dpi=110)
+    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------- training
@@ -302,11 +353,12 @@ def distil(args):
             # ---- (3) student: the states it visited, now with gradients
             hidden_s = model.response_hidden(student, prompt, ids, mask)[scored[mask]]                          # (N, D)
             # ---- (4) loss
-            batch_sums = distil_backward(student, hidden_s, teacher, hidden_t, ids[scored], to_teacher, args)
+            watch = (step + 1) % args.log_every == 0 or step + 1 == args.steps
+            sums.update(distil_backward(student, hidden_s, teacher, hidden_t, ids[scored], to_teacher, args, watch))
             n_tokens += len(hidden_s)
-            sums.update(batch_sums)
             sums.update({"audio_sec": batch.audio_sec, "clips": len(ids), "no_twin": (mask & ~scored).sum(),
-                         "truncated": (~(student.stop[ids] & mask).any(1)).sum()})
+                         "truncated": (~(student.stop[ids] & mask).any(1)).sum(), "empty": student.stop[ids[:, 0]].sum(),
+                         "repeats": repeats(ids, mask).sum()})
         sums["tokens"] += n_tokens
 
         # ---- (5) update: every token of the step weighs 1 / N, whatever rank and micro-batch it landed in              [dev 4]
@@ -324,20 +376,26 @@ def distil(args):
         # ---- bookkeeping: the weights of step + 1 updates
         done = step + 1 == args.steps or stopping > 0
         if (step + 1) % args.log_every == 0 or done:
-            loss, top1, entropy, tokens, audio_sec, clips, no_twin, truncated, dropped = all_sum(
-                [float(sums[k]) for k in ("loss", "top1", "entropy", "tokens", "audio_sec", "clips", "no_twin", "truncated")]
-                + [rejected.total()], device)
-            n, n_clips = max(1, tokens), max(1, clips)  # 0 only if every clip was rejected
-            log.write({"step": step + 1, "loss": loss / n, "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(tokens),
-                       "top1_agreement": top1 / n, "entropy": entropy / n, "tokens_per_clip": tokens / n_clips,
-                       "truncated": truncated / n_clips, "no_twin": int(no_twin), "rejected": int(dropped),
-                       "audio_per_sec": audio_sec / (time.time() - began)})
+            keys = ("loss", "tokens", "worst", "clips", "truncated", "empty", "repeats", "no_twin", "audio_sec", "watched", "top1", "overlap",
+                    "mass_s", "mass_t", "entropy", "entropy_t")
+            *values, dropped = all_sum([float(sums[k]) for k in keys] + [rejected.total()], device)
+            t = dict(zip(keys, values))
+            n, n_clips = max(1, t["tokens"]), max(1, t["clips"])  # 0 only if every clip was rejected
+            record = {"step": step + 1, "loss": t["loss"] / n, "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(t["tokens"]),
+                      "tokens_per_clip": t["tokens"] / n_clips, "truncated": t["truncated"] / n_clips, "empty": t["empty"] / n_clips,
+                      "repeats": t["repeats"] / n_clips, "worst_tenth": t["worst"] / t["loss"] if t["loss"] else 0.0,
+                      "no_twin": int(t["no_twin"]), "rejected": int(dropped), "audio_per_sec": t["audio_sec"] / (time.time() - began)}
+            if t["watched"]:  # of this step alone; a run that is told to stop may stop between two such steps
+                record |= {name: t[key] / t["watched"] for name, key in (
+                    ("top1_agreement", "top1"), ("overlap", "overlap"), ("mass_student", "mass_s"), ("mass_teacher", "mass_t"),
+                    ("entropy", "entropy"), ("entropy_teacher", "entropy_t"))}
+            log.write(record)
             sums, began = Counter(), time.time()
         if dev and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             paused = time.time()
             error = dev_error(student, dev, args, rank, world)
-            log.write({"step": step + 1, "dev_error": error})
-            best = save_best(student, args.out, error, best) if rank == 0 else min(error, best)
+            log.write({"step": step + 1} | error)
+            best = save_best(student, args.out, error["dev_error"], best) if rank == 0 else min(error["dev_error"], best)
             began += time.time() - paused
         if rank == 0 and ((step + 1) % args.save_every == 0 or done):
             model.save_training(args.out, step + 1, student, optimizer, info={"best": best})
@@ -346,6 +404,8 @@ def distil(args):
 
     if rank == 0 and not dev:
         model.save(student, args.out)
+    if rank == 0:
+        draw_metrics(args.out)
     for reason, n in rejected.items():
         print(f"rank {rank}: {n} clips rejected: {reason}")
     log.bar.close()

@@ -98,12 +98,13 @@ def optimizer_for(parameters, args):
                              lr=args.lr, betas=(0.9, 0.98))
 
 
-def dev_error(asr, utterances, args, rank, world) -> float:
-    """Greedy error rate in percent on dev: errors over reference units, languages pooled, ranks share the clips."""
+def dev_error(asr, utterances, args, rank, world) -> dict[str, float]:
+    """Greedy errors on dev, languages pooled, ranks share the clips -> {"dev_error": percent, "dev_length": units written / in reference}."""
     hyps = model.transcribe(asr, utterances, rank, world, args.eval_batch, args.max_new_tokens)
     counts = [data.edit_counts(u.text, hyps[u.id]["hyp"], u.language) for u in utterances if u.id in hyps]
-    errors, units = all_sum([sum(c.errors for c in counts), sum(c.units for c in counts)], asr.device)
-    return 100 * errors / units if units else math.nan
+    errors, units, extra = all_sum([sum(c.errors for c in counts), sum(c.units for c in counts),
+                                    sum(c.insertions - c.deletions for c in counts)], asr.device)
+    return {"dev_error": 100 * errors / units, "dev_length": 1 + extra / units} if units else {"dev_error": math.nan, "dev_length": math.nan}
 
 
 class Log:
@@ -130,6 +131,29 @@ def save_best(asr, out, error, best) -> float:
     if error < best:
         model.save(asr, out)
     return min(error, best)
+
+
+def draw_metrics(out) -> None:
+    """metrics.jsonl -> metrics.png: loss, dev error and, where they are logged, overlap and health of the rollouts over steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
+    panels = [("loss, nats per token", ["loss", "ctc"]), ("dev error, %", ["dev_error"]),
+              ("agreement with the teacher", ["overlap", "top1_agreement", "mass_student", "mass_teacher"]),
+              ("share of rollouts", ["truncated", "empty", "repeats"])]
+    panels = [(title, found) for title, keys in panels if (found := [k for k in keys if any(k in r for r in records)])]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained", squeeze=False)
+    for axis, (title, keys) in zip(axes[0], panels):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in records if key in r]
+            axis.plot(*zip(*points), "o-" if len(points) < 12 else "-", markersize=3, label=key)
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(keys) > 1:
+            axis.legend(frameon=False, fontsize="small")
+    figure.savefig(Path(out) / "metrics.png", dpi=110)
+    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------- what is SFT's own
@@ -259,8 +283,8 @@ def main(args):
         if dev and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             paused = time.time()
             error = dev_error(asr, dev, args, rank, world)
-            log.write({"step": step + 1, "dev_error": error})
-            best = save_best(asr, args.out, error, best) if rank == 0 else min(error, best)
+            log.write({"step": step + 1} | error)
+            best = save_best(asr, args.out, error["dev_error"], best) if rank == 0 else min(error["dev_error"], best)
             began += time.time() - paused
         if rank == 0 and ((step + 1) % args.save_every == 0 or done):
             model.save_training(args.out, step + 1, asr, optimizer, modules, {"best": best})
@@ -269,6 +293,8 @@ def main(args):
 
     if rank == 0 and not dev:
         model.save(asr, args.out)
+    if rank == 0:
+        draw_metrics(args.out)
     for reason, n in rejected.items():
         print(f"rank {rank}: {n} clips rejected: {reason}")
     log.bar.close()

@@ -364,6 +364,36 @@ def test_a_student_is_its_own_perfect_teacher(student, batch):
     assert max(g.abs().max() for g in gradients(student).values()) < 1e-3
 
 
+# ---------------------------------------------------------------------------- what distill.py logs beside the loss
+
+@pytest.mark.parametrize("k", [1, 4, 40])
+def test_agreement_equals_sets(k):
+    z_s, z_t = random_logits(n=9, v=20, seed=7, blocked=(0, 1, 19))
+    found, expected = distill.agreement(z_s, z_t, k), [brute_force(s, t, k) for s, t in zip(z_s.tolist(), z_t.tolist())]
+    for name in ("top1", "overlap", "mass_s", "mass_t"):
+        assert found[name].item() == pytest.approx(sum(row[name] for row in expected), rel=1e-6), name
+    entropy = lambda z: sum(-p * math.log(p) for row in z.tolist() for p in probabilities(dict(enumerate(row))).values() if p > 0)
+    assert found["entropy"].item() == pytest.approx(entropy(z_s)) and found["entropy_t"].item() == pytest.approx(entropy(z_t))
+
+
+def test_repeats_finds_n_grams_of_emitted_tokens():
+    rows = [[1, 2, 3, 9, 1, 2, 3], [1, 2, 3, 4, 5, 6, 7], [5, 5, 5, 5, 0, 0, 0], [5, 5, 5, 0, 0, 0, 0], [1, 2, 3, 1, 2, 3, 8], [1, 2, 3, 1, 2, 3, 8]]
+    lengths = [7, 7, 4, 3, 7, 5]  # what lies past a row's length is padding, and padding repeats nothing
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    assert distill.repeats(torch.tensor(rows), mask).tolist() == [True, False, True, False, True, False]
+    assert distill.repeats(torch.tensor(rows)[:, :2], mask[:, :2]).tolist() == [False] * 6
+
+
+def test_worst_tenth_is_the_largest_tenth_of_the_divergence(student, teacher, batch):
+    ids, mask = rollouts(student, batch)
+    with torch.no_grad():
+        hidden_s, hidden_t = (model.response_hidden(asr, model.encode(asr, batch), ids, mask) for asr in (student, teacher))
+        d = distill.token_divergence(*(asr.head(h).masked_fill(student.blocked, -INF) for asr, h in ((student, hidden_s), (teacher, hidden_t))))
+    sums = distill.distil_backward(student, hidden_s.requires_grad_() * 1, teacher, hidden_t, ids[mask], model.vocabulary_map(student, teacher), options(chunk=7))
+    student.net.zero_grad(set_to_none=True)
+    assert float(sums["worst"]) == pytest.approx(sum(sorted(d.tolist())[-math.ceil(len(d) / 10):]), rel=1e-4)
+
+
 # ---------------------------------------------------------------------------- overlap statistics
 
 def brute_force(z_s, z_t, k):

@@ -247,7 +247,8 @@ def test_two_processes_make_the_same_update(corpus, checkpoints, tmp_path, scrip
     RUNS[script][0](corpus, checkpoints, tmp_path / "one", **own)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3]
-    for key in ("tokens", "loss", "grad_norm", "ctc" if script == "sft" else "entropy"):
+    of_distill = ("top1_agreement", "overlap", "mass_student", "mass_teacher", "entropy", "entropy_teacher", "truncated", "empty", "repeats")
+    for key in ("tokens", "loss", "grad_norm", *(("ctc",) if script == "sft" else of_distill)):
         assert two[0][key] == pytest.approx(one[0][key], rel=1e-5), key
         for a, b in zip(one, two):  # updates are tiny here, so that rounding stays rounding
             assert b[key] == pytest.approx(a[key], rel=1e-4), key
@@ -504,7 +505,7 @@ def test_out_is_the_best_on_dev_and_state_the_last(corpus, checkpoints, tmp_path
 
     def scripted(asr, *_):
         seen.append({k: v.clone() for k, v in asr.net.state_dict().items()})
-        return next(errors)
+        return {"dev_error": next(errors), "dev_length": 1.0}
 
     same = lambda path, n: all(torch.equal(v, seen[n][k]) for k, v in model.load(path).net.state_dict().items())
     monkeypatch.setattr(module, "dev_error", scripted)
@@ -521,5 +522,13 @@ def test_dev_error_is_the_pooled_rate_of_greedy_transcripts(corpus, student):
     args = sft.parse_args(["--data", "x", "--out", "x", "--student", "x", "--eval_batch", "4", "--max_new_tokens", "8"])
     hyps = {u.id: model.transcribe(student, [u], max_new_tokens=8)[u.id]["hyp"] for u in dev}
     expected = data.error_rate([data.edit_counts(u.text, hyps[u.id], u.language) for u in dev])
-    assert sft.dev_error(student, dev, args, 0, 1) == pytest.approx(expected)
-    assert distill.dev_error(student, dev, args, 0, 1) == pytest.approx(expected)
+    written, spoken = (sum(len(data.normalize(text, u.language).split()) for u, text in pairs) for pairs in
+                       ([(u, hyps[u.id]) for u in dev], [(u, u.text) for u in dev]))
+    for script in (sft, distill):
+        assert script.dev_error(student, dev, args, 0, 1) == pytest.approx({"dev_error": expected, "dev_length": written / spoken})
+
+
+def test_metrics_are_drawn(corpus, checkpoints, tmp_path):
+    for script, (run, _) in RUNS.items():
+        run(corpus, checkpoints, tmp_path / script, steps=2, batch=3, eval_every=1, dev=corpus / "dev.jsonl", max_new_tokens=4)
+        assert (tmp_path / script / "metrics.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / script / "metrics.png").stat().st_size > 5000
