@@ -3,6 +3,7 @@
     python tests/bench_step.py --size demo      # the demo's student and teacher
     python tests/bench_step.py --size mid       # 30 M student, 100 M teacher
     python tests/bench_step.py --size 0.6b      # the published student (1.14 B parameters with its encoder), Qwen3-ASR-1.7B as teacher
+    python tests/bench_step.py --figure cost.png --lines FILE      # draw the JSON lines that earlier calls left in FILE
 
 floor: what no OPD step can do without: teacher forward, student forward (audio encoder included), loss and backward on the same ids.
 step / floor says what rollout and update add to it. At 0.6b the update is plain SGD: AdamW's two fp32 states
@@ -103,12 +104,39 @@ def one_step(student, teacher, to_teacher, batch, args, step):
     return dict(zip(PHASES, (b - a for a, b in zip(clock, clock[1:])))), len(rows)
 
 
+def draw(lines, path):
+    """One bar a size: the share of each phase."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(9, 0.7 + 0.6 * len(lines)), layout="constrained")
+    colours = dict(zip(PHASES, ["#4c78a8", "#f58518", "#72b7b2", "#9ecae9", "#54a24b", "#88d27a", "#bab0ac"]))
+    for y, line in enumerate(lines):
+        whole, left = sum(line["seconds"].values()), 0.0
+        for phase in PHASES:
+            share = 100 * line["seconds"][phase] / whole
+            axis.barh(y, share, left=left, color=colours[phase], label=phase if y == 0 else None)
+            if share > 4:
+                axis.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", fontsize=9)
+            left += share
+    axis.set_yticks(range(len(lines)), [f"{line['size']}: {sum(line['seconds'].values()):.3g} s" for line in lines])
+    axis.invert_yaxis()
+    axis.set(xlabel="share of an OPD step, %", xlim=(0, 100))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(ncols=len(PHASES), frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(path, dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["demo", "mid", "0.6b"], default="demo")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, help="steps timed, after one that is not; the 0.6b size times its only one")
+    parser.add_argument("--figure", help="draw instead of measuring")
+    parser.add_argument("--lines", help="file with the JSON lines to draw")
     own = parser.parse_args()
+    if own.figure:
+        return draw([json.loads(line) for line in open(own.lines) if line.startswith("{")], own.figure)
     torch.set_num_threads(own.threads)
     clips, shortest, longest, max_new_tokens = {"demo": (16, 1.0, 1.8, 8), "mid": (16, 4.0, 8.0, 24), "0.6b": (4, 5.0, 10.0, 40)}[own.size]
     steps = own.steps or {"demo": 30, "mid": 3, "0.6b": 1}[own.size]
