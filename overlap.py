@@ -26,6 +26,8 @@ Differs from the public code, whose number is that of one rank: it also takes st
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import os
@@ -53,6 +55,7 @@ BREAKDOWNS = {  # section of overlap.json: its bins
     "by_position": [f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)],
     "by_error": ["outside", "inside"],
     "by_distance": ["-4 and less", "-3", "-2", "-1", "0", "1", "2", "3", "4 to 7", "8 and more"]}
+CELLS = [("", "")] + [(section, label) for section, labels in BREAKDOWNS.items() for label in labels]  # ("", ""): all states
 
 
 # ---------------------------------------------------------------------------- the statistics: pure tensors, copies out alone
@@ -87,7 +90,7 @@ def overlap_stats(z_s, z_t, mask, k, written=None, also=()) -> dict[str, torch.T
         ids = torch.cat([ids_s[:, :j], ids_t[:, :j]], dim=1)                            # (N, 2j)
         union = torch.cat([ok_s[:, :j], ok_t[:, :j] & ~again], dim=1)                   # (N, 2j), each token once
         _, _, union_reverse, union_forward, _, _ = kl_and_entropy(z_s.gather(-1, ids), z_t.gather(-1, ids), union)
-        stats |= {f"vuss{at}": union.sum(-1), f"overlap{at}": both.sum(-1) / j,
+        stats |= {f"vuss{at}": union.sum(-1), f"overlap{at}": both.sum(-1).double() / j,
                   f"mass_s{at}": (p_s.gather(-1, ids_s[:, :j]) * both).sum(-1), f"mass_t{at}": (p_t.gather(-1, ids_s[:, :j]) * both).sum(-1),
                   f"union_kl_reverse{at}": union_reverse, f"union_kl_forward{at}": union_forward}
     stats |= {"top1": same[:, 0, 0], "entropy_s": entropy_s, "entropy_t": entropy_t, "kl_reverse": reverse, "kl_forward": forward}
@@ -179,58 +182,63 @@ def measure_batch(student, teacher, to_teacher, batch, args) -> dict[str, tuple[
     return measured
 
 
-def resample(numerators, denominators, n=10_000, seed=0) -> np.ndarray:
-    """(utterances, M) twice -> (n, M) ratios of resampled sums; nan where a draw has no state. data.bootstrap's draws, M columns at once,
-    so that two students, or two bins, are drawn together."""
+def sum_up(measured, utterances) -> tuple[np.ndarray, np.ndarray]:
+    """All ranks' clips -> sums over states (utterances, cells, columns) and how many states (utterances, cells), in manifest order."""
+    sums, counts = np.zeros((len(utterances), len(CELLS), len(COLUMNS))), np.zeros((len(utterances), len(CELLS)))
+    for i, u in enumerate(utterances):
+        values, bins, _ = measured[u.id]
+        member = [bins[:, [j]] == np.arange(len(labels)) for j, labels in enumerate(BREAKDOWNS.values())]
+        member = np.concatenate([np.ones((len(values), 1)), *member], axis=1)            # (n, cells)
+        sums[i], counts[i] = member.T @ values.astype(float), member.sum(0)
+    return sums, counts
+
+
+def resample(sums, counts, n=10_000, seed=0) -> np.ndarray:
+    """sum_up's answer -> (n, cells, columns) means of n draws of utterances, nan without a state. The draws are data.bootstrap's, the same
+    for every column, cell and student, so that differences between students are paired."""
     rng, ratios = np.random.default_rng(seed), []
     for _ in range(n // 100):
-        draws = rng.multinomial(len(numerators), np.full(len(numerators), 1 / len(numerators)), size=100).astype(float)  # (100, utterances)
-        below = draws @ denominators
-        ratios.append(np.divide(draws @ numerators, below, out=np.full_like(below, np.nan), where=below > 0))
+        draws = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=100).astype(float)  # (100, utterances)
+        ratios.append(mean_of(np.tensordot(draws, sums, 1), draws @ counts))
     return np.concatenate(ratios)
 
 
-def sum_up(measured, utterances) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
-    """All ranks' measure_batch, joined -> {(section, bin, statistic): sums and counts (utterances,)}; bins without a state are left out."""
-    values, bins, _ = zip(*(measured[u.id] for u in utterances))  # manifest order: intervals do not depend on how clips were shared out
-    clip = np.repeat(np.arange(len(values)), [len(v) for v in values])
-    values, bins, columns = np.concatenate(values).astype(float), np.concatenate(bins), {}
-    cells = [("", "", np.ones(len(clip), dtype=bool), COLUMNS)]
-    cells += [(section, label, bins[:, j] == i, STATISTICS) for j, section in enumerate(BREAKDOWNS) for i, label in enumerate(BREAKDOWNS[section])]
-    for section, label, chosen, names in cells:
-        count = np.bincount(clip[chosen], minlength=len(utterances)).astype(float)
-        for j, name in enumerate(names):
-            key = ("by_k", *name.split("@")[::-1]) if "@" in name else (section, label, name)
-            if count.any():
-                columns[key] = np.bincount(clip[chosen], values[chosen, j], len(utterances)), count
-    return columns
+def mean_of(sums, counts) -> np.ndarray:
+    """sums (..., columns) / counts (...), nan where there is nothing."""
+    return sums / np.where(counts > 0, counts, np.nan)[..., None]
 
 
-def nest(entries) -> dict:
-    """{(section, bin, statistic): entry} -> {statistic: entry, section: {bin: {statistic: entry}}}."""
+def entries(means, ratios, spread=None) -> dict:
+    """means (cells, columns), resampled ratios, means of batches (batches, columns) -> the nested part of overlap.json."""
     result = {}
-    for (section, label, name), entry in entries.items():
-        (result.setdefault(section, {}).setdefault(label, {}) if section else result)[name] = entry
+    for (c, (section, label)), (j, name) in itertools.product(enumerate(CELLS), enumerate(COLUMNS)):
+        statistic, _, k = name.partition("@")
+        if math.isnan(means[c, j]) or (section and k):
+            continue
+        place = ("by_k", k) if k else (section, label)
+        low, high = np.nanpercentile(ratios[:, c, j], [2.5, 97.5]).tolist()
+        entry = {"mean": float(means[c, j]), "low": low, "high": high}
+        if spread is not None and not section:
+            entry |= {"batch_mean": float(spread[:, j].mean()), "batch_min": float(spread[:, j].min()), "batch_max": float(spread[:, j].max())}
+        (result.setdefault(place[0], {}).setdefault(place[1], {}) if place[0] else result)[statistic] = entry
     return result
 
 
-def interval(ratios) -> dict[str, float]:
-    """(n,) resampled ratios -> the middle 95 %."""
-    low, high = np.nanpercentile(ratios, [2.5, 97.5])
-    return {"low": float(low), "high": float(high)}
-
-
-def describe(columns, ratios, batches) -> dict:
-    """sum_up's columns and their resampled ratios -> means, intervals, and for what is not in a bin the spread over batches."""
-    entries = {}
-    for (key, (total, count)), drawn in zip(columns.items(), ratios.values()):
-        entries[key] = {"mean": total.sum() / count.sum(), **interval(drawn)}
-        if key[0] in ("", "by_k"):
-            means = [total[b].sum() / count[b].sum() for b in batches if count[b].any()]
-            entries[key] |= {"batch_mean": float(np.mean(means)), "batch_min": min(means), "batch_max": max(means)} if means else {}
-        else:
-            entries[(*key[:2], "states")] = int(count.sum())
-    return nest(entries)
+def report(name, measured, shared_ids, utterances, batches, args) -> tuple[dict, np.ndarray, np.ndarray]:
+    """One student's part of overlap.json, with the means and resampled means that differences are made of."""
+    sums, counts = sum_up(measured, utterances)
+    means, ratios = mean_of(sums.sum(0), counts.sum(0)), resample(sums, counts)
+    spread = mean_of(np.stack([sums[b, 0].sum(0) for b in batches]), np.stack([counts[b, 0].sum() for b in batches]))  # (batches, columns)
+    result = entries(means, ratios, spread[~np.isnan(spread[:, 0])])
+    for (section, label), n in zip(CELLS, counts.sum(0).tolist()):
+        if section and n:
+            result[section][label]["states"] = int(n)
+    aligned = sum(u.text is not None and bool(u.language) for u in utterances) if args.states == "rollout" else 0
+    vuss = np.concatenate([values[:, COLUMNS.index("vuss")] for values, _, _ in measured.values()])
+    return {"student": str(name), "clips": len(utterances), "clips_not_aligned": len(utterances) - aligned,
+            "clips_with_error": sum(bool((bins[:, 2] >= 0).any()) for _, bins, _ in measured.values()),
+            "states": len(vuss), "states_not_scored": sum(n for _, _, n in measured.values()), "shared_ids": shared_ids, **result,
+            "vuss_histogram": dict(sorted(Counter(vuss.astype(int).tolist()).items()))}, means, ratios
 
 
 def measure_all(name, teacher, utterances, batches, args, rank, world) -> tuple[dict, int]:
@@ -249,20 +257,9 @@ def measure_all(name, teacher, utterances, batches, args, rank, world) -> tuple[
         parts = [None] * world
         dist.all_gather_object(parts, measured)
         measured = {i: clip for part in parts for i, clip in part.items()}
+    if not any(len(values) for values, _, _ in measured.values()):
+        raise ValueError(f"no state of {name} could be scored: none of the tokens has a twin in the teacher's vocabulary")
     return measured, int((to_teacher >= 0).sum())
-
-
-def report(name, measured, shared_ids, utterances, batches, args) -> tuple[dict, dict, dict]:
-    """One student's part of overlap.json, with the columns and resampled ratios that a difference is made of."""
-    columns = sum_up(measured, utterances)
-    ratios = dict(zip(columns, resample(*(np.stack(side, axis=1) for side in zip(*columns.values()))).T))
-    values, bins = (np.concatenate([measured[u.id][j] for u in utterances]) for j in (0, 1))
-    histogram = Counter(values[:, COLUMNS.index("vuss")].astype(int).tolist())
-    aligned = sum(u.text is not None and bool(u.language) for u in utterances) if args.states == "rollout" else 0
-    with_error = sum(bool((measured[u.id][1][:, 2] >= 0).any()) for u in utterances)
-    return {"student": str(name), "clips": len(utterances), "clips_not_aligned": len(utterances) - aligned, "clips_with_error": with_error,
-            "states": len(values), "states_not_scored": sum(n for _, _, n in measured.values()), "shared_ids": shared_ids,
-            **describe(columns, ratios, batches), "vuss_histogram": dict(sorted(histogram.items()))}, columns, ratios
 
 
 def main(args) -> None:
@@ -280,18 +277,14 @@ def main(args) -> None:
     teacher, parts = model.load(args.teacher, device), []
     for name in [args.student, *([args.compare] if args.compare else [])]:
         measured, shared_ids = measure_all(name, teacher, utterances, batches, args, rank, world)
-        if not any(len(values) for values, _, _ in measured.values()):
-            raise ValueError(f"{args.data}: no state could be scored: none of the tokens has a twin in the teacher's vocabulary")
         if rank == 0:
             parts.append(report(name, measured, shared_ids, utterances, full, args))
     if rank == 0:
         result = {"teacher": str(args.teacher), "data": args.data, "k": args.top_k, "states_of": args.states, "seed": args.seed,
                   "temperature": args.temperature, "batch": args.batch, "batches": len(full), **parts[0][0]}
         if args.compare:
-            (_, a, drawn_a), (_, b, drawn_b) = parts
-            mean = lambda columns, key: columns[key][0].sum() / columns[key][1].sum()
-            result |= {"compare": parts[1][0], "difference": nest({
-                key: {"mean": mean(b, key) - mean(a, key), **interval(drawn_b[key] - drawn_a[key])} for key in a if key in b})}
+            (_, means_a, ratios_a), (second, means_b, ratios_b) = parts
+            result |= {"compare": second, "difference": entries(means_b - means_a, ratios_b - ratios_a)}
         Path(args.out).mkdir(parents=True, exist_ok=True)
         (Path(args.out) / "overlap.json").write_text(json.dumps(result, indent=2))
         show(result)
@@ -312,28 +305,30 @@ def students(result) -> dict[str, dict]:
 
 def show(result) -> None:
     """Print overlap.json: the paper's Table 2, every statistic, its bins."""
-    reports, bounds = students(result), lambda e: f"{e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" if e else "-"
+    reports, k = students(result), result["k"]
     for name, r in reports.items():
         print(f"{name}: {r['student']}: {r['clips']} clips ({r['clips_not_aligned']} not aligned, {r['clips_with_error']} with an error), "
               f"{r['states']} states ({r['states_not_scored']} more not scored for want of a twin), {r['shared_ids']} shared ids")
-    print(f"\nTable 2: VUSS, k = {result['k']}, {result['batches']} batches of {result['batch']} clips\n{'':16}    mean     min     max")
+    print(f"\nVUSS, k = {k}, over {result['batches']} batches of {result['batch']} clips (Table 2): mean (min-max)")
     for name, r in reports.items():
-        print(f"{name:16}" + "".join(f"{r['vuss'][key]:8.2f}" for key in ("batch_mean", "batch_min", "batch_max")))
-    sides = list(reports.values()) + ([result["difference"]] if "difference" in result else [])
-    heads = list(reports) + (["difference, paired"] if "difference" in result else [])
-    row = lambda label, cells: print(f"{label:28}" + "".join(f"{cell:30}" for cell in cells))
-    print()
-    row("mean [95 % interval]", heads)
+        print(f"{name:18}{r['vuss']['batch_mean']:.2f} ({r['vuss']['batch_min']:.2f}-{r['vuss']['batch_max']:.2f})")
+    sides = reports | ({"difference, paired": result["difference"]} if "difference" in result else {})
+
+    def row(label, *path):
+        line = f"{label:26}"
+        for side in sides.values():
+            cell = functools.reduce(lambda d, key: d.get(key, {}), path, side)
+            line += (f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" if cell else "-").ljust(28)
+        print(line)
+
+    print(f"\n{'':26}" + "".join(name.ljust(28) for name in sides))
     for name in STATISTICS:
-        row(name + (f"@{result['k']}" if name in OF_K else ""), [bounds(side[name]) for side in sides])
-    for k in result["by_k"]:
-        row(f"overlap@{k}", [bounds(side["by_k"][k]["overlap"]) for side in sides])
-    for section, labels in BREAKDOWNS.items():
+        row(f"{name}@{k}" if name in OF_K else name, name)
+    for j in KS:
+        row(f"overlap@{j}", "by_k", str(j), "overlap")
+    for section, label in CELLS[1:]:
         for name in ("overlap", "kl_reverse"):
-            print(f"\n{name}, {section}")
-            for label in labels:
-                cells = [side.get(section, {}).get(label, {}) for side in sides]
-                row(label, [bounds(c.get(name)) + (f", {c['states']}" if "states" in c else "") for c in cells])
+            row(f"{label}: {name}", section, label, name)
 
 
 def draw(result, path) -> None:
@@ -350,10 +345,11 @@ def draw(result, path) -> None:
             axis.plot(x, mean, "o-", color=f"C{i}", label=name)
             axis.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
         sizes, counts = zip(*((int(size), count / r["states"]) for size, count in r["vuss_histogram"].items()))
-        right.bar(sizes, counts, width=1.0, color=f"C{i}", alpha=0.5, label=name)
+        right.bar(sizes, counts, width=1.0, color=f"C{i}", alpha=0.25)
+        right.step(sizes, counts, where="mid", color=f"C{i}")
         right.axvline(r["vuss"]["mean"], color=f"C{i}", linestyle="--")
     k = result["k"]
-    left.set(title=f"overlap@{k}", ylabel="shared part of both top-k sets", ylim=(0, None))
+    left.set(title=f"overlap@{k} (bands: 95 %)", ylabel="shared part of both top-k sets", ylim=(0, 1))
     middle.set(title="KL(student || teacher)", ylabel="nats per token", ylim=(0, None))
     right.set(title=f"VUSS, k = {k} (dashed: mean)", xlabel="valid tokens in the union", ylabel="share of states")
     for axis in (left, middle):
