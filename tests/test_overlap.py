@@ -168,7 +168,9 @@ def test_error_states_with_a_real_tokenizer(student):
     ids = student.encode_text("put nine cups")
     words = [student.plain.encode(w, add_special_tokens=False).ids for w in ("put", " nine", " cups")]
     assert ids == [*words[0], *words[1], *words[2], student.eos_id] and len(words[1]) > 1
-    expected = [False] * len(words[0]) + [True] * len(words[1]) + [False] * (len(words[2]) + 1)
+    of_nine = [student.tokenizer.decode([i]) != " " for i in words[1]]  # a space of its own is no part of the word
+    assert sum(of_nine) > 1
+    expected = [False] * len(words[0]) + of_nine + [False] * (len(words[2]) + 1)
     assert overlap.error_states(student, ids, "put two cups", "en") == expected
     ids = student.encode_text("厨房鱼")  # the last character is in no merge: three bytes
     inside = overlap.error_states(student, ids, "厨房有", "zh")
@@ -275,9 +277,10 @@ def test_the_teacher_is_never_shown_a_token_nobody_wrote(student, teacher, batch
         after = measured(student, teacher, to_teacher, batch)
     finally:
         weight[0] = kept
-    shared = [column(name) for name in ("kl_reverse", "kl_forward", "mass_s", "mass_t", "entropy_t", "rank")]  # the head is tied to the
-    for i in before:                                                     # embeddings: id 0 itself may enter the teacher's top k
-        assert after[i][0][:, column("kl_reverse")] == pytest.approx(before[i][0][:, column("kl_reverse")], abs=1e-5), shared
+    # The head is tied to the embeddings: id 0 itself may enter the teacher's top k, so what does not depend on that is compared.
+    apart = [column(name) for name in ("kl_reverse", "kl_forward", "entropy_t", "rank")]
+    for i in before:
+        assert after[i][0][:, apart] == pytest.approx(before[i][0][:, apart], abs=1e-5), i
     assert any(n for _, _, n in before.values())
 
 
@@ -289,7 +292,7 @@ def test_reference_states_are_those_of_the_transcript(student, teacher, batch):
         values, bins, not_scored = clips[u.id]
         assert len(values) + not_scored == len(ids) and (bins[:, 1:] == -1).all()
         everything = torch.ones(1, len(ids), dtype=torch.bool)
-        z_t = model.map_logits(teacher.head(model.response_hidden(teacher, model.encode(teacher, alone), to_teacher[[ids]], everything)), to_teacher)
+        z_t = model.map_logits(teacher.head(model.response_hidden(teacher, model.encode(teacher, alone), to_teacher[torch.tensor([ids])], everything)), to_teacher)
         ranks = [1 + int((z > z[i]).sum()) for z, i in zip(z_t, ids)]
         assert values[:, column("rank")].tolist() == ranks
 
@@ -321,7 +324,7 @@ def test_intervals_are_data_bootstraps():
     for c in range(2):
         for j in range(3):
             assert np.percentile(drawn[:, c, j], [2.5, 97.5]) == pytest.approx(data.bootstrap(sums[:, c, j], counts[:, c]), rel=1e-12)
-    counts[1:, 1] = 0  # a bin that one clip alone is in: draws without it say nothing, and are not zeros
+    counts[1:, 1] = sums[1:, 1] = 0  # a bin that one clip alone is in: draws without it say nothing, and are not zeros
     low, high = np.nanpercentile(overlap.resample(sums, counts)[:, 1, 0], [2.5, 97.5])
     assert low == high == pytest.approx(sums[0, 1, 0] / counts[0, 1])
 
