@@ -346,9 +346,11 @@ def draw(result, path) -> None:
             mean, low, high = ([entry[statistic][key] for entry in r["by_position"].values()] for key in ("mean", "low", "high"))
             axis.plot(x, mean, "o-", color=f"C{i}", label=name)
             axis.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
-        sizes, counts = zip(*((int(size), count / r["states"]) for size, count in r["vuss_histogram"].items()))
-        right.bar(sizes, counts, width=1.0, color=f"C{i}", alpha=0.25)
-        right.step(sizes, counts, where="mid", color=f"C{i}")
+        shares = {int(size): count / r["states"] for size, count in r["vuss_histogram"].items()}
+        sizes = range(min(shares), max(shares) + 1)
+        edges = [size - 0.5 for size in (*sizes, sizes.stop)]
+        right.stairs([shares.get(size, 0) for size in sizes], edges, color=f"C{i}")
+        right.stairs([shares.get(size, 0) for size in sizes], edges, color=f"C{i}", fill=True, alpha=0.25)
         right.axvline(r["vuss"]["mean"], color=f"C{i}", linestyle="--")
     k = result["k"]
     left.set(title=f"overlap@{k} (bands: 95 %)", ylabel="shared part of both top-k sets", ylim=(0, 1))
