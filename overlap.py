@@ -20,7 +20,7 @@ and, whatever k is, with p_S and p_T over all ids that both vocabularies have, a
 Rollouts are sampled at temperature 1, as in training, from uniforms keyed on (seed, utterance): two students draw with the same
 luck. Batches are those of distill.py's first epoch, whatever the number of processes. Means are over states; low and high, a 95 %
 interval, resample utterances; batch_mean, batch_min and batch_max are over the means of full batches, as in Table 2.
---out receives overlap.json and overlap.png.
+--out receives overlap.json (its keys: README) and overlap.png.
 
 Differs from the public code, whose number is that of one rank: it also takes stop tokens out of the student's set.
 """
@@ -220,7 +220,7 @@ def entries(means, ratios, spread=None) -> dict:
         place = ("by_k", k) if k else (section, label)
         low, high = np.nanpercentile(ratios[:, c, j], [2.5, 97.5]).tolist()
         entry = {"mean": float(means[c, j]), "low": low, "high": high}
-        if spread is not None and len(spread) and not section:
+        if spread is not None and not section:
             entry |= {"batch_mean": float(spread[:, j].mean()), "batch_min": float(spread[:, j].min()), "batch_max": float(spread[:, j].max())}
         (result.setdefault(place[0], {}).setdefault(place[1], {}) if place[0] else result)[statistic] = entry
     return result
@@ -231,7 +231,8 @@ def report(name, measured, shared_ids, utterances, batches, args) -> tuple[dict,
     sums, counts = sum_up(measured, utterances)
     means, ratios = mean_of(sums.sum(0), counts.sum(0)), resample(sums, counts)
     spread = mean_of(np.stack([sums[b, 0].sum(0) for b in batches]), np.stack([counts[b, 0].sum() for b in batches]))  # (batches, columns)
-    result = entries(means, ratios, spread[~np.isnan(spread[:, 0])])
+    spread = spread[~np.isnan(spread[:, 0])]
+    result = entries(means, ratios, spread if len(spread) else means[:1])
     for (section, label), n in zip(CELLS, counts.sum(0).tolist()):
         if section and n:
             result[section][label]["states"] = int(n)
@@ -317,20 +318,20 @@ def show(result) -> None:
     sides = reports | ({"difference, paired": result["difference"]} if "difference" in result else {})
 
     def row(label, *path):
-        line = f"{label:26}"
+        line = f"{label:34}"
         for side in sides.values():
             cell = functools.reduce(lambda d, key: d.get(key, {}), path, side)
             line += (f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" if cell else "-").ljust(28)
         print(line)
 
-    print(f"\n{'':26}" + "".join(name.ljust(28) for name in sides))
+    print(f"\n{'':34}" + "".join(name.ljust(28) for name in sides))
     for name in STATISTICS:
         row(f"{name}@{k}" if name in OF_K else name, name)
     for j in KS:
         row(f"overlap@{j}", "by_k", str(j), "overlap")
     for section, label in CELLS[1:]:
         for name in ("overlap", "kl_reverse"):
-            row(f"{label}: {name}", section, label, name)
+            row(f"{section[3:]} {label}, {name}", section, label, name)
 
 
 def draw(result, path) -> None:
