@@ -1,4 +1,4 @@
-"""The losses and the overlap statistics, against slow fp64 loops written from the formulas.
+"""The losses, against slow fp64 loops written from the formulas.
 
     pytest tests/test_objective.py
 """
@@ -15,7 +15,6 @@ from torch import nn
 import data
 import distill
 import model
-import overlap
 import sft
 
 INF = math.inf
@@ -366,6 +365,17 @@ def test_a_student_is_its_own_perfect_teacher(student, batch):
 
 # ---------------------------------------------------------------------------- what distill.py logs beside the loss
 
+def brute_force(z_s, z_t, k):
+    """One state, with Python sets."""
+    s, t = dict(enumerate(z_s)), dict(enumerate(z_t))
+    valid = {v for v in s if s[v] > -INF and t[v] > -INF}
+    in_s = top({v: s[v] for v in valid}, k)
+    in_t = top({v: t[v] for v in valid}, k)
+    p_s, p_t, k = probabilities(s), probabilities(t), min(k, len(s))
+    return {"overlap": len(in_s & in_t) / k, "top1": float(max(s, key=s.get) == max(t, key=t.get)),
+            "mass_s": sum(p_s[v] for v in in_s & in_t), "mass_t": sum(p_t[v] for v in in_s & in_t)}
+
+
 @pytest.mark.parametrize("k", [1, 4, 40])
 def test_agreement_equals_sets(k):
     z_s, z_t = random_logits(n=9, v=20, seed=7, blocked=(0, 1, 19))
@@ -392,104 +402,6 @@ def test_worst_tenth_is_the_largest_tenth_of_the_divergence(student, teacher, ba
     sums = distill.distil_backward(student, hidden_s.requires_grad_() * 1, teacher, hidden_t, ids[mask], model.vocabulary_map(student, teacher), options(chunk=7))
     student.net.zero_grad(set_to_none=True)
     assert float(sums["worst"]) == pytest.approx(sum(sorted(d.tolist())[-math.ceil(len(d) / 10):]), rel=1e-4)
-
-
-# ---------------------------------------------------------------------------- overlap statistics
-
-def brute_force(z_s, z_t, k):
-    """One state: overlap.py's docstring with Python sets."""
-    s, t = dict(enumerate(z_s)), dict(enumerate(z_t))
-    valid = {v for v in s if s[v] > -INF and t[v] > -INF}
-    in_s = top({v: s[v] for v in valid}, k)
-    in_t = top({v: t[v] for v in valid}, k)
-    p_s, p_t, k = probabilities(s), probabilities(t), min(k, len(s))
-    return {"vuss": len(in_s | in_t), "overlap": len(in_s & in_t) / k, "top1": float(max(s, key=s.get) == max(t, key=t.get)),
-            "mass_s": sum(p_s[v] for v in in_s & in_t), "mass_t": sum(p_t[v] for v in in_s & in_t), "kl": kl(p_s, p_t)}
-
-
-@pytest.mark.parametrize("k", [1, 3, 8, 20, 40])
-@pytest.mark.parametrize("blocked", [(), (0, 1, 7, 19)], ids=["all valid", "four invalid"])
-def test_overlap_stats_equal_sets(k, blocked):
-    z_s, z_t = random_logits(n=9, v=20, seed=7, blocked=blocked)
-    stats = overlap.overlap_stats(z_s, z_t, torch.ones(9, dtype=torch.bool), k)
-    assert set(stats) == set(overlap.STATISTICS)
-    for n in range(9):
-        expected = brute_force(z_s[n].tolist(), z_t[n].tolist(), k)
-        assert {name: stats[name][n].item() for name in stats} == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    if not blocked:  # 2k - |intersection| when nothing is missing
-        torch.testing.assert_close(stats["vuss"], (2 - stats["overlap"]) * min(k, 20))
-    else:
-        assert stats["vuss"].max() <= 16
-
-
-def test_overlap_stats_of_constructed_states():
-    """k = 2 on five tokens: equal sets, one token shared, nothing shared."""
-    p_s = torch.tensor([[.4, .3, .1, .1, .1], [.4, .3, .1, .1, .1], [.4, .3, .1, .1, .1]]).double()
-    p_t = torch.tensor([[.2, .6, .1, .05, .05], [.1, .5, .3, .05, .05], [.1, .05, .05, .5, .3]]).double()
-    stats = overlap.overlap_stats(p_s.log(), p_t.log(), torch.ones(3, dtype=torch.bool), 2)
-    assert stats["vuss"].tolist() == [2, 3, 4] and stats["overlap"].tolist() == [1.0, 0.5, 0.0] and stats["top1"].tolist() == [0, 0, 0]
-    assert stats["mass_s"].tolist() == pytest.approx([0.7, 0.3, 0.0]) and stats["mass_t"].tolist() == pytest.approx([0.8, 0.5, 0.0])
-
-
-def test_overlap_stats_use_only_the_masked_in_states():
-    z_s, z_t = random_logits(n=6, v=12, seed=8)
-    mask = torch.tensor([[True, False, True], [False, False, True]])
-    stats = overlap.overlap_stats(z_s.view(2, 3, 12), z_t.view(2, 3, 12), mask, 3)
-    alone = overlap.overlap_stats(z_s[[0, 2, 5]], z_t[[0, 2, 5]], torch.ones(3, dtype=torch.bool), 3)
-    assert all(torch.equal(stats[name], alone[name]) for name in stats)
-
-
-def measured(student, teacher, to_teacher, batch, **changes):
-    args = SimpleNamespace(**{"seed": 0, "max_new_tokens": 9, "temperature": 1.0, "chunk": 7, "top_k": 5, **changes})
-    return overlap.measure_batch(student, teacher, to_teacher, batch, args)
-
-
-def test_overlap_of_a_model_with_itself_is_complete(student, batch):
-    sums = measured(student, student, model.vocabulary_map(student, student), batch)
-    assert set(sums) == {u.id for u in batch.utterances}
-    for states, *values in sums.values():
-        vuss, shared, top1, mass_s, mass_t, divergence = (value / states for value in values)
-        assert (vuss, shared, top1) == (5, 1, 1) and mass_s == pytest.approx(mass_t) and abs(divergence) < 1e-6
-
-
-def test_overlap_sums_equal_clips_scored_alone(student, foreign_teacher, batch):
-    """measure_batch in chunks over a padded batch = brute force, state by state, on each clip alone."""
-    pairs, to_teacher = twins(student, foreign_teacher), model.vocabulary_map(student, foreign_teacher)
-    sums, shared, whole = measured(student, foreign_teacher, to_teacher, batch, max_new_tokens=4), sorted(pairs), 0
-    for u in batch.utterances:
-        alone = data.load_batch([u])
-        ids, mask = model.generate(student, model.encode(student, alone), 4, 1.0, data.keyed_uniforms(0, 0, [u.id], 4))
-        ids = ids[mask].tolist()
-        assert sums[u.id][0] <= sum(i in pairs for i in ids)
-        if not set(ids) <= set(pairs):  # what a state after a hole is worth is the next test's business
-            continue
-        whole, everywhere = whole + 1, torch.ones(1, len(ids), dtype=torch.bool)
-        hidden_s = model.response_hidden(student, model.encode(student, alone), torch.tensor([ids]), everywhere)
-        hidden_t = model.response_hidden(foreign_teacher, model.encode(foreign_teacher, alone),
-                                         torch.tensor([[pairs[i] for i in ids]]), everywhere)
-        z_s = student.head(hidden_s)[:, shared].tolist()
-        z_t = foreign_teacher.head(hidden_t)[:, [pairs[i] for i in shared]].tolist()
-        rows = [brute_force(a, b, 5) for a, b in zip(z_s, z_t)]
-        assert sums[u.id] == pytest.approx([len(ids)] + [sum(row[name] for row in rows) for name in overlap.STATISTICS], rel=1e-4, abs=1e-4)
-    assert 1 < whole < len(batch.utterances), "the case needs clips with and without a hole"
-
-
-def test_the_teacher_is_never_shown_a_token_nobody_wrote(student, teacher, batch):
-    """Where an emitted id has no twin the teacher has no input. Whatever is done there, no id that stands in for it may be heard:
-    here id 0 has no twin, so the teacher's embedding of id 0 must not matter."""
-    to_teacher = model.vocabulary_map(student, teacher)
-    ids, mask = model.generate(student, model.encode(student, batch), 9, 1.0, data.keyed_uniforms(0, 0, [u.id for u in batch.utterances], 9))
-    to_teacher[[0, *ids[:, 2].tolist()]] = -1  # the third token of every clip has no twin
-    to_teacher[student.eos_id] = teacher.eos_id
-    before = measured(student, teacher, to_teacher, batch)
-    weight, kept = teacher.body.embed_tokens.weight.data, teacher.body.embed_tokens.weight.data[0].clone()
-    try:
-        weight[0] = weight[5] * 2.0
-        after = measured(student, teacher, to_teacher, batch)
-    finally:
-        weight[0] = kept
-    for i in before:
-        assert after[i] == pytest.approx(before[i], abs=1e-6), i
 
 
 # ---------------------------------------------------------------------------- SFT: what is trained on

@@ -1,0 +1,409 @@
+"""overlap.py: every statistic against Python sets and float loops, where states lie, and the command as it is run.
+
+    pytest tests/test_overlap.py
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model
+import overlap
+
+ROOT, INF = Path(__file__).resolve().parent.parent, math.inf
+
+
+# ---------------------------------------------------------------------------- oracle: floats, loops and sets, no tensor operation
+
+def probabilities(scores):
+    top = max(scores.values())
+    weights = {v: math.exp(z - top) for v, z in scores.items()}
+    return {v: w / sum(weights.values()) for v, w in weights.items()}
+
+
+def kl(p, q):
+    return sum(p[v] * math.log(p[v] / q[v]) for v in p)
+
+
+def entropy(p):
+    return -sum(x * math.log(x) for x in p.values())
+
+
+def best(scores, k):
+    return set(sorted((v for v in scores if scores[v] > -INF), key=lambda v: -scores[v])[:k])
+
+
+def brute_force(s, t, k, written=None):
+    """One state, {token: logit} on each side: section 4.3 sentence by sentence."""
+    valid = {v for v in s if s[v] > -INF} & {v for v in t if t[v] > -INF}
+    merged = best(s, k) | best(t, k)                 # "merging teacher and student top-k candidate sets"
+    retained = {v for v in merged if v in valid}     # "and filtering invalid token mappings"
+    shared = {v for v in best(s, k) if v in best(t, k) and v in valid}
+    p_s, p_t = ({v: p for v, p in probabilities({v: z[v] for v in valid}).items()} for z in (s, t))
+    u_s, u_t = ((probabilities({v: z[v] for v in retained}) if retained else {}) for z in (s, t))
+    k = min(k, len(s))
+    out = {"vuss": len(retained), "overlap": len(shared) / k, "mass_s": sum(p_s[v] for v in shared), "mass_t": sum(p_t[v] for v in shared),
+           "union_kl_reverse": kl(u_s, u_t), "union_kl_forward": kl(u_t, u_s), "top1": float(best(s, 1) == best(t, 1) and best(s, 1) <= valid),
+           "entropy_s": entropy(p_s), "entropy_t": entropy(p_t), "kl_reverse": kl(p_s, p_t), "kl_forward": kl(p_t, p_s)}
+    if written is not None:
+        out["rank"] = 1 + sum(t[v] > t[written] for v in valid)
+    return out
+
+
+def random_logits(n, v, seed=0, out_s=(), out_t=()):
+    """z_s, z_t (n, v) float64, correlated; -inf in the columns out_s and out_t."""
+    generator = torch.Generator().manual_seed(seed)
+    z_s, other = (3 * torch.randn(n, v, generator=generator, dtype=torch.float64) for _ in range(2))
+    z_t = 0.6 * z_s + 0.8 * other
+    z_s[:, list(out_s)], z_t[:, list(out_t)] = -INF, -INF
+    return z_s, z_t
+
+
+everywhere = lambda z: torch.ones(len(z), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("v", [6, 40, 90])
+@pytest.mark.parametrize("out_s, out_t", [((), ()), ((0, 1, 5), (0, 1, 5)), ((0, 3), (1, 3, 4))], ids=["all valid", "the same out", "different ones out"])
+def test_every_statistic_at_every_k_equals_sets(v, out_s, out_t):
+    z_s, z_t = random_logits(12, v, seed=v, out_s=out_s, out_t=out_t)
+    written = torch.full((12,), 2)
+    stats = overlap.overlap_stats(z_s, z_t, everywhere(z_s), 5, written, overlap.KS)
+    assert set(stats) == set(overlap.COLUMNS)
+    for n in range(12):
+        s, t = dict(enumerate(z_s[n].tolist())), dict(enumerate(z_t[n].tolist()))
+        for k, at in [(5, ""), *((k, f"@{k}") for k in overlap.KS)]:
+            for name, value in brute_force(s, t, k, 2).items():
+                if name in overlap.OF_K or not at:
+                    assert stats[name + at][n].item() == pytest.approx(value, rel=1e-9, abs=1e-12), (name, k)
+    assert torch.equal(stats["top1"], stats["overlap@1"])
+    if not out_s:  # nothing is dropped
+        for k in overlap.KS:
+            torch.testing.assert_close(stats[f"vuss@{k}"], (2 - stats[f"overlap@{k}"]) * min(k, v))
+
+
+def test_constructed_states():
+    """k = 2 on five tokens: equal sets in another order, one token shared, nothing shared."""
+    p_s = torch.tensor([[.4, .3, .15, .1, .05]] * 3).double()
+    p_t = torch.tensor([[.2, .6, .1, .06, .04], [.1, .5, .3, .06, .04], [.1, .06, .04, .5, .3]]).double()
+    stats = overlap.overlap_stats(p_s.log(), p_t.log(), everywhere(p_s), 2, torch.tensor([0, 0, 2]), (1,))
+    assert stats["vuss"].tolist() == [2, 3, 4] and stats["overlap"].tolist() == [1.0, 0.5, 0.0]
+    assert stats["mass_s"].tolist() == pytest.approx([0.7, 0.3, 0.0]) and stats["mass_t"].tolist() == pytest.approx([0.8, 0.5, 0.0])
+    assert stats["rank"].tolist() == [2, 3, 5] and stats["top1"].tolist() == [0, 0, 0] and stats["vuss@1"].tolist() == [2, 2, 2]
+    assert stats["union_kl_forward"][0].item() == pytest.approx(.25 * math.log(.25 / (4 / 7)) + .75 * math.log(.75 / (3 / 7)))
+
+
+def test_what_is_invalid_is_dropped_after_merging_and_makes_no_room():
+    """k = 2. The student's best has no twin, and one of the teacher's two: only one token of each is left, the same one."""
+    z_s = torch.tensor([[9., 5., 4., 3., -INF]])
+    z_t = torch.tensor([[-INF, 5., 4., 3., 9.]])
+    stats = overlap.overlap_stats(z_s, z_t, everywhere(z_s), 2, torch.tensor([1]), (1,))
+    assert (stats["vuss"].item(), stats["overlap"].item(), stats["top1"].item(), stats["rank"].item()) == (1, 0.5, 0, 1)
+    assert stats["vuss@1"].item() == 0 and stats["union_kl_reverse@1"].item() == stats["kl_reverse"].item() == 0
+    assert stats["mass_s"].item() == pytest.approx(math.exp(5) / (math.exp(5) + math.exp(4) + math.exp(3)), rel=1e-6)
+
+
+def test_rank_counts_strictly_larger_logits():
+    z_t = torch.tensor([[2., 2., 7., 2., 1.]])
+    ranks = [overlap.overlap_stats(torch.zeros(1, 5), z_t, everywhere(z_t), 1, torch.tensor([i]))["rank"].item() for i in range(5)]
+    assert ranks == [2, 2, 1, 2, 5]
+
+
+def test_only_the_masked_in_states_count():
+    z_s, z_t = random_logits(6, 12, seed=8)
+    mask, written = torch.tensor([[True, False, True], [False, False, True]]), torch.arange(6)
+    stats = overlap.overlap_stats(z_s.view(2, 3, 12), z_t.view(2, 3, 12), mask, 3, written.view(2, 3))
+    alone = overlap.overlap_stats(z_s[[0, 2, 5]], z_t[[0, 2, 5]], torch.ones(3, dtype=torch.bool), 3, written[[0, 2, 5]])
+    assert "rank" in stats and all(torch.equal(stats[name], alone[name]) for name in stats)
+
+
+# ---------------------------------------------------------------------------- where a state lies
+
+def pieces_asr(pieces):
+    """A model whose token i is the bytes pieces[i - 1]; token 0 is EOS."""
+    decode = lambda ids: b"".join(pieces[i - 1] for i in ids).decode("utf-8", errors="replace")
+    return SimpleNamespace(stop=torch.arange(len(pieces) + 1) == 0, tokenizer=SimpleNamespace(decode=decode))
+
+
+F, T = False, True
+cases = {  # reference, language, tokens of the rollout, did it end with EOS, states inside an error (the last one EOS's)
+    "substitutions and a deletion": ("put two cups on the shelf", "en", ["put", " t", "oo", " cu", "ps", " the", " sh", "elf", "s"], True,
+                                     [F, T, T, F, F, T, T, T, T, F]),
+    "insertion": ("put two cups", "en", ["put", " re", "d", " two", " cups"], True, [F, T, T, F, F, F]),
+    "deletion: only where the next word begins": ("put two red cups", "en", ["put", " two", " cu", "ps"], True, [F, F, T, F, F]),
+    "deletion at the end": ("find peter", "en", ["find"], True, [F, T]),
+    "deletion at the end of a cut rollout": ("find peter", "en", ["fi", "nd"], False, [F, F]),
+    "nothing written": ("clean it", "en", [], True, [T]),
+    "nothing to be written": ("...", "en", ["a"], True, [T, F]),
+    "no error": ("Don't!", "en", ["don", "'t"], True, [F, F, F]),
+    "punctuation and spaces are no units": ("put six on", "en", ["Put", ",", " ", "two", " ", "on", "."], True, [F, F, F, T, F, F, F, F]),
+    "an error grows with its word": ("the shelf", "en", ["the", " shelf", "'", "s"], True, [F, T, F, T, F]),
+    "a token of two words": ("a b c", "en", ["a b", " d"], True, [F, T, F]),
+    "bytes of characters": ("打开台灯", "zh", [b"\xe6", b"\x89", b"\x93", "关".encode()[:2], "关".encode()[2:], "台"], True, [F, F, F, T, T, F, T]),
+    "a token across two characters": ("打开", "zh", ["打".encode()[:2], "打".encode()[2:] + "关".encode()[:1], "关".encode()[1:]], True, [F, T, T, F]),
+    "deleted before a split character": ("小明有", "zh", ["小", *(bytes([b]) for b in "有".encode())], True, [F, T, F, F, F]),
+    "a token of two characters": ("今天打开", "zh", ["今天", "打", "灯"], True, [F, F, T, F]),
+    "two characters, a deletion between": ("今年天打", "zh", ["今天", "打"], True, [T, F, F]),
+    "bytes that are no text": ("打开", "zh", ["打", b"\xe6", "开"], True, [F, F, F, F]),
+}
+
+
+@pytest.mark.parametrize("name", cases)
+def test_error_states_by_hand(name):
+    text, language, pieces, ended, expected = cases[name]
+    asr = pieces_asr([p if isinstance(p, bytes) else p.encode() for p in pieces])
+    assert overlap.error_states(asr, [*range(1, len(pieces) + 1), *([0] if ended else [])], text, language) == expected
+
+
+def test_error_states_with_a_real_tokenizer(student):
+    """Byte-level tokens of the corpus: every token of a wrong unit and no other, counted from the units' own encodings."""
+    ids = student.encode_text("put nine cups")
+    words = [student.plain.encode(w, add_special_tokens=False).ids for w in ("put", " nine", " cups")]
+    assert ids == [*words[0], *words[1], *words[2], student.eos_id] and len(words[1]) > 1
+    of_nine = [student.tokenizer.decode([i]) != " " for i in words[1]]  # a space of its own is no part of the word
+    assert sum(of_nine) > 1
+    expected = [False] * len(words[0]) + of_nine + [False] * (len(words[2]) + 1)
+    assert overlap.error_states(student, ids, "put two cups", "en") == expected
+    ids = student.encode_text("厨房鱼")  # the last character is in no merge: three bytes
+    inside = overlap.error_states(student, ids, "厨房有", "zh")
+    assert inside[-4:] == [True, True, True, False] and not any(inside[:-4])
+
+
+def test_bins_of_states():
+    assert overlap.place_states(None, 4).tolist() == [[0, -1, -1], [3, -1, -1], [6, -1, -1], [9, -1, -1]]
+    assert overlap.place_states([False], 1).tolist() == [[0, 0, -1]]  # EOS at once, rightly
+    assert overlap.place_states([False] * 21, 21)[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 9]
+    labels = overlap.BREAKDOWNS["by_distance"]
+    bins = overlap.place_states([i in (5, 7) for i in range(20)], 20)
+    assert [labels[i] for i in bins[:, 2]] == ["-4 and less"] * 2 + ["-3", "-2", "-1", "0", "1", "2", "3"] + ["4 to 7"] * 4 + ["8 and more"] * 7
+    assert bins[:, 1].tolist() == [int(i in (5, 7)) for i in range(20)]
+
+
+# ---------------------------------------------------------------------------- a batch
+
+@pytest.fixture(scope="module")
+def batch(corpus):
+    """Six clips of unequal length, in audio and in text."""
+    utterances = data.read_manifest(corpus / "train.jsonl")
+    return data.load_batch([utterances[i] for i in (0, 1, 5, 6, 8, 11)])
+
+
+@pytest.fixture(scope="module")
+def foreign_teacher():
+    """A teacher of another width with another tokenizer: its vocabulary shares most tokens with the student's, not all."""
+    texts = ["grandfather repaired the bicycle underground", "在火车站等候出租汽车", "thunder and lightning outside the cupboard"] * 6
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return model.random_student(model.train_tokenizer(texts, 330), d_model=48, encoder_layers=1, lm_layers=1, heads=2)
+
+
+def twins(student, teacher):
+    """{student id: teacher id} from the token strings, by hand: ordinary tokens of equal spelling, and EOS."""
+    theirs, pairs = teacher.tokenizer.get_vocab(), {student.eos_id: teacher.eos_id}
+    return pairs | {i: theirs[token] for token, i in student.tokenizer.get_vocab().items() if token not in model.SPECIAL and token in theirs}
+
+
+def measured(student, teacher, to_teacher, batch, **changes):
+    args = SimpleNamespace(**{"seed": 0, "max_new_tokens": 9, "temperature": 1.0, "chunk": 7, "top_k": 5, "states": "rollout", **changes})
+    return overlap.measure_batch(student, teacher, to_teacher, batch, args)
+
+
+column = overlap.COLUMNS.index
+
+
+def test_a_model_agrees_with_itself(student, batch):
+    clips = measured(student, student, model.vocabulary_map(student, student), batch)
+    assert set(clips) == {u.id for u in batch.utterances}
+    for values, bins, not_scored in clips.values():
+        assert len(values) == len(bins) > 0 and not_scored == 0
+        for k, at in [(5, ""), *((k, f"@{k}") for k in overlap.KS)]:
+            assert (values[:, column("vuss" + at)] == k).all() and (values[:, column("overlap" + at)] == 1).all()
+        assert np.abs(values[:, [column("kl_reverse"), column("kl_forward")]]).max() < 1e-5
+        assert values[:, column("mass_s")] == pytest.approx(values[:, column("mass_t")], abs=1e-5)
+
+
+def test_a_foreign_teachers_sets_are_of_its_own_vocabulary(student, foreign_teacher, batch):
+    """measure_batch in chunks over a padded batch = brute force, state by state, on each clip alone. A token that only one side has
+    takes its place in that side's top k, and is dropped."""
+    pairs, to_teacher = twins(student, foreign_teacher), model.vocabulary_map(student, foreign_teacher)
+    back = {j: i for i, j in pairs.items()}
+    clips, whole, dropped = measured(student, foreign_teacher, to_teacher, batch, max_new_tokens=4), 0, 0
+    writable = lambda asr: [i for i, b in enumerate(asr.blocked.tolist()) if not b]
+    for u in batch.utterances:
+        alone = data.load_batch([u])
+        ids, mask = model.generate(student, model.encode(student, alone), 4, 1.0, data.keyed_uniforms(0, 0, [u.id], 4))
+        ids = ids[mask].tolist()
+        n = next((t for t, i in enumerate(ids) if i not in pairs), len(ids))  # up to the first token that the teacher can't read
+        values, bins, not_scored = clips[u.id]
+        assert (len(values), not_scored) == (n, len(ids) - n)
+        inside = overlap.error_states(student, ids, u.text, u.language)
+        assert bins.tolist() == overlap.place_states(inside, len(ids))[:n].tolist()
+        whole += n == len(ids)
+        if n == 0:
+            continue
+        everything = torch.ones(1, n, dtype=torch.bool)
+        hidden_s = model.response_hidden(student, model.encode(student, alone), torch.tensor([ids[:n]]), everything)
+        hidden_t = model.response_hidden(foreign_teacher, model.encode(foreign_teacher, alone), torch.tensor([[pairs[i] for i in ids[:n]]]), everything)
+        for row, z_s, z_t, i in zip(values.tolist(), student.head(hidden_s).tolist(), foreign_teacher.head(hidden_t).tolist(), ids):
+            s, t = {j: z_s[j] for j in writable(student)}, {back.get(j, f"theirs {j}"): z_t[j] for j in writable(foreign_teacher)}
+            s, t = ({v: z.get(v, -INF) for v in s.keys() | t.keys()} for z in (s, t))
+            for k, at in [(5, ""), *((k, f"@{k}") for k in overlap.KS)]:
+                expected = brute_force(s, t, k, i)
+                dropped += expected["vuss"] < 2 * k - k * expected["overlap"]
+                found = {name: row[column(name + at * (name in overlap.OF_K))] for name in expected}
+                assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert 1 < whole < len(batch.utterances) and dropped > 10, "the case needs clips with and without a hole, and dropped tokens"
+
+
+def test_the_teacher_is_never_shown_a_token_nobody_wrote(student, teacher, batch):
+    """Where an emitted id has no twin the teacher has no input. Whatever is done there, no id that stands in for it may be heard:
+    here id 0 has no twin, so the teacher's embedding of id 0 must not matter."""
+    to_teacher = model.vocabulary_map(student, teacher)
+    ids, mask = model.generate(student, model.encode(student, batch), 9, 1.0, data.keyed_uniforms(0, 0, [u.id for u in batch.utterances], 9))
+    to_teacher[[0, *ids[:, 2].tolist()]] = -1  # the third token of every clip has no twin
+    to_teacher[student.eos_id] = teacher.eos_id
+    before = measured(student, teacher, to_teacher, batch)
+    weight, kept = teacher.body.embed_tokens.weight.data, teacher.body.embed_tokens.weight.data[0].clone()
+    try:
+        weight[0] = weight[5] * 2.0
+        after = measured(student, teacher, to_teacher, batch)
+    finally:
+        weight[0] = kept
+    # The head is tied to the embeddings: id 0 itself may enter the teacher's top k, so what does not depend on that is compared.
+    apart = [column(name) for name in ("kl_reverse", "kl_forward", "entropy_t", "rank")]
+    for i in before:
+        assert after[i][0][:, apart] == pytest.approx(before[i][0][:, apart], abs=1e-5), i
+    assert any(n for _, _, n in before.values())
+
+
+def test_reference_states_are_those_of_the_transcript(student, teacher, batch):
+    to_teacher = model.vocabulary_map(student, teacher)
+    clips = measured(student, teacher, to_teacher, batch, states="reference")
+    for u in batch.utterances:
+        ids, alone = student.encode_text(u.text), data.load_batch([u])
+        values, bins, not_scored = clips[u.id]
+        assert len(values) + not_scored == len(ids) and (bins[:, 1:] == -1).all()
+        everything = torch.ones(1, len(ids), dtype=torch.bool)
+        z_t = model.map_logits(teacher.head(model.response_hidden(teacher, model.encode(teacher, alone), to_teacher[torch.tensor([ids])], everything)), to_teacher)
+        ranks = [1 + int((z > z[i]).sum()) for z, i in zip(z_t, ids)]
+        assert values[:, column("rank")].tolist() == ranks
+
+
+# ---------------------------------------------------------------------------- sums, intervals, the command
+
+def test_sums_by_hand():
+    """Two clips, three states: means over states, not over clips; bins hold the states that lie in them."""
+    utterances = [SimpleNamespace(id="b"), SimpleNamespace(id="a"), SimpleNamespace(id="empty")]
+    n = len(overlap.COLUMNS)
+    measured = {"a": (np.full((1, n), 7.0), np.array([[9, -1, -1]]), 0), "empty": (np.zeros((0, n)), np.zeros((0, 3), int), 2),
+                "b": (np.stack([np.full(n, 1.0), np.full(n, 4.0)]), np.array([[0, 0, 3], [9, 1, 4]]), 0)}
+    sums, counts = overlap.sum_up(measured, utterances)
+    means = overlap.mean_of(sums.sum(0), counts.sum(0))
+    result = overlap.entries(means, overlap.resample(sums, counts), spread=np.stack([means[0], means[0] + 2]))
+    assert sums[:, 0, 0].tolist() == [5, 7, 0] and counts[:, 0].tolist() == [2, 1, 0]
+    assert result["vuss"]["mean"] == result["by_k"]["8"]["mass_s"]["mean"] == 4
+    assert (result["kl_reverse"]["batch_mean"], result["kl_reverse"]["batch_min"], result["kl_reverse"]["batch_max"]) == (5, 4, 6)
+    mean = lambda section: {label: cell["rank"]["mean"] for label, cell in result[section].items()}
+    assert mean("by_position") == {"0.0-0.1": 1, "0.9-1.0": 5.5}
+    assert mean("by_error") == {"outside": 1, "inside": 4} and mean("by_distance") == {"-1": 1, "0": 4}
+
+
+def test_intervals_are_data_bootstraps():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 9, size=(40, 2)).astype(float)
+    sums = rng.random((40, 2, 3)) * counts[..., None]
+    drawn = overlap.resample(sums, counts)
+    for c in range(2):
+        for j in range(3):
+            assert np.percentile(drawn[:, c, j], [2.5, 97.5]) == pytest.approx(data.bootstrap(sums[:, c, j], counts[:, c]), rel=1e-12)
+    counts[1:, 1] = sums[1:, 1] = 0  # a bin that one clip alone is in: draws without it say nothing, and are not zeros
+    low, high = np.nanpercentile(overlap.resample(sums, counts)[:, 1, 0], [2.5, 97.5])
+    assert low == high == pytest.approx(sums[0, 1, 0] / counts[0, 1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, checkpoints, corpus, foreign_teacher, tokenizer):
+    """The checkpoints, a foreign teacher, and dev.jsonl with a line less of text."""
+    path = tmp_path_factory.mktemp("overlap")
+    model.save(foreign_teacher, path / "foreign")
+    (path / "student").symlink_to(checkpoints / "student")
+    (path / "teacher").symlink_to(checkpoints / "teacher")
+    rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()[:11]]
+    del rows[4]["text"]
+    data.write_jsonl(path / "set.jsonl", [row | {"audio": str(corpus / row["audio"])} for row in rows])
+    return path
+
+
+def words(folder, out, **changes):
+    flags = {"student": folder / "student", "teacher": folder / "teacher", "data": folder / "set.jsonl", "out": folder / out, "batch": 4,
+             "max_new_tokens": 8, "top_k": 4, "device": "cpu"} | changes
+    return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+
+
+def run(folder, out, **changes):
+    overlap.main(overlap.parse_args(words(folder, out, **changes)))
+    return json.loads((folder / out / "overlap.json").read_text())
+
+
+def test_what_is_written(folder, capsys):
+    result, utterances = run(folder, "one"), data.read_manifest(folder / "set.jsonl")
+    shown = capsys.readouterr().out
+    assert (result["k"], result["clips"], result["clips_not_aligned"], result["batches"]) == (4, 11, 1, 2)
+    for name in overlap.STATISTICS:
+        e = result[name]
+        assert e["low"] <= e["mean"] <= e["high"] and e["batch_min"] <= e["batch_mean"] <= e["batch_max"] and name in shown
+    assert set(result["by_k"]) == {"1", "8", "16", "32"} and set(result["by_k"]["8"]) == set(overlap.OF_K)
+    assert sum(cell["states"] for cell in result["by_position"].values()) == result["states"] == sum(result["vuss_histogram"].values())
+    assert 0 < sum(cell["states"] for cell in result["by_error"].values()) < result["states"]
+    assert result["vuss"]["mean"] == pytest.approx(sum(int(v) * n for v, n in result["vuss_histogram"].items()) / result["states"])
+    assert f"{result['vuss']['batch_mean']:.2f} ({result['vuss']['batch_min']:.2f}-{result['vuss']['batch_max']:.2f})" in shown
+    assert (folder / "one" / "overlap.png").read_bytes()[:4] == b"\x89PNG"
+    # min and max over batches, from runs of one batch each: those of the training plan, without the last, smaller one
+    rows, means = [json.loads(line) for line in (folder / "set.jsonl").read_text().splitlines()], []
+    for indices in data.Plan(data.measure(utterances), 4, 0).epoch(0)[:2]:
+        data.write_jsonl(folder / "part.jsonl", [rows[i] for i in indices])
+        means.append(run(folder, "part", data=folder / "part.jsonl")["vuss"]["mean"])
+    assert (result["vuss"]["batch_min"], result["vuss"]["batch_max"]) == pytest.approx((min(means), max(means)), rel=1e-6)
+
+
+def test_compare_with_itself_is_no_difference(folder):
+    result = run(folder, "same", compare=folder / "student")
+    entries = [e for k in result["difference"]["by_k"].values() for e in k.values()] + [result["difference"][name] for name in overlap.STATISTICS]
+    assert len(entries) == 36 and all(e == {"mean": 0.0, "low": 0.0, "high": 0.0} for e in entries)
+
+
+def test_compare_is_two_runs_and_their_difference(folder, capsys):
+    """The second student is the teacher itself, which agrees with itself everywhere."""
+    both, first, second = run(folder, "both", compare=folder / "teacher"), run(folder, "first"), run(folder, "second", student=folder / "teacher")
+    ours = {"teacher", "data", "k", "states_of", "seed", "temperature", "batch", "batches"}
+    assert {k: v for k, v in both.items() if k not in ("compare", "difference")} == first
+    assert both["compare"] == {k: v for k, v in second.items() if k not in ours}
+    assert both["difference"]["vuss"]["mean"] == pytest.approx(4 - first["vuss"]["mean"])
+    assert both["difference"]["vuss"]["high"] == pytest.approx(4 - first["vuss"]["low"])  # its own VUSS is 4 in every draw
+    assert both["difference"]["overlap"]["low"] > 0 and second["kl_reverse"]["mean"] < 1e-6
+    out = capsys.readouterr().out
+    assert "student " in out and "4.00 (4.00-4.00)" in out
+
+
+def test_two_processes_give_what_one_gives(folder):
+    """A foreign teacher, two students, three batches."""
+    flags = {"teacher": folder / "foreign", "compare": folder / "teacher"}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "overlap.py"),
+                    *words(folder, "torchrun", **flags)], check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, two = run(folder, "alone", **flags), json.loads((folder / "torchrun" / "overlap.json").read_text())
+    assert one == two and one["states_not_scored"] > 0
+
+
+def test_reference_states_want_text(folder, corpus):
+    with pytest.raises(ValueError, match="set.jsonl:5.*text"):
+        run(folder, "reference", states="reference")
+    result = run(folder, "reference", states="reference", data=corpus / "dev.jsonl")
+    assert result["states_of"] == "reference" and "by_error" not in result and result["clips_not_aligned"] == 6
