@@ -29,7 +29,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import distill
-import model
 
 
 def resident():
