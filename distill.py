@@ -302,10 +302,8 @@ def draw_metrics(out) -> None:
 # ---------------------------------------------------------------------------- training
 
 def load_pair(args, device):
-    """-> student in fp32, teacher frozen: in bf16 on a GPU, in fp32 on a CPU."""
-    student = model.load_student(args.student, device)
-    teacher = model.load(args.teacher, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    teacher.net.requires_grad_(False)
+    """-> student and teacher, which must read the same features."""
+    student, teacher = model.load_student(args.student, device), model.load_teacher(args.teacher, device)
     if student.n_mels != teacher.n_mels:
         raise ValueError(f"student and teacher read the same features, but take {student.n_mels} and {teacher.n_mels} mel bins")
     return student, teacher

@@ -501,6 +501,13 @@ def load_student(name, device) -> ASR:
     return asr
 
 
+def load_teacher(name, device) -> ASR:
+    """A frozen checkpoint of either family: in bf16 on a GPU, in fp32 on a CPU."""
+    asr = load(name, device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    asr.net.requires_grad_(False)
+    return asr
+
+
 # ---------------------------------------------------------------------------- Qwen3-ASR
 
 # The original repositories' names -> transformers' names.

@@ -277,7 +277,7 @@ def main(args) -> None:
         data.check_labelled(utterances)
     batches = data.Plan(data.measure(utterances), args.batch, args.seed).epoch(0)
     full = [batch for batch in batches if len(batch) == args.batch] or batches  # a last batch of two clips would set min and max
-    teacher, parts = model.load(args.teacher, device), []
+    teacher, parts = model.load_teacher(args.teacher, device), []
     for name in [args.student, *([args.compare] if args.compare else [])]:
         measured, shared_ids = measure_all(name, teacher, utterances, batches, args, rank, world)
         if rank == 0:
