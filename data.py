@@ -392,8 +392,8 @@ def normalize(text: str, language: str) -> str:
     """
     kind, text = metric(language), unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).lower()
     if kind == "WER" and _parts(language)[0] in ENGLISH:
-        return english(text) or _words(text)
-    text = _words(read_out(text) if HANZI_LANGUAGES & set(_parts(language)) else text)
+        return english(text) or words(text)
+    text = words(read_out(text) if HANZI_LANGUAGES & set(_parts(language)) else text)
     return text if kind == "WER" else " ".join("".join(text.split())) if kind == "CER" else " ".join(runs(text))
 
 
@@ -402,7 +402,8 @@ def runs(text: str) -> list[str]:
     return re.findall(rf"[{ONE_CHARACTER}]|[^\s{ONE_CHARACTER}]+", text)
 
 
-def _words(text):
+def words(text: str) -> str:
+    """Letters, digits and marks; an apostrophe inside a word; a point between digits. All else parts words, joined by single spaces."""
     kept = []
     for i, c in enumerate(text):
         before, after = text[i - 1:i], text[i + 1:i + 2]
