@@ -502,6 +502,16 @@ def edit_counts(ref: str, hyp: str, language: str) -> Counts:
     return Counts(out.substitutions, out.deletions, out.insertions, out.hits + out.substitutions + out.deletions)
 
 
+def align(ref: str, hyp: str, language: str) -> list[tuple[str, str, str]]:
+    """What edit_counts counts, one by one: ("equal" | "sub" | "del" | "ins", unit of ref, unit of hyp), "" where there is none."""
+    out, pairs = jiwer.process_words(normalize(ref, language), normalize(hyp, language)), []
+    for chunk in out.alignments[0]:
+        refs, hyps = out.references[0][chunk.ref_start_idx:chunk.ref_end_idx], out.hypotheses[0][chunk.hyp_start_idx:chunk.hyp_end_idx]
+        kind = "equal" if chunk.type == "equal" else chunk.type[:3]
+        pairs += [(kind, r, h) for r, h in zip(refs or [""] * len(hyps), hyps or [""] * len(refs))]
+    return pairs
+
+
 def error_rate(counts) -> float:
     """Corpus rate in percent: sum of errors / sum of reference units, never a mean of rates."""
     units = sum(c.units for c in counts)

@@ -33,7 +33,7 @@ from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-import jiwer
+import numpy as np
 import soundfile
 import torch
 import torch.distributed as dist
@@ -148,6 +148,10 @@ def read_hyps(path) -> list[dict]:
     return rows
 
 
+def errors(row) -> int:
+    return row["substitutions"] + row["deletions"] + row["insertions"]
+
+
 def speakers(rows) -> list[str] | None:
     """What to resample: a label a row; None, for the rows themselves, unless every one names its speaker and there are two or more."""
     names = [row.get("speaker") for row in rows]
@@ -214,14 +218,13 @@ def compare(path_a, path_b) -> list[dict]:
         groups[f"{row['set']} {row['language']}"].append(i)
     if len(groups) > 1:
         groups["all, pooled"] = list(a)
-    errors = lambda row: row["substitutions"] + row["deletions"] + row["insertions"]
     print(f"A {path_a}\nB {path_b}\n{'':16} {'utts':>6} {'units':>8} {'A, %':>7} {'B, %':>7}   A - B, points [95 % interval]   P(B better)")
     for name, ids in groups.items():
         units, blocks = sum(a[i]["units"] for i in ids), speakers([a[i] for i in ids])
         draws = 100 * data.resample([errors(a[i]) - errors(b[i]) for i in ids], [a[i]["units"] for i in ids], blocks=blocks)
         rate = lambda rows: 100 * sum(errors(rows[i]) for i in ids) / units if units else float("nan")
         e = {"set": name, "utterances": len(ids), "units": units, "a": rate(a), "b": rate(b), "difference": rate(a) - rate(b),
-             "low": float(data.np.percentile(draws, 2.5)), "high": float(data.np.percentile(draws, 97.5)),
+             "low": float(np.percentile(draws, 2.5)), "high": float(np.percentile(draws, 97.5)),
              "p_improvement": float((draws > 0).mean()), "resampled": "speakers" if blocks else "utterances",
              "blocks": len(set(blocks or ids))}
         entries.append(e)
@@ -237,7 +240,7 @@ def teacher_manifest(rows, path, max_wer) -> None:
     """Transcripts as references: what SFT needs for the TD stage. What is left out is counted by reason."""
     kept, dropped = [], Counter()
     for r in rows:
-        off = 100 * (r["substitutions"] + r["deletions"] + r["insertions"]) / max(r["units"], 1) if "units" in r else 0.0
+        off = 100 * errors(r) / max(r["units"], 1) if "units" in r else 0.0
         reason = ("failed to decode" if "failed" in r else "empty" if not r["hyp"] else "cut at --max_new_tokens" if not r["stopped"]
                   else "looping" if r["looping"] else f"above --max_wer {max_wer:g}" if max_wer is not None and off > max_wer else None)
         if reason:
@@ -251,15 +254,11 @@ def teacher_manifest(rows, path, max_wer) -> None:
           + f"; {unchecked} had no reference to hold against --max_wer" * (unchecked > 0))
 
 
-def sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def provenance(args, device, world) -> dict:
     """What it takes to make the numbers again."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True)
+    sha256 = lambda path: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
+    git = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                         capture_output=True, text=True)
     facts = {"normaliser": data.NORMALISER, "versions": {"python": platform.python_version()} | {
                  name: version(name) for name in ("torch", "torchaudio", "transformers", "jiwer", "numpy")},
              "commit": git.stdout.strip() or None, "command": shlex.join(sys.argv)}
@@ -288,103 +287,91 @@ STYLE = """
   --sub: #b35900; --sub-back: #ffedd5; --del: #b3261e; --del-back: #fde2e0; --ins: #1f5fae; --ins-back: #deebfb }
 @media (prefers-color-scheme: dark) { :root { --page: #161618; --card: #202023; --ink: #ececee; --soft: #9c9ca3; --line: #37373c;
   --bar: #7ea3cc; --sub: #ffb266; --sub-back: #4a3013; --del: #ff9a92; --del-back: #4d1f1c; --ins: #8fc1ff; --ins-back: #1b3554 } }
-body { margin: 2.5rem auto; max-width: 62rem; padding: 0 1.25rem; background: var(--page); color: var(--ink);
+body { margin: 2.5rem auto; max-width: 64rem; padding: 0 1.25rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif }
-h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.3rem; margin: 3rem 0 .75rem } h3 { font-size: 1rem; margin: 1.75rem 0 .5rem }
-p { margin: .4rem 0 } .soft { color: var(--soft); font-size: .875rem } .columns { display: flex; flex-wrap: wrap; gap: 0 3rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9375rem }
-th { font-weight: 500; color: var(--soft); text-align: right } td { text-align: right; border-top: 1px solid var(--line) }
-th, td { padding: .25rem .75rem .25rem 0 } th:first-child, td:first-child { text-align: left }
+h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.3rem; margin: 3rem 0 0 } h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
+.soft { color: var(--soft); font-size: .875rem } .columns { display: flex; flex-wrap: wrap; gap: 0 3rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9375rem } th { font-weight: 500; color: var(--soft) }
+td { border-top: 1px solid var(--line) } th, td { text-align: right; padding: .2rem .75rem .2rem 0 } td:first-child { text-align: left }
 .clip { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; margin: .8rem 0 }
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1rem } .head audio { height: 2rem; margin-left: auto }
 .pair { display: inline-flex; flex-direction: column; text-align: center; vertical-align: top; margin: .35rem .15rem 0 0 }
-.pair span { padding: 0 .3rem; border-radius: .25rem; min-height: 1.5em; min-width: .6em } .pair span + span { margin-top: .1rem }
-.sub span { background: var(--sub-back); color: var(--sub) } .del .r { background: var(--del-back); color: var(--del); text-decoration: line-through }
-.ins .h { background: var(--ins-back); color: var(--ins); text-decoration: underline } .equal .h { color: var(--soft) }
-svg { display: block; max-width: 100%; height: auto } svg text { fill: var(--ink); font-size: 12px; text-anchor: middle }
+.pair span { padding: 0 .3rem; border-radius: .25rem; min-height: 1.5em; min-width: .6em } .equal .h { color: var(--soft) }
+.sub span { background: var(--sub-back); color: var(--sub) } .ins .h { background: var(--ins-back); color: var(--ins); text-decoration: underline }
+.del .r { background: var(--del-back); color: var(--del); text-decoration: line-through }
+svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font-size: 12px; text-anchor: middle }
 svg .n { fill: var(--soft) } svg rect { fill: var(--bar) } svg line { stroke: var(--line) }
 """
 
 
-def align(row) -> list[tuple[str, str, str]]:
-    """(operation, unit of the reference, unit of the transcript), as in the counts: equal, sub, del, ins; "" where there is none."""
-    out = jiwer.process_words(data.normalize(row["text"], row["language"]), data.normalize(row["hyp"], row["language"]))
-    pairs = []
-    for chunk in out.alignments[0]:
-        ref = out.references[0][chunk.ref_start_idx:chunk.ref_end_idx]
-        hyp = out.hypotheses[0][chunk.hyp_start_idx:chunk.hyp_end_idx]
-        kind = {"equal": "equal"}.get(chunk.type, chunk.type[:3])
-        pairs += [(kind, r, h) for r, h in zip(ref or [""] * len(hyp), hyp or [""] * len(ref))]
-    return pairs
+def clip(row) -> data.Utterance:
+    return data.Utterance(row["id"], row.get("audio", ""), start_sec=row.get("start", 0.0), duration_sec=row.get("duration"))
 
 
 def player(row) -> str:
     """The clip itself inside the page: 16 kHz, 16 bit, only the segment."""
-    try:
-        audio = data.load_audio(utterance_of(row))
-    except (data.AudioError, KeyError) as error:
-        return f'<span class="soft">no audio ({html.escape(getattr(error, "reason", "not in the file"))})</span>'
     wav = io.BytesIO()
-    soundfile.write(wav, audio, data.SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return f'<audio controls preload="none" src="data:audio/wav;base64,{base64.b64encode(wav.getvalue()).decode()}"></audio>'
-
-
-def utterance_of(row) -> data.Utterance:
-    return data.Utterance(row["id"], row["audio"], start_sec=row.get("start", 0.0), duration_sec=row.get("duration"))
+    try:
+        soundfile.write(wav, data.load_audio(clip(row)), data.SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    except data.AudioError as error:
+        return f'<span class="soft">no audio: {error.reason}</span>'
+    return f'<audio controls preload="metadata" src="data:audio/wav;base64,{base64.b64encode(wav.getvalue()).decode()}"></audio>'
 
 
 def length_chart(rows) -> str:
     """Error rate by clip length as bars: the rate above, seconds and the number of clips below."""
-    bins, seconds = defaultdict(list), [row.get("duration") or (data.measure([utterance_of(row)])[0] if "audio" in row else 0) for row in rows]
+    bins, seconds = defaultdict(list), data.measure(map(clip, rows))
     step = next(s for s in (0.25, 0.5, 1, 2, 5, 10, 1e9) if max(seconds) / s <= 12)
     for row, second in zip(rows, seconds):
         bins[int(second / step)].append(data.Counts(*(row[field] for field in data.Counts._fields)))
     rates = {i: data.error_rate(counts) for i, counts in bins.items() if sum(c.units for c in counts)}
-    top, first, last, bars = max([*rates.values(), 1e-9]), min(bins), max(bins), ""
-    for i in range(first, last + 1):
-        x, rate = 62 * (i - first) + 31, rates.get(i, 0.0)
-        bars += (f'<rect x="{x - 22}" y="{150 - 120 * rate / top:.1f}" width="44" height="{120 * rate / top:.1f}" rx="3"/>'
-                 + f'<text x="{x}" y="{144 - 120 * rate / top:.1f}">{rate:.1f}</text>' * (i in rates)
-                 + f'<text x="{x}" y="168">{i * step:g}–{(i + 1) * step:g} s</text><text class="n" x="{x}" y="184">{len(bins[i])}</text>')
-    width = 62 * (last - first + 1)
-    return f'<svg viewBox="0 0 {width} 190" width="{width}" role="img"><line x1="0" x2="{width}" y1="150" y2="150"/>{bars}</svg>'
+    first, width, bars = min(bins), 62 * (max(bins) - min(bins) + 1), ""
+    for i, counts in sorted(bins.items()):
+        x, height = 62 * (i - first) + 31, 120 * rates.get(i, 0.0) / max([*rates.values(), 1e-9])
+        bars += (f'<rect x="{x - 22}" y="{150 - height:.1f}" width="44" height="{height:.1f}" rx="3"/>'
+                 + (f'<text x="{x}" y="{144 - height:.1f}">{rates[i]:.1f}</text>' if i in rates else "")
+                 + f'<text x="{x}" y="168">{i * step:g}–{(i + 1) * step:g}</text><text class="n" x="{x}" y="184">{len(counts)}</text>')
+    return f'<svg viewBox="0 0 {width} 190" width="{width}"><line x1="0" x2="{width}" y1="150" y2="150"/>{bars}</svg>'
+
+
+def language_section(rows, n_worst) -> str:
+    """Lengths, confusions and the worst clips of one language."""
+    e, found, language = html.escape, defaultdict(Counter), rows[0]["language"]
+    aligned = {row["id"]: data.align(row["text"], row["hyp"], language) for row in rows}
+    for kind, ref, hyp in (pair for pairs in aligned.values() for pair in pairs):
+        found[kind][" → ".join(filter(None, (ref, hyp)))] += 1
+    lists = "".join(f"<div><h3>{title}</h3><table>" + "".join(f"<tr><td>{e(what)}</td><td>{n}</td></tr>" for what, n in found[kind].most_common(8))
+                    + "</table></div>" for kind, title in (("sub", "Substituted"), ("del", "Deleted"), ("ins", "Inserted")) if found[kind])
+    cards, worst = "", sorted(filter(errors, rows), key=lambda row: (-errors(row), row["units"], row["id"]))[:n_worst]
+    for row in worst:
+        notes = ", ".join([row["set"], *filter(None, (row.get("speaker"), "" if row["stopped"] else "truncated", "looping" * row["looping"],
+                                                      "failed to decode" * ("failed" in row)))])
+        words = "".join(f'<span class="pair {kind}"><span class="r">{e(ref)}</span><span class="h">{e(hyp)}</span></span>'
+                        for kind, ref, hyp in aligned[row["id"]])
+        cards += (f'<div class="clip"><div class="head"><b>{e(row["id"])}</b><span>{errors(row)} errors, {row["units"]} units</span>'
+                  f'<span class="soft">{e(notes)}</span>{player(row)}</div>{words}</div>')
+    return (f'<h2>{e(language)}</h2><div class="columns"><div><h3>{data.metric(language)}, %, by seconds; number of clips</h3>{length_chart(rows)}'
+            f"</div>{lists}</div><h3>The {len(worst)} clips with the most errors: reference above, transcript below</h3>{cards}")
 
 
 def errors_page(entries, rows, facts) -> str:
-    """One page that loads nothing: the table, then for each language lengths, confusions and the worst clips, each with its sound."""
-    e, scored = html.escape, [row for row in rows if "units" in row]
-    table = "".join(f"<tr><td>{e(r['set'])} {e(r['language'])}</td><td>{r['utterances']}</td><td>{r['units']}</td><td>{r['substitutions']}</td>"
-                    f"<td>{r['deletions']}</td><td>{r['insertions']}</td><td>{r['metric']} <b>{r['rate']:.2f}</b> [{r['low']:.2f}, {r['high']:.2f}]"
-                    f"</td><td>{r['sentence_error']:.1f} %</td></tr>" for r in entries)
-    n, sections, languages = troubles(rows), "", sorted({row["language"] for row in scored})
-    for language in languages:
-        group, found = [row for row in scored if row["language"] == language], {"sub": Counter(), "del": Counter(), "ins": Counter(), "equal": Counter()}
-        for row in group:
-            for kind, ref, hyp in align(row):
-                found[kind][ref, hyp] += 1
-        lists = "".join(
-            f"<div><h3>{title}</h3><table>" + "".join(f"<tr><td>{e(' → '.join(filter(None, pair)))}</td><td>{times}</td></tr>"
-                                                      for pair, times in found[kind].most_common(12)) + "</table></div>"
-            for kind, title in (("sub", "Substituted"), ("del", "Deleted"), ("ins", "Inserted")) if found[kind])
-        wrong = lambda row: row["substitutions"] + row["deletions"] + row["insertions"]
-        worst = sorted(filter(wrong, group), key=lambda row: (-wrong(row), row["units"], row["id"]))[:max(5, WORST // len(languages))]
-        clips = ""
-        for row in worst:
-            notes = ", ".join([e(row["set"]), *([e(row["speaker"])] if "speaker" in row else []), *(["cut"] if not row["stopped"] else []),
-                               *(["looping"] if row["looping"] else []), *([f"failed: {e(row['failed'])}"] if "failed" in row else [])])
-            words = "".join(f'<span class="pair {kind}"><span class="r">{e(ref)}</span><span class="h">{e(hyp)}</span></span>'
-                            for kind, ref, hyp in align(row))
-            clips += (f'<div class="clip"><div class="head"><b>{e(row["id"])}</b><span>{wrong(row)} of {row["units"]}</span>'
-                      f'<span class="soft">{notes}</span>{player(row)}</div>{words}</div>')
-        sections += (f"<h2>{e(language)}</h2><h3>{data.metric(language)} by clip length, %; below, the number of clips</h3>{length_chart(group)}"
-                     f'<div class="columns">{lists}</div><h3>The {len(worst)} clips with the most errors: reference above, transcript below</h3>{clips}')
-    policy = "default-src 'none'; style-src 'unsafe-inline'; media-src data:"  # a browser would refuse to load or run anything
+    """One page that loads and runs nothing. Worst clips are shared out over the languages."""
+    e, groups, n = html.escape, defaultdict(list), troubles(rows)
+    for row in rows:
+        if "units" in row:
+            groups[row["language"]].append(row)
+    sections = "".join(language_section(groups[language], max(5, WORST // len(groups))) for language in sorted(groups))
+    table = "".join(f"<tr><td>{e(r['set'])} {e(r['language'])}</td>" + "".join(f"<td>{cell}</td>" for cell in (
+        r["utterances"], r["units"], r["substitutions"], r["deletions"], r["insertions"],
+        f"{r['metric']} <b>{r['rate']:.2f}</b> [{r['low']:.2f}, {r['high']:.2f}]", f"{r['sentence_error']:.1f}")) + "</tr>" for r in entries)
+    head = "".join(f"<th>{cell}</th>" for cell in ("", "clips", "units", "sub", "del", "ins", "rate, % [95 % interval]", "sentences wrong, %"))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="{policy}"><title>Recognition errors</title><style>{STYLE}</style></head><body>
-<h1>Recognition errors</h1><p class="soft">{e(str(facts.get("model") or facts.get("rescored")))} · normaliser {e(facts["normaliser"])}</p>
-<table><tr><th></th><th>clips</th><th>units</th><th>sub</th><th>del</th><th>ins</th><th>rate, % [95 % interval]</th><th>sentences wrong</th></tr>{table}</table>
-<p class="soft">{n["empty"]} empty, {n["truncated"]} truncated, {n["looping"]} looping, {n["failed"]} failed to decode, of {len(rows)}</p>
-<p><span class="pair sub"><span>substituted</span></span><span class="pair del"><span class="r">deleted</span></span>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; media-src data:">
+<title>Recognition errors</title><style>{STYLE}</style></head><body>
+<h1>Recognition errors</h1><p class="soft">{e(str(facts.get("model") or facts["rescored"]))} · normaliser {e(facts["normaliser"])}</p>
+<table><tr>{head}</tr>{table}</table>
+<p class="soft">{len(rows)} clips: {n["empty"]} empty, {n["truncated"]} truncated, {n["looping"]} looping, {n["failed"]} failed to decode ·
+<span class="pair sub"><span>substituted</span></span><span class="pair del"><span class="r">deleted</span></span>
 <span class="pair ins"><span class="h">inserted</span></span></p>{sections}</body></html>
 """
 
