@@ -355,6 +355,7 @@ APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4`", "'"
 ZERO_LED = {ord("0") + i: 0xE000 + i for i in range(10)}                              # digits -> private letters
 ONE_CHARACTER = "\u0e00-\u0e7f\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"  # Thai, CJK and kana, hangul
 HANZI = "零一二三四五六七八九"
+TRADITIONAL = str.maketrans("萬億兩點負", "万亿两点负")  # what read_out writes; no other character is simplified
 
 
 def _parts(language: str | None) -> list[str]:
@@ -441,7 +442,7 @@ def english(text: str) -> str:
 
 
 NUMERALS = re.compile(
-    r"(?P<two>(?<!第)2(?=[个只条张位名件台辆本次天种份家块杯瓶倍岁点人]|年(?!级)|小时|分钟))"              # counted: 两, not 二
+    r"(?P<two>(?<!第)2(?=[个個只隻条條张張位件台辆輛本次天种種份家块塊杯瓶倍岁歲点人]|年(?![级級])|小[时時]|分[钟鐘]))"  # counted: 两, not 二
     r"|(?P<digits>(?:1[1-9]|20)\d\d(?=(?:[-~至到](?:1[1-9]|20)\d\d)?年)"                                  # a year
     r"|0\d{2,3}-\d{7,8}(?!\d)|\d{3,4}-\d{3,4}-\d{4}(?!\d)|\d+(?:\.\d+){2,})"                           # telephone; 1.2.3
     r"|(?P<minus>(?<!\w)-)?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<point>\.\d+)?(?P<percent>%)?")
@@ -452,7 +453,8 @@ def read_out(text: str) -> str:
 
     Read digit by digit: years (1100 to 2099 before 年), telephone numbers, a zero at the front, seven digits or more without commas.
     All else is a number: 三百零五, 三点一四, 百分之八十, 负五; 2 is 两 before a measure word. Where two ways are common, both sides get
-    the first: 零 (〇, ○ between digits), 一 (幺 beside digits), 二 (两 before 百千万亿).
+    the first: 零 (〇, ○ between digits), 一 (幺 beside digits), 二 (两 before 百千万亿),
+    万 (萬). Nothing else is simplified: opencc would do it, and is one more package whose version moves the number.
     """
     spell = lambda digits: "".join("点" if c == "." else HANZI[int(c)] for c in digits if c != "-")
 
@@ -464,7 +466,7 @@ def read_out(text: str) -> str:
         return (("负" if m["minus"] else "") + ("百分之" if m["percent"] else "") + (spell(whole) if one_by_one else cardinal(whole))
                 + spell(m["point"] or ""))
 
-    text = NUMERALS.sub(reading, text).replace("〇", "零")
+    text = NUMERALS.sub(reading, text.translate(TRADITIONAL)).replace("〇", "零")
     text = re.sub(rf"(?<=[{HANZI}○])○", "零", text)
     text = re.sub(rf"(?<=[{HANZI}幺])幺|幺(?=[{HANZI}幺])", "一", text)
     return re.sub("两(?=[百千万亿])", "二", text)

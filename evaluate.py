@@ -368,10 +368,10 @@ def errors_page(entries, rows, facts) -> str:
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; media-src data:">
 <title>Recognition errors</title><style>{STYLE}</style></head><body>
-<h1>Recognition errors</h1><p class="soft">{e(str(facts.get("model") or facts["rescored"]))} · normaliser {e(facts["normaliser"])}</p>
+<h1>Recognition errors</h1><p class="soft">{e(facts.get("model") or [*facts["rescored"]][0])} · normaliser {e(facts["normaliser"])}</p>
 <table><tr>{head}</tr>{table}</table>
-<p class="soft">{len(rows)} clips: {n["empty"]} empty, {n["truncated"]} truncated, {n["looping"]} looping, {n["failed"]} failed to decode ·
-<span class="pair sub"><span>substituted</span></span><span class="pair del"><span class="r">deleted</span></span>
+<p class="soft">{len(rows)} clips: {n["empty"]} empty, {n["truncated"]} truncated, {n["looping"]} looping, {n["failed"]} failed to decode</p>
+<p><span class="pair sub"><span>substituted</span></span><span class="pair del"><span class="r">deleted</span></span>
 <span class="pair ins"><span class="h">inserted</span></span></p>{sections}</body></html>
 """
 
