@@ -61,9 +61,8 @@ def check(sets) -> None:
 
 def gather(own, world) -> dict:
     """Every rank's {id: result} in one."""
-    parts = [own]
+    parts = [own] * world
     if world > 1:
-        parts = [None] * world
         dist.all_gather_object(parts, own)
     return {i: result for part in parts for i, result in part.items()}
 
@@ -100,15 +99,14 @@ def looping(hyp) -> bool:
 def transcribe_files(args, device) -> None:
     """Print what is said in each file."""
     utterances = [data.Utterance(name, os.path.abspath(name), language=args.language, line="--audio") for name in dict.fromkeys(args.audio)]
-    for u in utterances:
-        try:
+    try:
+        for u in utterances:
             data.load_audio(u)  # before the model is: it may take minutes
-        except data.AudioError as error:
-            raise SystemExit(str(error)) from None
-    results = model.transcribe(model.load(args.model, device), utterances, 0, 1, args.batch, args.max_new_tokens)
-    for u in utterances:
-        cut = "" if results[u.id]["stopped"] else f"  [cut at --max_new_tokens {args.max_new_tokens}]"
-        print((f"{u.id}: " if len(utterances) > 1 else "") + results[u.id]["hyp"] + cut)
+    except data.AudioError as error:
+        raise SystemExit(str(error)) from None
+    for name, result in sorted(model.transcribe(model.load(args.model, device), utterances, 0, 1, args.batch, args.max_new_tokens).items(),
+                               key=lambda item: args.audio.index(item[0])):
+        print((f"{name}: " if len(utterances) > 1 else "") + result["hyp"] + " [cut at --max_new_tokens]" * (not result["stopped"]))
 
 
 # ---------------------------------------------------------------------------- scores
@@ -137,10 +135,10 @@ def read_hyps(path) -> list[dict]:
     rows, seen, path = [], set(), Path(path)
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
-            row = {"set": path.stem, "stopped": True} | json.loads(line)
-            lacking = [key for key in ("id", "hyp", *(["language"] if "text" in row else [])) if not isinstance(row.get(key), str)]
+            row = {"set": path.stem, "stopped": True} | {k: v for k, v in json.loads(line).items() if v is not None}
+            lacking = {"id", "hyp", *(["language"] if "text" in row else [])} - set(row)
             if lacking or row["id"] in seen:
-                raise ValueError(f"{path}:{number}: " + (f"no {lacking[0]!r}" if lacking else f"id {row['id']!r} stands twice"))
+                raise ValueError(f"{path}:{number}: " + (f"no {sorted(lacking)[0]!r}" if lacking else f"id {row['id']!r} stands twice"))
             seen.add(row["id"])
             if "audio" in row:
                 row["audio"] = os.path.normpath(path.parent.absolute() / row["audio"])
@@ -158,13 +156,19 @@ def speakers(rows) -> list[str] | None:
     return names if all(names) and len(set(names)) > 1 else None
 
 
-def summarize(name, rows, audio_sec=None, seconds=None) -> list[dict]:
-    """Corpus rates of one set, one entry a language. audio_sec and seconds are the whole set's."""
-    groups, entries = defaultdict(list), []
+def by_language(rows) -> dict[str, list[dict]]:
+    """Rows that have a reference."""
+    groups = defaultdict(list)
     for row in rows:
         if "units" in row:
             groups[row["language"]].append(row)
-    for language, group in sorted(groups.items()):
+    return dict(sorted(groups.items()))
+
+
+def summarize(name, rows, audio_sec=None, seconds=None) -> list[dict]:
+    """Corpus rates of one set, one entry a language. audio_sec and seconds are the whole set's."""
+    entries = []
+    for language, group in by_language(rows).items():
         counts, blocks = [data.Counts(*(row[field] for field in data.Counts._fields)) for row in group], speakers(group)
         low, high = data.bootstrap([c.errors for c in counts], [c.units for c in counts], blocks=blocks)
         entries.append({
@@ -191,20 +195,20 @@ def macro_average(entries) -> float | None:
 
 def print_table(entries, rows) -> None:
     """One line a set (and language), then the macro average, what looks wrong, and what the numbers rest on."""
-    width = max([12, *(len(e["set"]) + len(e["language"]) + 1 for e in entries)])
-    print(f"{'':{width}} {'utts':>6} {'units':>8} {'sub':>6} {'del':>6} {'ins':>6}  {'rate, %':25} sent.err   RTF")
+    if entries:
+        width = max(12, *(len(e["set"]) + len(e["language"]) + 1 for e in entries))
+        print(f"{'':{width}} {'utts':>6} {'units':>8} {'sub':>6} {'del':>6} {'ins':>6}  {'rate, %':25} sent.err     RTF")
     for e in entries:
         rtf = f"{e['set_seconds'] / e['set_audio_sec']:.4f}" if e["set_audio_sec"] else "-"
         print(f"{e['set'] + ' ' + e['language']:{width}} {e['utterances']:6} {e['units']:8} {e['substitutions']:6} {e['deletions']:6} "
-              f"{e['insertions']:6}  {e['metric']} {e['rate']:6.2f} {'[%.2f, %.2f]' % (e['low'], e['high']):14} {e['sentence_error']:6.1f} %   {rtf}")
-    if len(entries) > 1:
-        print(f"macro average {macro_average(entries):.2f} %" if macro_average(entries) is not None else "no reference units")
+              f"{e['insertions']:6}  {e['metric']} {e['rate']:6.2f} {'[%.2f, %.2f]' % (e['low'], e['high']):14} {e['sentence_error']:6.1f} %  {rtf:>6}")
+    if macro_average(entries) is not None:
+        few = any(e["resampled"] == "speakers" and e["blocks"] < FEW_SPEAKERS for e in entries)
+        print(f"macro average {macro_average(entries):.2f} %; normaliser {data.NORMALISER}; 95 % intervals resample "
+              + ", ".join(dict.fromkeys(f"{e['blocks']} {e['resampled']}" for e in entries)) + f" (unreliable below {FEW_SPEAKERS} speakers)" * few)
     n = troubles(rows)
-    print(f"of {len(rows)}: {n['empty']} empty, {n['truncated']} truncated, {n['looping']} looping, "
+    print(f"{len(rows)} clips: {n['empty']} empty, {n['truncated']} truncated, {n['looping']} looping, "
           f"{n['failed']} failed to decode{' and counted as all deleted' * (n['failed'] > 0)}")
-    print(f"normaliser {data.NORMALISER}; 95 % interval over "
-          + ", ".join(dict.fromkeys(f"{e['blocks']} {e['resampled']}" for e in entries))
-          + " (fewer than 20 speakers: unreliable)" * any(e["resampled"] == "speakers" and e["blocks"] < FEW_SPEAKERS for e in entries))
 
 
 def compare(path_a, path_b) -> list[dict]:
@@ -250,7 +254,7 @@ def teacher_manifest(rows, path, max_wer) -> None:
                         | {k: r[k] for k in ("language", "duration", "start", "speaker") if k in r})
     data.write_jsonl(path, kept)
     unchecked = sum("units" not in r for r in rows) if max_wer is not None else 0
-    print(f"{path}: {len(kept)} transcripts kept; left out: {', '.join(f'{n} {why}' for why, n in sorted(dropped.items())) or 'none'}"
+    print(f"{path}: {len(kept)} transcripts kept; left out: {', '.join(f'{n} {why}' for why, n in dropped.most_common()) or 'none'}"
           + f"; {unchecked} had no reference to hold against --max_wer" * (unchecked > 0))
 
 
@@ -356,11 +360,8 @@ def language_section(rows, n_worst) -> str:
 
 def errors_page(entries, rows, facts) -> str:
     """One page that loads and runs nothing. Worst clips are shared out over the languages."""
-    e, groups, n = html.escape, defaultdict(list), troubles(rows)
-    for row in rows:
-        if "units" in row:
-            groups[row["language"]].append(row)
-    sections = "".join(language_section(groups[language], max(5, WORST // len(groups))) for language in sorted(groups))
+    e, groups, n = html.escape, by_language(rows), troubles(rows)
+    sections = "".join(language_section(group, max(5, WORST // len(groups))) for group in groups.values())
     table = "".join(f"<tr><td>{e(r['set'])} {e(r['language'])}</td>" + "".join(f"<td>{cell}</td>" for cell in (
         r["utterances"], r["units"], r["substitutions"], r["deletions"], r["insertions"],
         f"{r['metric']} <b>{r['rate']:.2f}</b> [{r['low']:.2f}, {r['high']:.2f}]", f"{r['sentence_error']:.1f}")) + "</tr>" for r in entries)
@@ -381,11 +382,7 @@ def errors_page(entries, rows, facts) -> str:
 def main(args) -> None:
     """Transcribe every set, score, print, write."""
     if args.compare:
-        entries = compare(*args.compare)
-        if args.out:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            (Path(args.out) / "compare.json").write_text(json.dumps({"compared": args.compare, "normaliser": data.NORMALISER, "results": entries}, indent=2))
-        return
+        return compare(*args.compare)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
@@ -434,7 +431,7 @@ def parse_args(argv=None):
     add("--language", None, "language of --audio, for a teacher that wants to be told", type=str)
     add("--rescore", None, "hyps.jsonl to score again, instead of --model and --data", type=str)
     add("--compare", None, "hyps.jsonl of A and of B, on the same clips: paired difference", type=str, nargs=2)
-    add("--out", None, "folder for hyps.jsonl, summary.json and errors.html (--compare: compare.json)", type=str)
+    add("--out", None, "folder for hyps.jsonl, summary.json and errors.html", type=str)
     add("--as_manifest", None, "also write the transcripts as a manifest to train on", type=str)
     add("--max_wer", None, "leave out of --as_manifest what is further than this from its reference, percent", type=float)
     add("--keep_going", False, "count a clip that can't be decoded as all deleted, instead of stopping", action="store_true")
