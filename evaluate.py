@@ -227,14 +227,13 @@ def compare(path_a, path_b) -> list[dict]:
         units, blocks = sum(a[i]["units"] for i in ids), speakers([a[i] for i in ids])
         draws = 100 * data.resample([errors(a[i]) - errors(b[i]) for i in ids], [a[i]["units"] for i in ids], blocks=blocks)
         rate = lambda rows: 100 * sum(errors(rows[i]) for i in ids) / units if units else float("nan")
+        low, high = np.percentile(draws, [2.5, 97.5]).tolist()
         e = {"set": name, "utterances": len(ids), "units": units, "a": rate(a), "b": rate(b), "difference": rate(a) - rate(b),
-             "low": float(np.percentile(draws, 2.5)), "high": float(np.percentile(draws, 97.5)),
-             "p_improvement": float((draws > 0).mean()), "resampled": "speakers" if blocks else "utterances",
-             "blocks": len(set(blocks or ids))}
+             "low": low, "high": high, "p_improvement": float((draws > 0).mean()),
+             "resampled": "speakers" if blocks else "utterances", "blocks": len(set(blocks or ids))}
         entries.append(e)
-        print(f"{name:16} {len(ids):6} {units:8} {e['a']:7.2f} {e['b']:7.2f}   {e['difference']:+.2f} [{e['low']:+.2f}, {e['high']:+.2f}]"
-              f"   {e['p_improvement']:.4f}   over {e['blocks']} {e['resampled']}"
-              + ": too few" * (blocks is not None and e["blocks"] < FEW_SPEAKERS))
+        print(f"{name:16} {len(ids):6} {units:8} {e['a']:7.2f} {e['b']:7.2f}   {'%+.2f [%+.2f, %+.2f]' % (e['difference'], low, high):30}   "
+              f"{e['p_improvement']:.4f}   over {e['blocks']} {e['resampled']}" + ": too few" * bool(blocks and e["blocks"] < FEW_SPEAKERS))
     return entries
 
 
@@ -439,13 +438,9 @@ def parse_args(argv=None):
     add("--max_new_tokens", 128, "longest transcript, tokens")
     add("--device", "auto", "auto, cpu or cuda")
     args = parser.parse_args(argv)
-    modes = [name for name in ("data", "audio", "rescore", "compare") if getattr(args, name)]
-    if len(modes) != 1:
-        parser.error(f"one of --data, --audio, --rescore, --compare is needed, found {modes or 'none'}")
-    if (args.model is None) == bool(args.data or args.audio):
-        parser.error("--model goes with --data or --audio, and with nothing else")
-    if (args.data or args.rescore) and not args.out:
-        parser.error("--out is needed")
+    given = {flag for flag in ("model", "data", "audio", "rescore", "compare", "out") if getattr(args, flag)}
+    if given not in ({"model", "data", "out"}, {"model", "audio"}, {"rescore", "out"}, {"compare"}):
+        parser.error("one of these is needed: --model --data --out, --model --audio, --rescore --out, --compare")
     if args.max_wer is not None and not args.as_manifest:
         parser.error("--max_wer filters --as_manifest")
     return args

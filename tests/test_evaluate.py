@@ -304,7 +304,7 @@ class Page(HTMLParser):
 def test_errors_page(spoken, tmp_path, corpus):
     """Self-contained, well-formed, escaped; the worst clip first; each player holds its clip's own samples."""
     attack = "<script>alert(1)</script>"
-    lines = [("u0", "en", "red lamp", f"red {attack} \"'&"), ("u1", "zh", "打开红灯", "打开灯"), ('u2"><b>', "en", "fine", "fine"), ("u3", "en", "red lamp", "bed")]
+    lines = [("u0", "en", "red lamp", f"red {attack} \"'&"), ("u1", "zh", "打开红灯", "打开灯"), ("u2", "en", "fine", "fine"), ("u3<b>", "en", "red lamp", "bed")]
     spoken(lines, extra=lambda i: {"speaker": f"{attack}{i}"} | ({"start": 0.1, "duration": 0.2} if i == 1 else {}))
     source = (tmp_path / "out" / "errors.html").read_text(encoding="utf-8")
     page = Page(source)
@@ -313,7 +313,7 @@ def test_errors_page(spoken, tmp_path, corpus):
     links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href", "srcset", "style", "action") or key.startswith("on")]
     assert len(links) == 3 and all(link.startswith("data:audio/wav;base64,") for link in links) and "url(" not in source and "@import" not in source
     ids = [i for i in re.findall(r'class="head"><b>(.*?)</b>', source)]
-    assert ids == ["u0", "u3", "u1"], "worst first within a language; clips without errors are not shown"
+    assert ids == ["u0", "u3&lt;b&gt;", "u1"], "worst first within a language; clips without errors are not shown"
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(links[2].split(",")[1])), dtype="int16")
     own = soundfile.read(corpus / "dev-1.wav", dtype="int16")[0]
     assert rate == 16_000 and np.abs(samples.astype(int) - own[1600:4800]).max() <= 1
