@@ -100,7 +100,7 @@ def test_rates_by_hand(spoken, capsys):
 
 @pytest.mark.parametrize("hyp, loops", [
     ("", False), ("no " * 7, False), ("no " * 8, True), ("No, no, no, no, no, no, no, no.", True), ("well then " + "no " * 8, True), ("no " * 8 + "well", False),
-    ("a b " * 3, False), ("a b " * 4, True), ("a b c " * 3 + "a b", False), ("x y z " + "a b c " * 4 + "a b", True), ("one " * 8, True),
+    ("a b " * 3, False), ("a b " * 4, True), ("a b c " * 3 + "a b", False), ("now x y z " + "a b c " * 3 + "a b", False), ("x y z " + "a b c " * 4 + "a b", True), ("one " * 8, True),
     ("哈" * 7, False), ("哈" * 8, True), ("我们" * 4, True), ("go home 哈哈 " * 4, True),
     ("put two cups on the shelf and put two cups on the shelf", False)])
 def test_looping(hyp, loops):
@@ -190,7 +190,10 @@ def test_speakers_are_resampled_whole():
     (lambda i: {"speaker": f"s{i % 25}"}, ("speakers", 25), False), (lambda i: {"speaker": "s"}, ("utterances", 40), False),
     (lambda i: {"speaker": f"s{i}"} if i else {}, ("utterances", 40), False)])
 def test_what_is_resampled_is_said(spoken, capsys, speaker, expected, warned):
-    entry = spoken([(f"u{i}", "en", "the lamp", ("the lamp", "a lamp")[i % 3 == 0]) for i in range(40)], extra=speaker)[0]["results"][0]
+    summary, rows = spoken([(f"u{i}", "en", "the lamp", ("the lamp", "a lamp")[i % 3 == 0]) for i in range(40)], extra=speaker)
+    (entry,), blocks = summary["results"], [speaker(i).get("speaker") for i in range(40)] if expected[0] == "speakers" else None
+    low, high = data.bootstrap([row["substitutions"] for row in rows], [row["units"] for row in rows], blocks=blocks)
+    assert (entry["low"], entry["high"]) == (100 * low, 100 * high)
     shown = capsys.readouterr().out
     assert (entry["resampled"], entry["blocks"]) == expected and f"{expected[1]} {expected[0]}" in shown and ("unreliable" in shown) is warned
 
