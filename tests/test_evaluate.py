@@ -245,6 +245,8 @@ def test_compare(tmp_path, monkeypatch, capsys):
     assert re.search(r"10\.00 +2\.50 +\+7\.50 \[\+6\.\d\d, \+8\.\d\d\] +1\.0000 +over 200 utterances", capsys.readouterr().out)
     (back,) = run("--compare", tmp_path / "b.jsonl", tmp_path / "a.jsonl")
     assert back["difference"] == pytest.approx(-7.5) and back["p_improvement"] == 0.0
+    (same,) = run("--compare", tmp_path / "a.jsonl", tmp_path / "a.jsonl")
+    assert same["low"] == same["high"] == same["p_improvement"] == 0  # a draw in which both are equal is no improvement
     data.write_jsonl(tmp_path / "c.jsonl", rows(lambda i: 2 * (i % 2)))
     (even,) = run("--compare", tmp_path / "a.jsonl", tmp_path / "c.jsonl")
     assert even["difference"] == 0 and 0.4 < even["p_improvement"] < 0.6 and even["low"] < 0 < even["high"]
