@@ -366,7 +366,7 @@ def _parts(language: str | None) -> list[str]:
 
 def counts_characters(language: str | None) -> bool:
     """True where the error rate counts characters (CER), False where it counts words (WER) or both (MER)."""
-    return _parts(language)[0] in CHARACTER_LANGUAGES and metric(language) != "MER"
+    return metric(language) == "CER"
 
 
 def metric(language: str | None) -> str:
@@ -441,10 +441,10 @@ def english(text: str) -> str:
     return " ".join(word for word in text.split() if any(map(str.isalnum, word)))
 
 
-NUMERALS = re.compile(
-    r"(?P<two>(?<!第)2(?=[个個只隻条條张張位件台辆輛本次天种種份家块塊杯瓶倍岁歲点人]|年(?![级級])|小[时時]|分[钟鐘]))"  # counted: 两, not 二
-    r"|(?P<digits>(?:1[1-9]|20)\d\d(?=(?:[-~至到](?:1[1-9]|20)\d\d)?年)"                                  # a year
-    r"|0\d{2,3}-\d{7,8}(?!\d)|\d{3,4}-\d{3,4}-\d{4}(?!\d)|\d+(?:\.\d+){2,})"                           # telephone; 1.2.3
+NUMERALS = re.compile(  # two things (两); a year, a telephone number, 1.2.3; any other number
+    r"(?P<two>(?<!第)2(?=[个個只隻条條张張位件台辆輛本次天种種份家块塊杯瓶倍岁歲点人]|年(?![级級])|小[时時]|分[钟鐘]))"
+    r"|(?P<digits>(?:1[1-9]|20)\d\d(?=(?:[-–—~至到](?:1[1-9]|20)\d\d)?年)"                                  # a year
+    r"|0\d{2,3}-\d{7,8}(?!\d)|\d{3,4}-\d{3,4}-\d{4}(?!\d)|\d+(?:\.\d+){2,})"
     r"|(?P<minus>(?<!\w)-)?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<point>\.\d+)?(?P<percent>%)?")
 
 
@@ -453,8 +453,8 @@ def read_out(text: str) -> str:
 
     Read digit by digit: years (1100 to 2099 before 年), telephone numbers, a zero at the front, seven digits or more without commas.
     All else is a number: 三百零五, 三点一四, 百分之八十, 负五; 2 is 两 before a measure word. Where two ways are common, both sides get
-    the first: 零 (〇, ○ between digits), 一 (幺 beside digits), 二 (两 before 百千万亿),
-    万 (萬). Nothing else is simplified: opencc would do it, and is one more package whose version moves the number.
+    the first: 零 (〇, ○ after a digit), 一 (幺 beside digits), 二 (两 before 百千万亿), 万 (萬). Nothing else is simplified: opencc would do
+    it, and is one more package whose version moves the number.
     """
     spell = lambda digits: "".join("点" if c == "." else HANZI[int(c)] for c in digits if c != "-")
 
