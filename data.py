@@ -443,7 +443,7 @@ def english(text: str) -> str:
 
 NUMERALS = re.compile(  # two things (两); a year, a telephone number, 1.2.3; any other number
     r"(?P<two>(?<!第)2(?=[个個只隻条條张張位件台辆輛本次天种種份家块塊杯瓶倍岁歲点人]|年(?![级級])|小[时時]|分[钟鐘]))"
-    r"|(?P<digits>(?:1[1-9]|20)\d\d(?=(?:[-–—~至到](?:1[1-9]|20)\d\d)?年)"                                  # a year
+    r"|(?P<digits>(?:1[1-9]|20)\d\d(?=(?:[-–—~至到](?:1[1-9]|20)\d\d)?年)"
     r"|0\d{2,3}-\d{7,8}(?!\d)|\d{3,4}-\d{3,4}-\d{4}(?!\d)|\d+(?:\.\d+){2,})"
     r"|(?P<minus>(?<!\w)-)?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<point>\.\d+)?(?P<percent>%)?")
 

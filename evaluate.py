@@ -260,11 +260,14 @@ def teacher_manifest(rows, path, max_wer) -> None:
 def provenance(args, device, world) -> dict:
     """What it takes to make the numbers again."""
     sha256 = lambda path: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-    git = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                         capture_output=True, text=True)
+    try:
+        commit = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                                capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # a machine without git
+        commit = ""
     facts = {"normaliser": data.NORMALISER, "versions": {"python": platform.python_version()} | {
                  name: version(name) for name in ("torch", "torchaudio", "transformers", "jiwer", "numpy")},
-             "commit": git.stdout.strip() or None, "command": shlex.join(sys.argv)}
+             "commit": commit or None, "command": shlex.join(sys.argv)}
     if args.rescore:
         return facts | {"rescored": {args.rescore: sha256(args.rescore)}}
     return facts | {
