@@ -352,40 +352,147 @@ def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
 
 # ---------------------------------------------------------------------------- 5. metric
 
-CHARACTER_LANGUAGES = {"zh", "cmn", "yue", "ja", "ko", "th", "chinese", "cantonese", "japanese", "korean", "thai"}
+NORMALISER = "opd-asr-1"  # name and version of what normalize does: another rule, another table or another reading is another number
+CHARACTER_LANGUAGES = {"zh", "cmn", "yue", "ja", "ko", "th", "chinese", "mandarin", "cantonese", "japanese", "korean", "thai"}
+HANZI_LANGUAGES = {"zh", "cmn", "yue", "chinese", "mandarin", "cantonese"}  # digits are read out
+ENGLISH = {"en", "eng", "english"}
+APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4`", "'"))  # before NFKC, which takes some of them apart
+ZERO_LED = {ord("0") + i: 0xE000 + i for i in range(10)}                              # digits -> private letters
+ONE_CHARACTER = "\u0e00-\u0e7f\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"  # Thai, CJK and kana, hangul
+HANZI = "零一二三四五六七八九"
+TRADITIONAL = str.maketrans("萬億兩點負", "万亿两点负")  # what read_out writes; no other character is simplified
+
+
+def _parts(language: str | None) -> list[str]:
+    if not language:
+        raise ValueError("no language given: it decides between character and word error rate")
+    return re.split("[-_/+]", language.lower())
 
 
 def counts_characters(language: str | None) -> bool:
-    """True where the error rate counts characters (CER), False where it counts words (WER)."""
-    if not language:
-        raise ValueError("no language given: it decides between character and word error rate")
-    return re.split("[-_]", language)[0].lower() in CHARACTER_LANGUAGES
+    """True where the error rate counts characters (CER), False where it counts words (WER) or both (MER)."""
+    return metric(language) == "CER"
+
+
+def metric(language: str | None) -> str:
+    """"CER", "WER", or "MER" where the code names a language of characters *and* English: zh-en, en-zh, yue-en, ..."""
+    parts = _parts(language)
+    mixed = CHARACTER_LANGUAGES & set(parts) and ENGLISH & set(parts)
+    return "MER" if mixed else "CER" if parts[0] in CHARACTER_LANGUAGES else "WER"
 
 
 def normalize(text: str, language: str) -> str:
     """The text that is scored: units separated by single spaces. This function *is* the metric.
 
-    NFKC (full width to half width) -> lower case -> curly apostrophes straightened -> every character that is not a letter,
-    digit or mark becomes a space, but an apostrophe inside a word and a point between digits stay -> units.
+    All: apostrophes straightened -> NFKC (full width to half width) -> lower case.
+    English (WER): Whisper's English normaliser, see `english`.
+    Others: every character that is not a letter, digit or mark becomes a space, but an apostrophe inside a word and a point between
+    digits stay; in Mandarin and Cantonese, digits are read out before, see `read_out`. Units are words (WER), characters (CER), or
+    one a character of CJK, kana, hangul, Thai and one a run of anything else (MER).
+    Text with a letter or a digit in it never becomes empty.
 
     >>> normalize("Don\u2019t  STOP\u2014it\u2019s 3.5%!", "en")
-    "don't stop it's 3.5"
+    'do not stop it is 3.5%'
     >>> normalize("\u8bf7\uff0c\u6253\u5f00 A\u706f\u3002", "zh")
     '\u8bf7 \u6253 \u5f00 a \u706f'
     """
-    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'").replace("\u2018", "'")
+    kind, text = metric(language), unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).lower()
+    if kind == "WER" and _parts(language)[0] in ENGLISH:
+        return english(text) or words(text)
+    text = words(read_out(text) if HANZI_LANGUAGES & set(_parts(language)) else text)
+    return text if kind == "WER" else " ".join("".join(text.split())) if kind == "CER" else " ".join(runs(text))
+
+
+def runs(text: str) -> list[str]:
+    """Words, and every character of a script that counts characters: "put 杯子 here" -> put, 杯, 子, here."""
+    return re.findall(rf"[{ONE_CHARACTER}]|[^\s{ONE_CHARACTER}]+", text)
+
+
+def words(text: str) -> str:
+    """Letters, digits and marks; an apostrophe inside a word; a point between digits. All else parts words, joined by single spaces."""
     kept = []
     for i, c in enumerate(text):
         before, after = text[i - 1:i], text[i + 1:i + 2]
         inside_word = c == "'" and before.isalnum() and after.isalnum()
         decimal = c == "." and before.isdigit() and after.isdigit()
         kept.append(c if unicodedata.category(c)[0] in "LNM" or inside_word or decimal else " ")
-    text = "".join(kept)
-    return " ".join("".join(text.split()) if counts_characters(language) else text.split())
+    return " ".join("".join(kept).split())
+
+
+@lru_cache(maxsize=1)
+def _whisper():
+    """transformers' EnglishTextNormalizer with Whisper's 1,739 spellings (.assets/english.json, MIT) and its "3.1" -> "3.one" undone."""
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer  # here: only English needs it
+    normalizer = EnglishTextNormalizer(json.loads((Path(__file__).parent / ".assets" / "english.json").read_text()))
+    numbers = normalizer.standardize_numbers
+    normalizer.standardize_numbers = lambda s: re.sub(r"(?<=[\d.$£€¢])one(?=s?\b)|\bone(?=\.\d)", "1", numbers(s))
+    return normalizer
+
+
+def english(text: str) -> str:
+    """Whisper's English normaliser: contractions and titles written out, numbers in digits, American spelling, no accents, no uh or um.
+
+    Repaired before it: what stands in brackets is kept; O'Brien is one word, not "0 brien"; quotation marks are not contractions;
+    1,2,3 is not 123; "5 %" is 5%; zeros at the front stay (0171, 007). Wants NFKC, lower case and straight apostrophes.
+    """
+    text = re.sub(r"[()\[\]<>{}]", " ", text)
+    text = re.sub(r"\bo'(?=[a-z]{2})|\bo (?=clock\b)", "o", text)                       # o'brien, o'clock, o clock
+    text = re.sub(r"(?<=\w)\s+(?='(?:s|re|d|ll|ve|m|t)(?![\w'-]))", "", text)          # it 's
+    text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
+    text = re.sub(r"(?<=\d),(?!\d{3}(?!\d))", " ", text)
+    text = re.sub(r"(?<=\d)\s+(?=%)|(?<=[$£€¢])\s+(?=\d)", "", text)
+    text = re.sub(r"(?<![\d.,])0\d+(?!\d|\.\d)", lambda match: match[0].translate(ZERO_LED), text)
+    text = _whisper()(text).translate({private: digit for digit, private in ZERO_LED.items()})
+    return " ".join(word for word in text.split() if any(map(str.isalnum, word)))
+
+
+NUMERALS = re.compile(  # two things (两); a year, a telephone number, 1.2.3; any other number
+    r"(?P<two>(?<!第)2(?=[个個只隻条條张張位件台辆輛本次天种種份家块塊杯瓶倍岁歲点人]|年(?![级級])|小[时時]|分[钟鐘]))"
+    r"|(?P<digits>(?:1[1-9]|20)\d\d(?=(?:[-–—~至到](?:1[1-9]|20)\d\d)?年)"
+    r"|0\d{2,3}-\d{7,8}(?!\d)|\d{3,4}-\d{3,4}-\d{4}(?!\d)|\d+(?:\.\d+){2,})"
+    r"|(?P<minus>(?<!\w)-)?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<point>\.\d+)?(?P<percent>%)?")
+
+
+def read_out(text: str) -> str:
+    """Digits -> spoken hanzi, so that 2023年 and 二零二三年 are one. Text without a digit keeps its meaning and its length.
+
+    Read digit by digit: years (1100 to 2099 before 年), telephone numbers, a zero at the front, seven digits or more without commas.
+    All else is a number: 三百零五, 三点一四, 百分之八十, 负五; 2 is 两 before a measure word. Where two ways are common, both sides get
+    the first: 零 (〇, ○ after a digit), 一 (幺 beside digits), 二 (两 before 百千万亿), 万 (萬). Nothing else is simplified: opencc would do
+    it, and is one more package whose version moves the number.
+    """
+    spell = lambda digits: "".join("点" if c == "." else HANZI[int(c)] for c in digits if c != "-")
+
+    def reading(m):
+        if m["two"] or m["digits"]:
+            return "两" if m["two"] else spell(m["digits"])
+        whole = m["whole"].replace(",", "")
+        one_by_one = len(whole) > 12 or whole == m["whole"] and (len(whole) > 6 or len(whole) > 1 and int(whole[0]) == 0)
+        return (("负" if m["minus"] else "") + ("百分之" if m["percent"] else "") + (spell(whole) if one_by_one else cardinal(whole))
+                + spell(m["point"] or ""))
+
+    text = NUMERALS.sub(reading, text.translate(TRADITIONAL)).replace("〇", "零")
+    text = re.sub(rf"(?<=[{HANZI}○])○", "零", text)
+    text = re.sub(rf"(?<=[{HANZI}幺])幺|幺(?=[{HANZI}幺])", "一", text)
+    return re.sub("两(?=[百千万亿])", "二", text)
+
+
+def cardinal(digits: str) -> str:
+    """At most 12 digits, no zero at the front, as Mandarin says the number: 10203 -> 一万零二百零三, 15 -> 十五."""
+    said, zero = "", False
+    for place, d in zip(range(len(digits) - 1, -1, -1), map(int, digits)):
+        if d:
+            said += "零" * (zero and said != "") + HANZI[d] + ("", "十", "百", "千")[place % 4]
+        zero = not d
+        if place % 4 == 0:  # 10^8, 10^4, 1
+            section = int(digits[:len(digits) - place][-4:])
+            said += ("", "万", "亿")[place // 4] if section else ""
+            zero = not section
+    return said.removeprefix("一") if said.startswith("一十") else said or "零"
 
 
 class Counts(NamedTuple):
-    """Edit operations that turn the reference into the hypothesis, and the reference's units (words or characters)."""
+    """Edit operations that turn the reference into the hypothesis, and the reference's units (words, characters, or both)."""
     substitutions: int
     deletions: int
     insertions: int
@@ -402,25 +509,44 @@ def edit_counts(ref: str, hyp: str, language: str) -> Counts:
     return Counts(out.substitutions, out.deletions, out.insertions, out.hits + out.substitutions + out.deletions)
 
 
+def align(ref: str, hyp: str, language: str) -> list[tuple[str, str, str]]:
+    """What edit_counts counts, one by one: ("equal" | "sub" | "del" | "ins", unit of ref, unit of hyp), "" where there is none."""
+    out, pairs = jiwer.process_words(normalize(ref, language), normalize(hyp, language)), []
+    for chunk in out.alignments[0]:
+        refs, hyps = out.references[0][chunk.ref_start_idx:chunk.ref_end_idx], out.hypotheses[0][chunk.hyp_start_idx:chunk.hyp_end_idx]
+        kind = "equal" if chunk.type == "equal" else chunk.type[:3]
+        pairs += [(kind, r, h) for r, h in zip(refs or [""] * len(hyps), hyps or [""] * len(refs))]
+    return pairs
+
+
 def error_rate(counts) -> float:
     """Corpus rate in percent: sum of errors / sum of reference units, never a mean of rates."""
     units = sum(c.units for c in counts)
     return 100.0 * sum(c.errors for c in counts) / units if units else math.nan
 
 
-def bootstrap(numerators, denominators, n=10_000, seed=0) -> tuple[float, float]:
-    """95 % interval of sum(numerators) / sum(denominators) by resampling utterances (Bisani & Ney, ICASSP 2004).
+def resample(numerators, denominators, n=10_000, seed=0, blocks=None) -> np.ndarray:
+    """sum(numerators) / sum(denominators) of n corpora drawn with replacement, (n,): utterances (Bisani & Ney, ICASSP 2004), or,
+    with one label an utterance in `blocks`, whole blocks: all utterances of a speaker share a microphone and a voice."""
+    num, den = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if blocks is not None:
+        own = np.unique(np.asarray(blocks), return_inverse=True)[1]
+        num, den = np.bincount(own, num), np.bincount(own, den)
+    if not den.sum() > 0:
+        return np.full(n, math.nan)
+    rng, rates = np.random.default_rng(seed), []
+    for _ in range(n // 100):  # in groups: all draws of a large corpus at once would not fit in memory
+        draws = rng.multinomial(len(num), np.full(len(num), 1 / len(num)), size=100)  # (100, utterances) times each is drawn
+        rates.append((draws @ num) / np.maximum(draws @ den, 1e-12))
+    return np.concatenate(rates)
+
+
+def bootstrap(numerators, denominators, n=10_000, seed=0, blocks=None) -> tuple[float, float]:
+    """95 % interval of sum(numerators) / sum(denominators), see `resample`.
 
     Paired comparisons pass per-utterance differences of errors as numerators. Rates are fractions, not percent.
     """
-    num, den = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
-    if not den.sum() > 0:
-        return math.nan, math.nan
-    rng, rates = np.random.default_rng(seed), []
-    for _ in range(n // 100):  # in blocks: all draws of a large corpus at once would not fit in memory
-        draws = rng.multinomial(len(num), np.full(len(num), 1 / len(num)), size=100)  # (100, utterances) times each is drawn
-        rates.append((draws @ num) / np.maximum(draws @ den, 1e-12))
-    low, high = np.percentile(np.concatenate(rates), [2.5, 97.5])
+    low, high = np.percentile(resample(numerators, denominators, n, seed, blocks), [2.5, 97.5])
     return float(low), float(high)
 
 
