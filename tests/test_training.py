@@ -196,14 +196,28 @@ def test_tokens_without_a_twin_are_left_out_and_counted(corpus, checkpoints, stu
     foreign = model.random_student(model.train_tokenizer(texts, 330), 32, 1, 1, 2)
     model.save(foreign, tmp_path / "foreign")
     run_distil(corpus, checkpoints, tmp_path / "run", steps=1, batch=24, micro_batch=7, teacher=tmp_path / "foreign")
-    known, emitted, unknown = set(foreign.tokenizer.get_vocab()), 0, 0
+    known, emitted, unknown, total, count = set(foreign.tokenizer.get_vocab()), 0, 0, 0.0, 0
+    ours, theirs = student.tokenizer.get_vocab(), foreign.tokenizer.get_vocab()
+    pairs = {i: theirs[token] for token, i in ours.items() if token in theirs and (token == model.EOS or token not in model.SPECIAL)}
+    shared = sorted(pairs)
     for u in data.read_manifest(corpus / "train.jsonl"):
         prompt = model.encode(student, data.load_batch([u]))
         ids, mask = model.generate(student, prompt, 8, 1.0, data.keyed_uniforms(0, 0, [u.id], 8))
         tokens = student.tokenizer.convert_ids_to_tokens(ids[mask].tolist())
         emitted, unknown = emitted + len(tokens), unknown + sum(token not in known for token in tokens)
+        # The teacher alone with the clip and with its own ids of the tokens before the first that it lacks.
+        own = ids[:, :next((n for n, token in enumerate(tokens) if token not in known), len(tokens))]
+        if own.numel():
+            mask, mapped = torch.ones_like(own, dtype=torch.bool), torch.tensor([[pairs[i] for i in own[0].tolist()]])
+            with torch.no_grad():
+                z_s = student.head(model.response_hidden(student, prompt, own, mask))[:, shared]
+                z_t = foreign.head(model.response_hidden(foreign, model.encode(foreign, data.load_batch([u])), mapped, mask))
+                p_s, p_t = (z.double().log_softmax(-1) for z in (z_s, z_t[:, [pairs[i] for i in shared]]))
+            total, count = total + (p_s.exp() * (p_s - p_t)).sum().item(), count + own.numel()
     row, = metrics(tmp_path / "run")
-    assert row["tokens"] + row["no_twin"] == emitted and row["no_twin"] >= unknown > 0 and math.isfinite(row["loss"]) and row["loss"] > 0
+    assert row["tokens"] + row["no_twin"] == emitted and row["no_twin"] >= unknown > 0
+    assert row["tokens"] == count and row["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert any(i != j for i, j in pairs.items())  # equal ids would hide a map that is not used
 
 
 def test_rollouts_are_drawn_anew_at_every_step_and_by_temperature(corpus, checkpoints, tmp_path):
