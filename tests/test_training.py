@@ -168,12 +168,12 @@ def test_first_loss_of_distill_is_the_mean_divergence_on_own_words(corpus, check
         columns = torch.cat([embed(asr.prefix_ids), audio, embed(asr.suffix_ids + written)], dim=1)
         return asr.net.lm(inputs_embeds=columns).logits[0, -1].double().masked_fill(asr.blocked, -math.inf)
 
-    run_distil(corpus, checkpoints, tmp_path / "run", steps=1, batch=7, micro_batch=3, data=subset(corpus, tmp_path / "pool.jsonl", 7))
+    run_distil(corpus, checkpoints, tmp_path / "run", steps=1, batch=7, micro_batch=3, data=subset(corpus, tmp_path / "pool.jsonl", 7), seed=4)
     divergences, entropies, agree, stopped = [], [], 0, 0
     with torch.no_grad():
         for u in data.read_manifest(tmp_path / "pool.jsonl"):
             clip, written = data.load_batch([u]), []
-            for uniform in data.keyed_uniforms(0, 0, [u.id], 8)[0]:
+            for uniform in data.keyed_uniforms(4, 0, [u.id], 8)[0]:
                 z_s, z_t = (logits(asr, clip.mel, clip.n_frames, written) for asr in (student, teacher))
                 p_s, p_t = z_s.softmax(-1), z_t.softmax(-1)
                 divergences.append(sum(s * math.log(s / t) for s, t in zip(p_s.tolist(), p_t.tolist()) if s > 0))
@@ -185,6 +185,7 @@ def test_first_loss_of_distill_is_the_mean_divergence_on_own_words(corpus, check
                     break
     row, = metrics(tmp_path / "run")
     n = len(divergences)
+    assert 0 < stopped < 7, "the row that predicts EOS is among those that count: some rollouts must have one"
     assert row["tokens"] == n and row["tokens_per_clip"] == pytest.approx(n / 7) and row["truncated"] == pytest.approx(1 - stopped / 7)
     assert row["loss"] == pytest.approx(sum(divergences) / n, rel=1e-4) and row["entropy"] == pytest.approx(sum(entropies) / n, rel=1e-4)
     assert row["top1_agreement"] == pytest.approx(agree / n) and row["no_twin"] == 0
