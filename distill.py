@@ -669,7 +669,8 @@ def parse_args(argv=None):
     add("--support", "full", "tokens compared: the whole vocabulary; both top-k sets, the teacher's or the student's, renormalised; "
         "or only the sampled token (policy gradient)", choices=["full", "union", "teacher", "student", "sampled"])
     add("--top_k", 32, "k of the top-k supports")
-    add("--baseline", False, "with --support sampled: subtract each position's exact divergence from the advantage", action="store_true")
+    add("--baseline", False, "with --support sampled: add each position's exact divergence to the advantage, whose mean is then 0",
+        action="store_true")
     add("--tau", 1.0, "temperature of both distributions inside the divergence")
     add("--chunk", 64, "rows whose logits exist at a time")
     # optimisation

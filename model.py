@@ -746,7 +746,7 @@ def draw(z, temperature, uniform):
     if temperature == 0:
         return z.argmax(-1)
     cdf = (z / temperature).softmax(-1).cumsum(-1)                                                                  # (B, V)
-    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 1e-6, and kept below it: the id found has p > 0. (On a GPU
+    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 2e-5, and kept below it: the id found has p > 0. (On a GPU
     # cumsum is a parallel scan and need not rise to the last bit: there an id of p = 0 has a chance of the order of 1e-7.)
     point = torch.minimum(uniform * cdf[:, -1], torch.nextafter(cdf[:, -1], torch.zeros_like(cdf[:, -1])))
     return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]

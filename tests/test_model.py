@@ -317,6 +317,79 @@ def test_generated_row_does_not_depend_on_its_neighbours(student, temperature):
     assert torch.equal(flipped.flip(0), ids)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@torch.no_grad()
+def test_samples_have_the_frequencies_of_the_softmax(student, temperature):
+    """4,000 rollouts of one clip: the first token against the softmax, the second against that behind the most frequent first."""
+    batch, lm, n = mel_batch([40]), plain_qwen2(student), 4000
+    prompt = model.encode(student, batch)
+    many = model.Prompt(prompt.embeds.expand(n, -1, -1), prompt.mask.expand(n, -1), prompt.audio, prompt.n_audio)
+    ids, mask = model.generate(student, many, 2, temperature, data.keyed_uniforms(7, 0, [f"u{i}" for i in range(n)], 2))
+    first = ids[:, 0].mode().values.item()
+    assert first != student.eos_id and mask[:, 0].all()
+    for written, drawn in (([], ids[:, 0]), ([first], ids[ids[:, 0] == first, 1])):
+        z = next_logits(lm, prompt_embeds(student, batch, 0), written).double().masked_fill(student.blocked, -math.inf)
+        expected = len(drawn) * (z / temperature).softmax(-1)
+        counts, kept = torch.bincount(drawn, minlength=len(z)).double(), expected > 5  # the approximation wants 5 and more
+        counts, expected = (torch.cat([x[kept], x[~kept].sum()[None]]) for x in (counts, expected))
+        chi2, dof = ((counts - expected) ** 2 / expected).sum(), int(kept.sum())
+        assert dof > 10 and chi2 < dof + 3.3 * math.sqrt(2 * dof)
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2 ** -24, 1.0])
+def test_no_rollout_has_a_blocked_id(student, u):
+    """At both ends of the unit interval, where a neighbour of probability 0 is nearest: the first and the last ids are shut here."""
+    shut = student.blocked.clone()
+    shut[:40], shut[-140:] = True, True
+    shut[student.eos_id] = False
+    asr, batch = dataclasses.replace(student, blocked=shut), mel_batch()
+    ids, mask = model.generate(asr, model.encode(asr, batch), 6, 3.0, np.full((len(LENGTHS), 6), u, np.float32))
+    assert mask.any() and not shut[ids[mask]].any()
+
+
+@torch.no_grad()
+def written_alone(asr, lm, batch, i, limit, temperature, uniforms):
+    """Row i of a batch: every token from the whole prefix again, no cache, no other row. Oracle."""
+    prompt, written = prompt_embeds(asr, batch, i), []
+    while len(written) < limit and not (written and asr.stop[written[-1]]):
+        z = next_logits(lm, prompt, written).double().masked_fill(asr.blocked, -math.inf)
+        cdf = (z / (temperature or 1.0)).softmax(-1).cumsum(-1)
+        written.append(int(z.argmax()) if temperature == 0 else int((cdf <= uniforms[i, len(written)]).sum()))
+    return written
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("case", ["all but one stop at once", "all stop at once", "one by one"])
+def test_rows_that_leave_the_batch_change_nothing(student, monkeypatch, temperature, case):
+    """More ids are made to end a transcript, so that rows stop where the case wants them to; then token by token against each row alone."""
+    batch, limit, lm = mel_batch(LENGTHS, seed=9), 16, plain_qwen2(student)
+    uniforms = data.keyed_uniforms(5, 0, [u.id for u in batch.utterances], limit)
+    endless = dataclasses.replace(student, stop=torch.zeros_like(student.stop))
+    free = [written_alone(endless, lm, batch, i, limit, temperature, uniforms) for i in range(len(LENGTHS))]
+    firsts, everyone = [row[0] for row in free], range(len(LENGTHS))
+    if case == "one by one":
+        stops = {student.eos_id, *(free[i][t] for i, t in ((1, 1), (4, 2), (6, 3), (0, 5), (3, 7), (5, 9)))}
+    elif case == "all stop at once":
+        stops = {*firsts}
+    else:
+        stops = next({*firsts} - {*free[i]} for i in everyone
+                     if all(firsts[j] not in free[i] for j in everyone if j != i))
+    stop = torch.zeros_like(student.stop)
+    stop[list(stops)] = True
+    asr, kept, keep = dataclasses.replace(student, stop=stop, blocked=student.blocked & ~stop), [], model.Cache.keep
+    monkeypatch.setattr(model.Cache, "keep", lambda cache, rows: kept.append(len(rows)) or keep(cache, rows))
+    ids, mask = model.generate(asr, model.encode(asr, batch), limit, temperature, uniforms)
+    expected = [written_alone(asr, lm, batch, i, limit, temperature, uniforms) for i in everyone]
+    assert [row[own].tolist() for row, own in zip(ids, mask)] == expected and (ids[~mask] == asr.pad_id).all()
+    lengths = sorted(map(len, expected))
+    if case == "all stop at once":
+        assert lengths == [1] * 8 and ids.shape == (8, 1)
+    elif case == "all but one stop at once":
+        assert lengths == [1] * 7 + [limit] and kept == [1]
+    else:
+        assert len(set(lengths)) >= 4 and len(kept) >= 2, "rows should leave the batch more than once"
+
+
 def test_what_the_mask_of_a_rollout_covers(student, monkeypatch):
     batch, limit = mel_batch([20 + 3 * i for i in range(24)]), 40
     uniforms = data.keyed_uniforms(0, 0, [u.id for u in batch.utterances], limit)

@@ -335,6 +335,40 @@ def test_chunked_backward_equals_one_shot_autograd(student, teacher, foreign_tea
     assert all(p.grad is None for p in teacher.net.parameters()), "the teacher is frozen"
 
 
+@pytest.mark.parametrize("foreign", [False, True], ids=["same tokenizer", "foreign tokenizer"])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_the_papers_flags_are_equation_1(student, teacher, foreign_teacher, batch, foreign, tau):
+    """--divergence forward --support union --top_k 32 --temperature 0, from the command line down to the rows: value and gradient."""
+    args = distill.parse_args(f"--divergence forward --support union --top_k 32 --temperature 0 --tau {tau} --chunk 5".split())
+    teacher = foreign_teacher if foreign else teacher
+    pairs, to_teacher = twins(student, teacher), model.vocabulary_map(student, teacher)
+    ids, mask = model.generate(student, model.encode(student, batch), 24, args.temperature)
+    if foreign:  # greedy rollouts soon hold an id without a twin there, and nothing behind it counts: transcripts instead
+        responses = [student.encode_text(u.text) for u in batch.utterances]
+        ids, mask = sft.pad_responses([[i for i in row if i in pairs] for row in responses], student.pad_id, "cpu")
+    scored = mask & torch.tensor([[i in pairs for i in row] for row in ids.tolist()]).cumprod(1).bool()
+    y = ids[scored]
+    assert student.eos_id in y.tolist() and len(y) > 40
+    theirs = torch.tensor([[pairs.get(i, 0) for i in row] for row in ids.tolist()])
+    with torch.no_grad():
+        hidden_t = model.response_hidden(teacher, model.encode(teacher, batch), theirs, scored)
+        hidden_s = model.response_hidden(student, model.encode(student, batch), ids, mask)[scored[mask]].requires_grad_()
+        z_s = hidden_s.double() @ student.head.weight.double().T
+        z_t = hidden_t.double() @ teacher.head.weight.double().T
+    shared = sorted(pairs)
+    rows_s, rows_t = z_s[:, shared].tolist(), torch.stack([z_t[:, pairs[i]] for i in shared], 1).tolist()
+    sums = distill.distil_backward(student, hidden_s, teacher, hidden_t, y, to_teacher, args)
+    assert float(sums["loss"]) / len(y) == pytest.approx(paper_eq_1(rows_s, rows_t, 32, tau), rel=1e-5)
+    gradient = torch.zeros_like(z_s)  # d/dz_S of Eq. 1 is tau (p_S - p_T) on U_t
+    for n, (s, t) in enumerate(zip(rows_s, rows_t)):
+        union = top(dict(enumerate(s)), 32) | top(dict(enumerate(t)), 32)
+        p_s, p_t = (probabilities({v: z[v] for v in union}, tau) for z in (s, t))
+        for v in union:
+            gradient[n, shared[v]] = tau * (p_s[v] - p_t[v])
+    expected = gradient @ student.head.weight.double()
+    torch.testing.assert_close(hidden_s.grad.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
 def test_blocked_ids_get_no_gradient_from_the_loss(student, foreign_teacher):
     to_teacher, generator = model.vocabulary_map(student, foreign_teacher), torch.Generator().manual_seed(0)
     rows = torch.randn(6, 32, generator=generator).requires_grad_()
