@@ -83,11 +83,11 @@ def token_divergence(z_s, z_t, divergence="reverse", support="full", top_k=32, t
                 near beta = 0 it is beta times forward, near 1 it is 1 - beta times reverse
       p_S = softmax(z_S / tau),  p_T = softmax(z_T / tau)
 
-    -inf marks tokens that are out of the question; it must stand at the same places on both sides. On a support other than "full"
-    both sides are renormalised on it: tokens outside get no gradient at all, so mass that the student wastes there is never pulled
-    back, and with k = 1 and equal argmax the loss is zero.
-    tau^2: gradients of logits divided by tau shrink by 1 / tau twice over (Hinton et al. 2015, section 2).
-    Both arguments are logits. One side's log-probabilities would do on the full vocabulary, but a mixture within a row would not.
+    -inf marks tokens that are out of the question; it must stand at the same places on both sides. They get no gradient: an id that
+    the teacher's vocabulary lacks is never pulled down. On a support other than "full" both sides are renormalised on it, and the same
+    holds for every token outside: mass that the student wastes there is never pulled back, and with k = 1 and equal argmax the loss is 0.
+    tau^2: with large tau, gradients of logits divided by tau shrink by 1 / tau twice over (Hinton et al. 2015, section 2).
+    A row may hold logits or log-probabilities, which differ by a constant, but not some of either.
     """
     with torch.no_grad():  # which tokens are compared is a choice, not something to differentiate
         chosen = support_of(z_s, z_t, support, top_k)
@@ -115,8 +115,9 @@ def sampled_divergence(z_s, z_t, y, baseline=False):
       baseline   A_t = ... + KL(p_S(.|t) || p_T(.|t)): same mean, since sum_v p_S(v) d log p_S(v) = 0; less variance
                                                             while the two models are well apart
 
-    Unbiased only where y was drawn from this very p_S: temperature 1, no other support. The full divergence sums over all v what
-    this leaves to one draw; it is here to compare with, and for teachers that give nothing but the log-probability of a token.
+    Unbiased (for the sum over positions; N itself depends on the draws) only where y was drawn from this very p_S: temperature 1, no
+    other support. The full divergence sums over all v what this leaves to one draw; it is here to compare with, and for teachers that
+    give nothing but the log-probability of a token.
     """
     logp_s, logp_t = z_s.log_softmax(-1), z_t.log_softmax(-1)                   # (N, V)
     of_y = lambda logp: logp.gather(-1, y[:, None])[:, 0]                       # (N,)
@@ -135,7 +136,7 @@ def agreement(z_s, z_t, k) -> dict[str, torch.Tensor]:
     top_s, top_t = z_s.topk(k), z_t.topk(k)
     pairs = (top_s.indices[:, :, None] == top_t.indices[:, None]) & torch.isfinite(top_s.values)[:, :, None]    # (C, k, k)
     mass = lambda z, top, shared: ((top.values - z.logsumexp(-1, keepdim=True)).exp() * shared).sum()
-    entropy = lambda z: torch.distributions.Categorical(logits=z).entropy().sum()
+    entropy = lambda z: torch.distributions.Categorical(logits=z, validate_args=False).entropy().sum()
     return {"top1": (top_s.indices[:, 0] == top_t.indices[:, 0]).sum(), "overlap": pairs.sum() / k,
             "mass_s": mass(z_s, top_s, pairs.any(2)), "mass_t": mass(z_t, top_t, pairs.any(1)),
             "entropy": entropy(z_s), "entropy_t": entropy(z_t)}
@@ -691,6 +692,9 @@ def parse_args(argv=None):
     given = [args.student, args.teacher, args.data]
     if any(given) and not (all(given) and (args.out or args.check)):
         parser.error("give --student, --teacher, --data and --out together; none of the first three runs the demo")
+    for flag, fine in (("top_k", args.top_k >= 1), ("tau", args.tau > 0), ("beta", 0 < args.beta < 1), ("chunk", args.chunk >= 1)):
+        if not fine:
+            parser.error(f"--{flag} {getattr(args, flag)} is out of range")
     if args.support == "sampled" and (args.divergence, args.temperature, args.tau) != ("reverse", 1.0, 1.0):
         parser.error("--support sampled estimates reverse KL from tokens drawn at temperature 1: it goes with --divergence reverse, "
                      "--temperature 1 and --tau 1")

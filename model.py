@@ -331,7 +331,10 @@ def as_set(ids) -> set[int]:
 
 
 def assemble(net: Student, tokenizer, device, companions=None) -> ASR:
-    """Join network and tokenizer; check that every token of the prompt is what the config says. Raises ValueError naming the token."""
+    """Join network and tokenizer; check that every token of the prompt is what the config says. Raises ValueError naming the token.
+
+    The network is in eval mode, in training too: a rollout and its scoring must be the same function, and no published config drops out.
+    """
     n_rows = net.config["vocab_size"]
     ids = special_ids(tokenizer, SPECIAL, n_rows)
     stop_ids = as_set(net.config.get("eos_token_id")) | as_set(json.loads((companions or {}).get("generation_config.json", "{}")).get("eos_token_id"))
@@ -341,7 +344,7 @@ def assemble(net: Student, tokenizer, device, companions=None) -> ASR:
             raise ValueError(f"config.json says {key} = {net.config.get(key)}, but the tokenizer has {token!r} at {ids[token]}")
     stop, blocked = stop_and_blocked(tokenizer, stop_ids, n_rows, device)
     instruction = tokenizer.encode(INSTRUCTION, add_special_tokens=False)
-    return ASR(net.to(device), tokenizer, prefix_ids=[ids["<|user|>"], ids["<|begin_of_audio|>"]],
+    return ASR(net.eval().to(device), tokenizer, prefix_ids=[ids["<|user|>"], ids["<|begin_of_audio|>"]],
                suffix_ids=[ids["<|end_of_audio|>"], *instruction, ids["<|assistant|>"]], eos_id=ids[EOS], pad_id=ids[PAD],
                audio_id=ids[AUDIO], stop=stop, blocked=blocked, companions=companions or {})
 
