@@ -353,8 +353,8 @@ def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
 # ---------------------------------------------------------------------------- 5. metric
 
 NORMALISER = "opd-asr-1"  # name and version of what normalize does: another rule, another table or another reading is another number
-CHARACTER_LANGUAGES = {"zh", "cmn", "yue", "ja", "ko", "th", "chinese", "mandarin", "cantonese", "japanese", "korean", "thai"}
-HANZI_LANGUAGES = {"zh", "cmn", "yue", "chinese", "mandarin", "cantonese"}  # digits are read out
+HANZI_LANGUAGES = set("zh cmn zho chi cn yue chinese mandarin cantonese".split())                    # digits are read out
+CHARACTER_LANGUAGES = HANZI_LANGUAGES | set("ja jpn jp japanese ko kor korean th tha thai".split())
 ENGLISH = {"en", "eng", "english"}
 APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4`", "'"))  # before NFKC, which takes some of them apart
 ZERO_LED = {ord("0") + i: 0xE000 + i for i in range(10)}                              # digits -> private letters
@@ -857,7 +857,7 @@ def parse_args(argv=None):
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="NAME", help=f"demo, {', '.join(CORPORA)}; NAME --help says more")
     demo = corpora.add_parser("demo", allow_abbrev=False, help="speech synthesised by espeak-ng")
     demo.add_argument("--out", default="runs/data", help="folder to write manifests and audio to (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="decides sentences, voices and noise (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="decides sentences, who says which, and noise (default: %(default)s)")
     for name, corpus in CORPORA.items():
         importer = corpora.add_parser(name, allow_abbrev=False, description=corpus.__doc__)
         importer.add_argument("root", metavar="ROOT", help="where the corpus lies")

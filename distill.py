@@ -13,7 +13,7 @@ The transcripts of --data are never read: all that is learnt comes from the teac
   y          ids, mask    (B, R)       rollout with its EOS, right-padded; True on emitted tokens
   z_S, z_T   z_s, z_t     (N, V)       logits that predict each emitted token, both in the student's vocabulary
   p, log p   p_, logp_                 probabilities; log-probabilities in nats
-  N          n_tokens     ()           emitted tokens of the step: all ranks, all micro-batches, EOS included
+  N          n_tokens     ()           emitted tokens that the teacher can score, EOS included: all ranks, all micro-batches of the step
 
 Differs from the paper (arXiv 2605.28139):
   [dev 1] Reverse KL over the full vocabulary. Eq. 1 is forward KL, KL(p_T || p_S), on the union of both top-k sets:
@@ -49,6 +49,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import data
@@ -64,14 +65,16 @@ def support_of(z_s, z_t, support, k):
       teacher   topk(z_T[t], k)
       student   topk(z_S[t], k)
     """
-    k, chosen = min(k, z_s.shape[-1]), torch.zeros_like(z_s, dtype=torch.bool)
     if support not in ("full", "union", "teacher", "student"):
         raise ValueError(f"support {support!r}: expected 'full', 'union', 'teacher' or 'student'")
+    if support == "full":
+        return None
+    k, chosen = min(k, z_s.shape[-1]), torch.zeros_like(z_s, dtype=torch.bool)
     if support in ("union", "student"):
         chosen.scatter_(-1, z_s.topk(k).indices, True)
     if support in ("union", "teacher"):
         chosen.scatter_(-1, z_t.topk(k).indices, True)
-    return None if support == "full" else chosen
+    return chosen
 
 
 def token_divergence(z_s, z_t, divergence="reverse", support="full", top_k=32, tau=1.0, beta=0.5):
@@ -89,22 +92,52 @@ def token_divergence(z_s, z_t, divergence="reverse", support="full", top_k=32, t
     tau^2: with large tau, gradients of logits divided by tau shrink by 1 / tau twice over (Hinton et al. 2015, section 2).
     A row may hold logits or log-probabilities, which differ by a constant, but not some of either.
     """
-    with torch.no_grad():  # which tokens are compared is a choice, not something to differentiate
-        chosen = support_of(z_s, z_t, support, top_k)
+    chosen = support_of(z_s.detach(), z_t, support, top_k)  # which tokens are compared is a choice, not something to differentiate
     if chosen is not None:
         z_s, z_t = z_s.masked_fill(~chosen, -math.inf), z_t.masked_fill(~chosen, -math.inf)
-    logp_s, logp_t = (z_s / tau).log_softmax(-1), (z_t / tau).log_softmax(-1)   # (N, V)
-    p_s, p_t = logp_s.exp(), logp_t.exp()                                       # (N, V)
-    never = torch.isneginf(logp_s) | torch.isneginf(logp_t)                     # p log p is 0 there, not nan
-    logp_s, logp_t = logp_s.masked_fill(never, 0.0), logp_t.masked_fill(never, 0.0)
-    if divergence == "reverse":
-        return tau ** 2 * (p_s * (logp_s - logp_t)).sum(-1)                     # (N,)
-    if divergence == "forward":
-        return tau ** 2 * (p_t * (logp_t - logp_s)).sum(-1)                     # (N,)
-    if divergence == "jsd" and 0 < beta < 1:
-        logp_m = torch.logaddexp(logp_t + math.log(beta), logp_s + math.log(1 - beta))                          # (N, V)
-        return tau ** 2 * (beta * p_t * (logp_t - logp_m) + (1 - beta) * p_s * (logp_s - logp_m)).sum(-1)       # (N,)
-    raise ValueError(f"divergence {divergence!r} with beta {beta}: expected 'reverse', 'forward', or 'jsd' with 0 < beta < 1")
+    if divergence not in ("reverse", "forward", "jsd") or divergence == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"divergence {divergence!r} with beta {beta}: expected 'reverse', 'forward', or 'jsd' with 0 < beta < 1")
+    return Divergence.apply(z_s, z_t, divergence, tau, beta)
+
+
+class Divergence(torch.autograd.Function):
+    """Value and gradient of token_divergence on the whole row, in closed form: autograd would keep a dozen tensors of size (N, V).
+
+      dD/dz_S = tau p_S (r - sum_v p_S(v) r(v)),  r = tau^-2 dD/dp_S up to a constant of the row, which cancels:
+      reverse   r = log p_S - log p_T
+      forward   r = -p_T / p_S, so that the gradient is tau (p_S - p_T)
+      jsd       r = (1 - beta) (log p_S - log m)
+    """
+    @staticmethod
+    def forward(ctx, z_s, z_t, divergence, tau, beta):
+        # In place where it can be: two buffers beside the logits for reverse, three for the others.
+        logp_s, logp_t = ((z if tau == 1 else z / tau).log_softmax(-1) for z in (z_s, z_t))                     # (N, V)
+        never = torch.isneginf(logp_s) | torch.isneginf(logp_t)                 # p log p is 0 there, not nan
+        dot = lambda p, r: (p[:, None] @ r[:, :, None])[:, 0, 0]                # (N,)
+        if divergence == "reverse":
+            r = logp_t.neg_().add_(logp_s).masked_fill_(never, 0.0)             # log p_S - log p_T
+            p_s = logp_s.exp_()
+            d = dot(p_s, r)                                                     # (N,)
+            gradient = r.sub_(d[:, None]).mul_(p_s)                             # (N, V) / tau
+        elif divergence == "forward":
+            p_s = logp_s.exp()
+            r = logp_s.neg_().add_(logp_t).masked_fill_(never, 0.0)             # log p_T - log p_S
+            p_t = logp_t.exp_()
+            d, gradient = dot(p_t, r), p_s.sub_(p_t)
+        else:
+            p_s, p_t = logp_s.exp(), logp_t.exp()
+            logp_m = torch.logaddexp(logp_t + math.log(beta), logp_s + math.log(1 - beta))                      # (N, V) m itself may underflow
+            d = beta * dot(p_t, logp_t.sub_(logp_m).masked_fill_(never, 0.0))
+            r = logp_s.sub_(logp_m).masked_fill_(never, 0.0).mul_(1 - beta)
+            own = dot(p_s, r)                                                   # (N,)
+            d, gradient = d + own, r.sub_(own[:, None]).mul_(p_s)
+        ctx.save_for_backward(gradient)
+        ctx.tau = tau
+        return tau ** 2 * d
+
+    @staticmethod
+    def backward(ctx, grad_d):
+        return (ctx.tau * grad_d)[:, None] * ctx.saved_tensors[0], None, None, None, None
 
 
 def sampled_divergence(z_s, z_t, y, baseline=False):
@@ -131,7 +164,10 @@ def sampled_divergence(z_s, z_t, y, baseline=False):
 
 @torch.no_grad()
 def agreement(z_s, z_t, k) -> dict[str, torch.Tensor]:
-    """How student and teacher stand to each other at these states: logits (C, V) twice -> {name: sum over rows}. overlap.py has more."""
+    """How student and teacher stand to each other at these states: logits (C, V) twice -> {name: sum over rows}.
+
+    overlap.py has more, and takes its sets before ids without a twin are removed, as the paper does; here they are gone already.
+    """
     k = min(k, z_s.shape[-1])
     top_s, top_t = z_s.topk(k), z_t.topk(k)
     pairs = (top_s.indices[:, :, None] == top_t.indices[:, None]) & torch.isfinite(top_s.values)[:, :, None]    # (C, k, k)
@@ -154,27 +190,39 @@ def repeats(ids, mask, n=3):
 def distil_backward(student, hidden_s, teacher, hidden_t, y, to_teacher, args, watch=True) -> Counter:
     """Heads, loss and gradient for N rows, a chunk at a time, so that nothing of size (N, V) ever exists.
 
-    hidden_s (N, D) with its graph, hidden_t (N, D_t), y (N,) the emitted ids. The rows are cut from the graph, each chunk's backward
-    runs at once and adds to the head's gradient, and one last backward carries the rows' gradient into the body. The gradient is that
-    of sum_t D_t; dividing by N is average_gradients' part. -> sums over rows, for the log; those of `agreement` only if `watch`.
+    hidden_s (N, D) with its graph, hidden_t (N, D_t), y (N,) the emitted ids. Rows and logits are cut from the graph: a chunk's gradient
+    with respect to its logits goes through the head here, into the head's weight and the rows, and one last backward carries the rows'
+    gradient into the body. The gradient is that of sum_t D_t; dividing by N is average_gradients' part. -> sums over rows, for the
+    log; those of `agreement` only if `watch`.
     """
-    rows, sums, all_d = hidden_s.detach().requires_grad_(), Counter(), []
-    blocked = to_teacher < 0                                                    # (V,) no twin, special, or padding of the vocabulary
+    weight, blocked = student.head.weight, to_teacher < 0                       # (V, D); (V,) no twin, special, or past the tokenizer
+    rows, sums, all_d = hidden_s.detach(), Counter(), []
+    grad_rows = torch.zeros_like(rows)                                          # (N, D)
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
     for i in range(0, len(rows), args.chunk):
-        with student.autocast():
-            z_s = student.head(rows[i:i + args.chunk]).float().masked_fill(blocked, -math.inf)                  # (C, V)
+        x = rows[i:i + args.chunk]                                              # (C, D)
+        with torch.no_grad(), student.autocast():
+            z_s = student.head(x).float().masked_fill_(blocked, -math.inf)                                      # (C, V)
         with torch.no_grad(), teacher.autocast():
             z_t = model.map_logits(teacher.head(hidden_t[i:i + args.chunk]).float(), to_teacher)                # (C, V)
+        z_s.requires_grad_()
         if args.support == "sampled":
             d = sampled_divergence(z_s, z_t, y[i:i + args.chunk], args.baseline)                                # (C,)
         else:
             d = token_divergence(z_s, z_t, args.divergence, args.support, args.top_k, args.tau, args.beta)      # (C,) [dev 1]
         d.sum().backward()
+        with torch.no_grad(), student.autocast():                               # z_S = x W^T, so dx = dz W, dW = dz^T x
+            grad_rows[i:i + args.chunk] = z_s.grad @ weight
+            if x.is_cuda:  # autocast multiplies in bf16, but not in place (untested)
+                weight.grad += z_s.grad.T @ x
+            else:          # no second tensor of the weight's size
+                weight.grad.addmm_(z_s.grad.T, x)
         all_d.append(d.detach())
         if watch:
             sums.update(agreement(z_s, z_t, args.top_k))
     if len(rows):
-        hidden_s.backward(rows.grad)
+        hidden_s.backward(grad_rows)
         d = torch.cat(all_d)                                                    # (N,)
         sums.update({"loss": d.sum(), "worst": d.topk(math.ceil(len(d) / 10)).values.sum()})
     if watch:
@@ -313,7 +361,7 @@ def load_pair(args, device):
 def distil(args):
     """The algorithm at the top of this file, one pass down the page a step."""
     rank, world, device, stop = setup(args)
-    pool = data.read_manifest(args.data)
+    pool = [u for path in args.data for u in data.read_manifest(path)]
     dev = data.read_manifest(args.dev) if args.dev else []
     data.check_labelled(dev)
     student, teacher = load_pair(args, device)
@@ -324,6 +372,10 @@ def distil(args):
     start, best = (resumed["step"], resumed["best"]) if resumed else (0, math.inf)
     if rank == 0 and not args.resume and any((Path(args.out) / name).exists() for name in ("metrics.jsonl", "state")):
         raise FileExistsError(f"{args.out} holds an earlier run: continue it with --resume, or choose another --out")
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "workers")}
+    changed = {k: (resumed["flags"].get(k), v) for k, v in flags.items() if resumed and resumed["flags"].get(k) != v}
+    if rank == 0 and changed:
+        print("resumed with other flags than before: " + ", ".join(f"--{k} {old} -> {new}" for k, (old, new) in changed.items()))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     plan = data.Plan(data.measure(pool), args.batch, args.seed)
     steps = data.Steps(pool, plan, args.micro_batch, rank, world, student.n_mels)
@@ -331,12 +383,13 @@ def distil(args):
         print(f"student {sum(map(torch.numel, parameters)):,} parameters, teacher {sum(map(torch.numel, teacher.net.parameters())):,}; "
               f"{int((to_teacher >= 0).sum())} of {len(student.tokenizer)} student ids have a twin; {len(pool)} clips, "
               f"{plan.steps_per_epoch} steps an epoch, {args.batch} clips a step over {world} process(es) on {device}")
-    log, sums, rejected, began, stopping = Log(args, rank, start), Counter(), Counter(), time.time(), 0
+    log, sums, rejected, first, began, stopping, trained = Log(args, rank, start), Counter(), Counter(), {}, time.time(), 0, 0
 
     for step, batches in zip(range(start, args.steps), data.loader(steps, range(start, args.steps), args.workers)):
         n_tokens = 0
         for batch in batches:
             rejected.update(reason for reason, _ in batch.rejected)
+            first = dict(batch.rejected[::-1]) | first
             if not batch.utterances:
                 continue
             # ---- (1) rollout: the audio encoder runs once, with its graph; the LM reads its output without             [dev 2]
@@ -368,7 +421,9 @@ def distil(args):
             raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {[u.id for b in batches for u in b.utterances]}")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        optimizer.step()
+        if n_tokens:  # without a token there is no gradient, and AdamW would still decay the weights
+            optimizer.step()
+        trained += n_tokens
         optimizer.zero_grad(set_to_none=True)
         log.bar.update()
 
@@ -380,15 +435,17 @@ def distil(args):
             *values, dropped = all_sum([float(sums[k]) for k in keys] + [rejected.total()], device)
             t = dict(zip(keys, values))
             n, n_clips = max(1, t["tokens"]), max(1, t["clips"])  # 0 only if every clip was rejected
-            record = {"step": step + 1, "loss": t["loss"] / n, "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(t["tokens"]),
+            line = {"step": step + 1, "loss": t["loss"] / n, "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(t["tokens"]),
                       "tokens_per_clip": t["tokens"] / n_clips, "truncated": t["truncated"] / n_clips, "empty": t["empty"] / n_clips,
-                      "repeats": t["repeats"] / n_clips, "worst_tenth": t["worst"] / t["loss"] if t["loss"] else 0.0,
+                      "repeats": t["repeats"] / n_clips,
                       "no_twin": int(t["no_twin"]), "rejected": int(dropped), "audio_per_sec": t["audio_sec"] / (time.time() - began)}
+            if t["loss"] and args.support != "sampled":  # its values have both signs: no share of a sum
+                line["worst_tenth"] = t["worst"] / t["loss"]
             if t["watched"]:  # of this step alone; a run that is told to stop may stop between two such steps
-                record |= {name: t[key] / t["watched"] for name, key in (
+                line |= {name: t[key] / t["watched"] for name, key in (
                     ("top1_agreement", "top1"), ("overlap", "overlap"), ("mass_student", "mass_s"), ("mass_teacher", "mass_t"),
                     ("entropy", "entropy"), ("entropy_teacher", "entropy_t"))}
-            log.write(record)
+            log.write(line)
             sums, began = Counter(), time.time()
         if dev and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             paused = time.time()
@@ -397,7 +454,7 @@ def distil(args):
             best = save_best(student, args.out, error["dev_error"], best) if rank == 0 else min(error["dev_error"], best)
             began += time.time() - paused
         if rank == 0 and ((step + 1) % args.save_every == 0 or done):
-            model.save_training(args.out, step + 1, student, optimizer, info={"best": best})
+            model.save_training(args.out, step + 1, student, optimizer, info={"best": best, "flags": flags})
         if stopping:
             break
 
@@ -406,11 +463,13 @@ def distil(args):
     if rank == 0:
         draw_metrics(args.out)
     for reason, n in rejected.items():
-        print(f"rank {rank}: {n} clips rejected: {reason}")
+        print(f"rank {rank}: {n} clips rejected: {reason} (first: {first[reason]})")
     log.bar.close()
     if world > 1:
         dist.barrier()  # without it, gloo on a CPU may abort in the line below
         dist.destroy_process_group()
+    if start < args.steps and not trained:
+        raise ValueError(f"none of the clips could be trained on; first: {next(iter(first.values()), 'on another process')}")
     if stopping and step + 1 < args.steps:
         raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
 
@@ -426,7 +485,7 @@ def check(args):
     rank, world, device, _ = setup(args)
     student, teacher = load_pair(args, device)
     to_teacher, same = model.vocabulary_map(student, teacher), model.vocabulary_map(student, student)
-    batch = data.load_batch(data.read_manifest(args.dev or args.data)[:args.batch], student.n_mels)
+    batch = data.load_batch(data.read_manifest(args.dev or args.data[0])[:args.batch], student.n_mels)
     prompt = model.encode(student, batch)
     uniforms = data.keyed_uniforms(args.seed, 0, [u.id for u in batch.utterances], args.max_new_tokens)
     ids, mask = model.generate(student, prompt, args.max_new_tokens, args.temperature, uniforms)                # (B, R)
@@ -653,13 +712,13 @@ def parse_args(argv=None):
                                                                 **(kw if "action" in kw else {"type": type(default)} | kw))
     add("--student", None, "checkpoint directory to start from; without it, the demo", type=str)
     add("--teacher", None, "checkpoint directory that scores", type=str)
-    add("--data", None, "manifest of audio to distil on; transcripts are not read", type=str)
+    add("--data", None, "manifests of audio to distil on; transcripts are not read", type=str, nargs="+")
     add("--dev", None, "manifest to measure the error rate on while training", type=str)
     add("--out", None, "folder to write to (the demo: runs/demo)", type=str)
     add("--check", False, "try student and teacher on one batch, print what was verified, train nothing", action="store_true")
     add("--resume", False, "continue from the newest state in --out, if there is one", action="store_true")
     add("--seed", 0, "decides data order and rollouts")
-    add("--device", "auto", "auto, cpu or cuda")
+    add("--device", "auto", "where to run", choices=["auto", "cpu", "cuda"])
     # rollout
     add("--temperature", 1.0, "of the student's sampling; 0 = greedy, as published")
     add("--max_new_tokens", 64, "longest rollout, tokens")
@@ -669,11 +728,11 @@ def parse_args(argv=None):
     add("--beta", 0.5, "the teacher's share in jsd's mixture")
     add("--support", "full", "tokens compared: the whole vocabulary; both top-k sets, the teacher's or the student's, renormalised; "
         "or only the sampled token (policy gradient)", choices=["full", "union", "teacher", "student", "sampled"])
-    add("--top_k", 32, "k of the top-k supports")
+    add("--top_k", 32, "k of the top-k supports, and of the logged overlap")
     add("--baseline", False, "with --support sampled: add each position's exact divergence to the advantage, whose mean is then 0",
         action="store_true")
     add("--tau", 1.0, "temperature of both distributions inside the divergence")
-    add("--chunk", 64, "rows whose logits exist at a time")
+    add("--chunk", 128, "rows whose logits exist at a time")
     # optimisation
     add("--steps", 600, "optimiser updates")
     add("--batch", 16, "utterances a step, over all processes")
@@ -690,8 +749,10 @@ def parse_args(argv=None):
     add("--workers", 1, "loader processes a rank")
     args = parser.parse_args(argv)
     given = [args.student, args.teacher, args.data]
-    if any(given) and not (all(given) and (args.out or args.check)):
-        parser.error("give --student, --teacher, --data and --out together; none of the first three runs the demo")
+    if (any(given) or args.dev or args.check) and not (all(given) and (args.out or args.check)):
+        parser.error("give --student, --teacher, --data and --out together (--check needs no --out); without any of the first three, the demo runs")
+    if args.baseline and args.support != "sampled":
+        parser.error("--baseline goes with --support sampled")
     for flag, fine in (("top_k", args.top_k >= 1), ("tau", args.tau > 0), ("beta", 0 < args.beta < 1), ("chunk", args.chunk >= 1)):
         if not fine:
             parser.error(f"--{flag} {getattr(args, flag)} is out of range")
@@ -701,6 +762,7 @@ def parse_args(argv=None):
     return args
 
 
+@record  # torchrun then shows what stopped a process, at the end
 def main(argv=None):
     args = parse_args(argv)
     if args.check and args.student:

@@ -37,6 +37,7 @@ import numpy as np
 import soundfile
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import data
@@ -381,6 +382,7 @@ def errors_page(entries, rows, facts) -> str:
 
 # ---------------------------------------------------------------------------- main
 
+@record  # torchrun then shows what stopped a process, at the end
 def main(args) -> None:
     """Transcribe every set, score, print, write."""
     if args.compare:
@@ -439,7 +441,7 @@ def parse_args(argv=None):
     add("--keep_going", False, "count a clip that can't be decoded as all deleted, instead of stopping", action="store_true")
     add("--batch", 32, "utterances a forward")
     add("--max_new_tokens", 128, "longest transcript, tokens")
-    add("--device", "auto", "auto, cpu or cuda")
+    add("--device", "auto", "where to run", choices=["auto", "cpu", "cuda"])
     args = parser.parse_args(argv)
     given = {flag for flag in ("model", "data", "audio", "rescore", "compare", "out") if getattr(args, flag)}
     if given not in ({"model", "data", "out"}, {"model", "audio"}, {"rescore", "out"}, {"compare"}):

@@ -425,9 +425,11 @@ special_tokens_map.json vocab.json merges.txt""".split()
 
 def find(name) -> Path:
     """A checkpoint directory, or the Hub id "owner/name" of one -> its local folder. Code files (*.py) come along and are never run."""
-    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    # "runs/x" beside a folder runs is a slip of the pen, not somebody's repository.
+    if Path(name).is_dir() or Path(name).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         if not (Path(name) / "config.json").exists():
-            raise FileNotFoundError(f"{name}: no config.json there, so it is not a checkpoint directory")
+            raise FileNotFoundError(f"{name}: no config.json there, so it is not a checkpoint directory" if Path(name).exists()
+                                    else f"{name}: no such directory")
         return Path(name)
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]))
@@ -850,4 +852,4 @@ def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
 
 def map_logits(z_t, to_teacher):
     """(N, V_teacher) teacher logits -> (N, V_student): column i is the teacher's logit of student id i, -inf where it has no twin."""
-    return z_t.index_select(-1, to_teacher.clamp(min=0)).masked_fill(to_teacher < 0, -math.inf)
+    return z_t.index_select(-1, to_teacher.clamp(min=0)).masked_fill_(to_teacher < 0, -math.inf)

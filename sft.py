@@ -8,7 +8,7 @@ For every step, over all its utterances x with response y_0 ... y_{n-1} = EOS:
 Prompt, audio and padding are never targets. From random weights, an auxiliary CTC loss on the adapter's output (--ctc) makes the
 encoder listen before the LM has learnt to ignore it; it stands in for the pretrained encoder that real runs start from.
 
-    python sft.py --init random --data train.jsonl --dev dev.jsonl --out runs/base                        # one process
+    python sft.py --init random --ctc 1 --data train.jsonl --dev dev.jsonl --out runs/base                # one process
     torchrun --nproc_per_node 8 sft.py --student runs/base --data td.jsonl --dev dev.jsonl --out runs/td  # eight, same update
 
 --out then holds the best checkpoint on dev, --out/state/step-N the last one with all that --resume needs, and metrics.jsonl.
@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import data
@@ -213,6 +214,7 @@ def make_student(args, train, device):
     return model.random_student(tokenizer, args.d_model, args.encoder_layers, args.lm_layers, args.heads, device)
 
 
+@record  # torchrun then shows what stopped a process, at the end
 def main(args):
     """Train: see the top of this file."""
     rank, world, device, stop = setup(args)
@@ -229,6 +231,10 @@ def main(args):
     start, best = (resumed["step"], resumed["best"]) if resumed else (0, math.inf)
     if rank == 0 and not args.resume and any((Path(args.out) / name).exists() for name in ("metrics.jsonl", "state")):
         raise FileExistsError(f"{args.out} holds an earlier run: continue it with --resume, or choose another --out")
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "workers")}
+    changed = {k: (resumed["flags"].get(k), v) for k, v in flags.items() if resumed and resumed["flags"].get(k) != v}
+    if rank == 0 and changed:
+        print("resumed with other flags than before: " + ", ".join(f"--{k} {old} -> {new}" for k, (old, new) in changed.items()))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     plan = data.Plan(data.measure(train), args.batch, args.seed)
     augment = partial(spec_augment, seed=args.seed) if args.spec_augment else None
@@ -236,13 +242,14 @@ def main(args):
     if rank == 0:
         print(f"{sum(p.numel() for p in asr.net.parameters()):,} parameters, {len(train)} clips, {plan.steps_per_epoch} steps an epoch, "
               f"{args.batch} clips a step over {world} process(es) in micro-batches of {args.micro_batch}, on {device}")
-    log, sums, rejected, began, stopping = Log(args, rank, start), Counter(), Counter(), time.time(), 0
+    log, sums, rejected, first, began, stopping, trained = Log(args, rank, start), Counter(), Counter(), {}, time.time(), 0, 0
 
     for step, batches in zip(range(start, args.steps), data.loader(steps, range(start, args.steps), args.workers)):
         # ---- loss and gradient, summed over this rank's micro-batches
         n_tokens = 0
         for batch in batches:
             rejected.update(reason for reason, _ in batch.rejected)
+            first = dict(batch.rejected[::-1]) | first
             if not batch.utterances:
                 continue
             responses = [asr.encode_text(u.text) for u in batch.utterances]
@@ -266,7 +273,9 @@ def main(args):
             raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {[u.id for b in batches for u in b.utterances]}")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        optimizer.step()
+        if n_tokens:  # without a token there is no gradient, and AdamW would still decay the weights
+            optimizer.step()
+        trained += n_tokens
         optimizer.zero_grad(set_to_none=True)
         log.bar.update()
 
@@ -276,9 +285,9 @@ def main(args):
             loss, ctc, tokens, audio_sec, skipped, dropped = all_sum(
                 [float(sums[k]) for k in ("loss", "ctc", "tokens", "audio_sec", "ctc_skipped")] + [rejected.total()], device)
             n = max(1, tokens)  # 0 only if every clip was rejected
-            log.write({"step": step + 1, "loss": loss / n, "ctc": ctc / n, "grad_norm": grad_norm, "lr": group["lr"],
-                       "tokens": int(tokens), "audio_per_sec": audio_sec / (time.time() - began), "ctc_skipped": int(skipped),
-                       "rejected": int(dropped)})
+            log.write({"step": step + 1, "loss": loss / n, **({"ctc": ctc / n, "ctc_skipped": int(skipped)} if args.ctc else {}),
+                       "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(tokens), "rejected": int(dropped),
+                       "audio_per_sec": audio_sec / (time.time() - began)})
             sums, began = Counter(), time.time()
         if dev and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             paused = time.time()
@@ -287,7 +296,7 @@ def main(args):
             best = save_best(asr, args.out, error["dev_error"], best) if rank == 0 else min(error["dev_error"], best)
             began += time.time() - paused
         if rank == 0 and ((step + 1) % args.save_every == 0 or done):
-            model.save_training(args.out, step + 1, asr, optimizer, modules, {"best": best})
+            model.save_training(args.out, step + 1, asr, optimizer, modules, {"best": best, "flags": flags})
         if stopping:
             break
 
@@ -296,11 +305,13 @@ def main(args):
     if rank == 0:
         draw_metrics(args.out)
     for reason, n in rejected.items():
-        print(f"rank {rank}: {n} clips rejected: {reason}")
+        print(f"rank {rank}: {n} clips rejected: {reason} (first: {first[reason]})")
     log.bar.close()
     if world > 1:
         dist.barrier()  # without it, gloo on a CPU may abort in the line below
         dist.destroy_process_group()
+    if start < args.steps and not trained:
+        raise ValueError(f"none of the clips could be trained on; first: {next(iter(first.values()), 'on another process')}")
     if stopping and step + 1 < args.steps:
         raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
 
@@ -316,7 +327,7 @@ def parse_args(argv=None):
     add("--out", None, "folder to write to", type=str, required=True)
     add("--resume", False, "continue from the newest state in --out, if there is one", action="store_true")
     add("--seed", 0, "decides weights, data order and augmentation")
-    add("--device", "auto", "auto, cpu or cuda")
+    add("--device", "auto", "where to run", choices=["auto", "cpu", "cuda"])
     # student
     add("--student", None, "checkpoint to start from, a directory or a Hub id", type=str)
     add("--init_encoder", None, "or: encoder of a GLM-ASR, ARK-ASR or Whisper checkpoint, with --init_lm and a new adapter", type=str)
@@ -336,7 +347,7 @@ def parse_args(argv=None):
     add("--warmup", 100, "updates of linear warm-up")
     add("--weight_decay", 0.01, "AdamW's, on matrices")
     add("--clip", 1.0, "largest gradient norm")
-    add("--ctc", 0.0, "weight of the auxiliary CTC loss; 0.3 from random weights")
+    add("--ctc", 0.0, "weight of the auxiliary CTC loss; from random weights the demo uses 1")
     add("--spec_augment", False, "mask bands and stretches of the features", action="store_true")
     # bookkeeping
     add("--log_every", 25, "steps between log lines")

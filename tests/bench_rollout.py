@@ -7,8 +7,8 @@ An LM of 4 layers and width 256 behind left-padded prompts of 64 columns, at mos
   equal     nothing stops a row: every row writes 64 tokens
   ragged    one id in 24, drawn at random, stops a row: lengths as uneven as those of real rollouts
 
-Both sides have the same stop ids and emit the same tokens when greedy (asserted); speed is emitted tokens a second, the fastest of --repeats with
-the sides in turn. transformers samples with do_sample=True, top_k=0, top_p=1.0 (its default keeps 50 tokens). "draw": one token
+Both sides have the same stop ids and emit the same tokens when greedy (asserted); speed is emitted tokens a second over
+--repeats runs (four times as many where lengths are drawn), the sides in turn. transformers samples with do_sample=True, top_k=0, top_p=1.0 (its default keeps 50 tokens). "draw": one token
 for each row of a batch of 32, model.draw against softmax and torch.multinomial.
 """
 
@@ -43,7 +43,7 @@ def make(vocabulary, ragged):
 def theirs(asr, prompt, sampled):
     """transformers' generate -> ids (B, R), mask (B, R)."""
     stop = asr.stop.nonzero()[:, 0].tolist()
-    config = GenerationConfig(max_new_tokens=N_NEW, do_sample=sampled, top_k=0, top_p=1.0, pad_token_id=PAD, eos_token_id=stop or None,
+    config = GenerationConfig(max_new_tokens=N_NEW, do_sample=sampled, **({"top_k": 0, "top_p": 1.0} if sampled else {}), pad_token_id=PAD, eos_token_id=stop or None,
                               suppress_tokens=[PAD])
     ids = asr.lm.generate(inputs_embeds=prompt.embeds, attention_mask=prompt.mask.long(), generation_config=config)
     return ids, asr.stop[ids].cumsum(1) - asr.stop[ids].long() == 0
@@ -59,13 +59,14 @@ def compare(asr, batch, sampled, repeats):
     if not sampled:
         (a, m), (b, n) = sides["ours"](), sides["transformers"]()
         assert torch.equal(m, n) and torch.equal(a[m], b[n]), "greedy tokens differ"
-    best = dict.fromkeys(sides, 0.0)
-    for _ in range(repeats):
+    tokens, seconds = dict.fromkeys(sides, 0), dict.fromkeys(sides, 0.0)
+    for _ in range(repeats):  # sampled lengths differ from draw to draw, and between the sides: totals even that out
+        uniforms = torch.rand(batch, N_NEW)
         for name, call in sides.items():
             began = time.perf_counter()
-            written = call()[1].sum().item()
-            best[name] = max(best[name], written / (time.perf_counter() - began))
-    return best
+            tokens[name] += call()[1].sum().item()
+            seconds[name] += time.perf_counter() - began
+    return {name: tokens[name] / seconds[name] for name in sides}
 
 
 def compare_draw(vocabulary, batch, repeats):
@@ -95,7 +96,7 @@ def main():
             asr = make(vocabulary, ragged)
             for batch in own.batch:
                 for sampled in (False, True):
-                    rates = compare(asr, batch, sampled, own.repeats)
+                    rates = compare(asr, batch, sampled, own.repeats * (4 if ragged and sampled else 1))
                     kind = f"{'ragged' if ragged else 'equal'} {'sampled' if sampled else 'greedy'}"
                     result["tokens_per_second"].append({"vocabulary": vocabulary, "batch": batch, "kind": kind, **{k: round(v, 1) for k, v in rates.items()},
                                                         "ratio": round(rates["ours"] / rates["transformers"], 3)})

@@ -92,7 +92,7 @@ def one_step(student, teacher, to_teacher, batch, args, step):
     hidden_s = model.response_hidden(student, prompt, ids, mask)[scored[mask]]
     tick()
     rows = hidden_s.detach().requires_grad_()  # cut here, so that the head's part and the body's can be timed apart
-    distill.distil_backward(student, rows * 1, teacher, hidden_t, ids[scored], to_teacher, args)
+    distill.distil_backward(student, rows * 1, teacher, hidden_t, ids[scored], to_teacher, args, watch=False)
     tick()
     hidden_s.backward(rows.grad)
     tick()

@@ -1013,7 +1013,7 @@ def test_two_steps_from_a_qwen3_asr_teacher(checkpoints, qwen, student, native, 
     assert [s["step"] for s in steps] == [1, 2] and all(s["grad_norm"] > 0 for s in steps)
     assert not same_weights(model.load(tmp_path / "out").net, student.net)
 
-    pool, total, n, lost = data.read_manifest(args.data), 0.0, 0, 0
+    pool, total, n, lost = data.read_manifest(args.data[0]), 0.0, 0, 0
     for i in data.Plan(data.measure(pool), args.batch, args.seed)[0]:
         prompt = model.encode(student, data.load_batch([pool[i]]))
         ids = model.generate(student, prompt, 9, 1.0, data.keyed_uniforms(args.seed, 0, [pool[i].id], 9))[0]

@@ -136,6 +136,17 @@ def test_jsd_tends_to_forward_and_reverse():
     assert (of(0.5) <= math.log(2)).all() and (of(0.5) > 0).all()
 
 
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
+def test_probabilities_that_underflow_are_zero_and_not_nan(divergence):
+    """In fp32 exp(-110) is 0, and so would be a mixture of two such; the log-probabilities are finite all the same."""
+    z_s, z_t = torch.tensor([[0.0, -110.0, -300.0, 1.0]]), torch.tensor([[1.0, -300.0, -110.0, 0.0]])
+    leaf = z_s.clone().requires_grad_()
+    d = distill.token_divergence(leaf, z_t, divergence)
+    d.sum().backward()
+    exact = distill.token_divergence(z_s.double(), z_t.double(), divergence)
+    assert torch.isfinite(leaf.grad).all() and d.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
 # ---------------------------------------------------------------------------- sampled_divergence
 
 @pytest.mark.parametrize("baseline", [False, True])

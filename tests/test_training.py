@@ -731,7 +731,7 @@ def test_memory_does_not_grow_from_step_to_step(corpus, checkpoints, tmp_path, m
     monkeypatch.setattr(distill, "learning_rate", census)
     run_distil(corpus, checkpoints, tmp_path / "run", data=subset(corpus, tmp_path / "four.jsonl", 4), steps=50, batch=4, micro_batch=2, log_every=7)
     (n_tensors, n_bytes, resident), (n_later, n_bytes_later, resident_later) = live[9], live[49]
-    assert n_later <= n_tensors and n_bytes_later <= 1.02 * n_bytes
+    assert n_later < n_tensors + 40 and n_bytes_later <= 1.02 * n_bytes  # one tensor a step would be 40; other tests' garbage is a few
     assert resident_later - resident < 8 * 2 ** 20
 
 
