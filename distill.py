@@ -653,7 +653,8 @@ def report(root, seconds):
             result[name] |= {key: overlap[key]["mean"], f"{key}_interval": [overlap[key]["low"], overlap[key]["high"]]}
         result["k"] = overlap["k"]
     ids = list(units)
-    low, high = data.bootstrap([errors["base"][i] - errors["opd"][i] for i in ids], [units[i] for i in ids])
+    low, high = data.bootstrap([errors["base"][i] - errors["opd"][i] for i in ids], [units[i] for i in ids],
+                               blocks=[r["speaker"] for r in rows])  # as evaluate.py --compare has it
     result["base_minus_opd"] = {"points": result["base"]["pooled"] - result["opd"]["pooled"], "interval": [100 * low, 100 * high],
                                 "relative": 1 - result["opd"]["pooled"] / result["base"]["pooled"]}
     result["seconds"] = seconds

@@ -327,7 +327,7 @@ def test_report(tmp_path, capsys):
     """Four clips, two English, two Mandarin; errors by hand: teacher 0, base 4, OPD 1 of 16 units."""
     references = {"e1": ("en", "clean it"), "e2": ("en", "put two cups on the shelf"), "z1": ("zh", "修理"), "z2": ("zh", "打开红色台灯")}
     wrong = {"teacher": {}, "base": {"e1": "clean", "e2": "put cups on the elf", "z2": "打开红色台"}, "opd": {"e2": "put two cups on shelf"}}
-    utterances = [data.Utterance(i, f"/{i}.wav", text, language) for i, (language, text) in references.items()]
+    utterances = [data.Utterance(i, f"/{i}.wav", text, language, speaker=f"voice of {i}") for i, (language, text) in references.items()]
     for name in ("teacher", "base", "opd"):
         results = {u.id: {"hyp": wrong[name].get(u.id, u.text), "stopped": True, "n_tokens": 3} for u in utterances}
         rows = evaluate.score(utterances, results)
