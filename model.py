@@ -777,7 +777,7 @@ def generate(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms
     """Write transcripts: greedy (temperature 0) or sampled with `uniforms` (B, max_new_tokens), see data.keyed_uniforms.
 
     -> ids (B, R), mask (B, R): True on emitted tokens, EOS included. A row without EOS was cut at max_new_tokens.
-    Finished rows are frozen, and once half of the rows are done the others go on alone. There is no collective, and the host looks
+    Finished rows are frozen, and once a quarter of the rows are done the others go on alone. There is no collective, and the host looks
     at the device only to ask how many rows are left: at every token on a CPU, at every eighth on a GPU.
     """
     (n_rows, n_prompt), device = prompt.mask.shape, asr.device
@@ -804,7 +804,7 @@ def generate(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms
                 n_live = int(live.sum())
                 if n_live == 0:
                     break
-                if 2 * n_live <= len(rows):  # copying what is left of the cache costs about one step of the rows let go
+                if 4 * n_live <= 3 * len(rows):  # a quarter done: measured faster than at half, as fast as at every row
                     left = live.nonzero()[:, 0]
                     cache.keep(left)
                     rows, live, keys, n_own, token = rows[left], live[left], keys[left], n_own[left], token[left]
