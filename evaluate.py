@@ -23,12 +23,14 @@ import hashlib
 import html
 import io
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -73,7 +75,7 @@ def transcribe(asr, utterances, args, rank, world, progress) -> dict[str, dict]:
     failed = {}
     for u in utterances[rank::world] if args.keep_going else []:  # decoded once more than needed; all ranks have to know
         try:
-            data.load_audio(u)
+            data.load_audio(u, data.MAX_EVAL_SEC)
         except data.AudioError as error:
             print(f"counted as all deleted: {error}", file=sys.stderr)
             failed[u.id] = {"hyp": "", "stopped": True, "n_tokens": 0, "failed": error.reason}
@@ -102,7 +104,7 @@ def transcribe_files(args, device) -> None:
     utterances = [data.Utterance(name, os.path.abspath(name), language=args.language, line="--audio") for name in dict.fromkeys(args.audio)]
     try:
         for u in utterances:
-            data.load_audio(u)  # before the model is: it may take minutes
+            data.load_audio(u, data.MAX_EVAL_SEC)  # before the model is: it may take minutes
     except data.AudioError as error:
         raise SystemExit(str(error)) from None
     for name, result in sorted(model.transcribe(model.load(args.model, device), utterances, 0, 1, args.batch, args.max_new_tokens).items(),
@@ -141,9 +143,12 @@ def read_hyps(path) -> list[dict]:
             if lacking or row["id"] in seen:
                 raise ValueError(f"{path}:{number}: " + (f"no {sorted(lacking)[0]!r}" if lacking else f"id {row['id']!r} stands twice"))
             seen.add(row["id"])
+            row["id"] = str(row["id"])
             if "audio" in row:
                 row["audio"] = os.path.normpath(path.parent.absolute() / row["audio"])
             rows.append(count(row))
+    if not rows:
+        raise ValueError(f"{path}: no transcript in it")
     return rows
 
 
@@ -230,7 +235,7 @@ def compare(path_a, path_b) -> list[dict]:
         rate = lambda rows: 100 * sum(errors(rows[i]) for i in ids) / units if units else float("nan")
         low, high = np.percentile(draws, [2.5, 97.5]).tolist()
         e = {"set": name, "utterances": len(ids), "units": units, "a": rate(a), "b": rate(b), "difference": rate(a) - rate(b),
-             "low": low, "high": high, "p_improvement": float((draws > 0).mean()),
+             "low": low, "high": high, "p_improvement": float((draws > 0).mean() + 0.5 * (draws == 0).mean()),
              "resampled": "speakers" if blocks else "utterances", "blocks": len(set(blocks or ids))}
         entries.append(e)
         print(f"{name:16} {len(ids):6} {units:8} {e['a']:7.2f} {e['b']:7.2f}   {'%+.2f [%+.2f, %+.2f]' % (e['difference'], low, high):30}   "
@@ -254,8 +259,13 @@ def teacher_manifest(rows, path, max_wer) -> None:
                         | {k: r[k] for k in ("language", "duration", "start", "speaker") if k in r})
     data.write_jsonl(path, kept)
     unchecked = sum("units" not in r for r in rows) if max_wer is not None else 0
+    no_language = sum("language" not in r for r in kept)
     print(f"{path}: {len(kept)} transcripts kept; left out: {', '.join(f'{n} {why}' for why, n in dropped.most_common()) or 'none'}"
+          + f"; {no_language} have no language, which sft.py will ask for" * (no_language > 0)
           + f"; {unchecked} had no reference to hold against --max_wer" * (unchecked > 0))
+
+
+DECISIVE = "config.json generation_config.json tokenizer.json tokenizer_config.json vocab.json merges.txt".split()  # beside the weights
 
 
 def provenance(args, device, world) -> dict:
@@ -272,7 +282,8 @@ def provenance(args, device, world) -> dict:
     if args.rescore:
         return facts | {"rescored": {args.rescore: sha256(args.rescore)}}
     return facts | {
-        "model": args.model, "weights": {f.name: sha256(f) for f in sorted(model.find(args.model).glob("*.safetensors"))},
+        "model": args.model, "weights": {
+            f.name: sha256(f) for f in sorted(model.find(args.model).iterdir()) if f.suffix == ".safetensors" or f.name in DECISIVE},
         "data": {path: sha256(path) for path in args.data},
         "decoding": {"search": "greedy", "max_new_tokens": args.max_new_tokens, "batch": args.batch, "keep_going": args.keep_going},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "processes": world}
@@ -282,6 +293,7 @@ def write(out, entries, rows, facts) -> None:
     """hyps.jsonl, summary.json, errors.html."""
     data.write_jsonl(out / "hyps.jsonl", [row | ({"audio": os.path.relpath(row["audio"], out.absolute())} if "audio" in row else {})
                                           for row in rows])
+    entries = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in e.items()} for e in entries]  # NaN is no JSON
     summary = {"results": entries, "macro_average": macro_average(entries), "clips": len(rows), **troubles(rows), **facts}
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
     (out / "errors.html").write_text(errors_page(entries, rows, facts), encoding="utf-8")
@@ -319,7 +331,7 @@ def player(row) -> str:
     """The clip itself inside the page: 16 kHz, 16 bit, only the segment."""
     wav = io.BytesIO()
     try:
-        soundfile.write(wav, data.load_audio(clip(row)), data.SAMPLE_RATE, format="WAV", subtype="PCM_16")
+        soundfile.write(wav, data.load_audio(clip(row), data.MAX_EVAL_SEC), data.SAMPLE_RATE, format="WAV", subtype="PCM_16")
     except data.AudioError as error:
         return f'<span class="soft">no audio: {error.reason}</span>'
     return f'<audio controls preload="metadata" src="data:audio/wav;base64,{base64.b64encode(wav.getvalue()).decode()}"></audio>'
@@ -399,7 +411,7 @@ def main(args) -> None:
             entries += summarize(name, [row for row in all_rows if row["set"] == name])
     else:
         if world > 1:
-            dist.init_process_group("gloo")  # finished transcripts travel as Python objects; no tensor does
+            dist.init_process_group("gloo", timeout=timedelta(days=7))  # finished transcripts travel as Python objects; no tensor does
         names = [Path(path).stem for path in args.data]
         sets = {name if names.count(name) == 1 else path: data.read_manifest(path) for name, path in zip(names, args.data)}
         check(sets)
@@ -410,9 +422,11 @@ def main(args) -> None:
             advance = lambda n: bar.update(min(n * world, bar.total - bar.n))
             results = transcribe(asr, utterances, args, rank, world, advance)
             bar.close()
-            seconds, rows = time.time() - began, score(utterances, results, name)
-            entries += summarize(name, rows, sum(data.measure([u for u in utterances if "failed" not in results[u.id]])), seconds)
-            all_rows += rows
+            seconds = time.time() - began
+            if rank == 0:
+                rows = score(utterances, results, name)
+                entries += summarize(name, rows, sum(data.measure([u for u in utterances if "failed" not in results[u.id]])), seconds)
+                all_rows += rows
     if rank == 0:
         print_table(entries, all_rows)
         write(Path(args.out), entries, all_rows, provenance(args, device, world))

@@ -166,9 +166,11 @@ class Student(nn.Module):
                 raise ValueError(f"{key} {value!r}: expected one of {', '.join(known)}")
         ours = {"whisper_config", "merge_factor", "use_rope", "adapter_type", "mlp_adapter_act", "audio_token_id", "spec_aug",
                 "max_whisper_length", "architectures", "auto_map", "model_type", "rope_theta", "dtype", "torch_dtype", "lm_type"}
-        lm_config = {k: v for k, v in config.items() if k not in ours}
-        if not lm_config.get("rope_parameters"):  # the older spelling
-            lm_config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)}
+        # Private keys stay out: _attn_implementation could name code on the Hub, which transformers would fetch and run.
+        lm_config = {k: v for k, v in config.items() if k not in ours and k != "attn_implementation" and not k.startswith("_")}
+        if lm_config.pop("rope_scaling", None):
+            raise ValueError(f"rope_scaling {config['rope_scaling']} in config.json: not written out here")
+        lm_config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)} | (lm_config.get("rope_parameters") or {})
         make_config, make_lm = LANGUAGE_MODELS[lm_type]
         self.lm = make_lm(make_config(**lm_config, attn_implementation="sdpa"))
         if set(self.lm.config.layer_types) != {"full_attention"}:
@@ -294,7 +296,9 @@ class Qwen3ASR(ASR):
     def language_ids(self, utterance: data.Utterance) -> list[int]:
         """Ids of "language X<asr_text>" for the manifest's code or name. Raises ValueError for a language the model doesn't know."""
         spelled, code = utterance.language.lower(), re.split("[-_]", utterance.language.lower())[0]
-        names = LANGUAGE_CODE_TO_NAME | {"cmn": "Chinese", "tl": "Filipino"} | {name.lower(): name for name in LANGUAGE_CODE_TO_NAME.values()}
+        aliases = dict.fromkeys(("cmn", "zho", "chi", "cn", "mandarin"), "Chinese") | dict.fromkeys(("jpn", "jp"), "Japanese") | {
+            "eng": "English", "kor": "Korean", "tha": "Thai", "tl": "Filipino"}
+        names = LANGUAGE_CODE_TO_NAME | aliases | {name.lower(): name for name in LANGUAGE_CODE_TO_NAME.values()}
         name = names.get(spelled) or names.get(code)
         if name is None:
             raise ValueError(f"{utterance.line}: language {utterance.language!r} is not one of Qwen3-ASR's: "
@@ -474,24 +478,27 @@ def empty_student(config) -> Student:
     return net
 
 
-def load(name, device="cpu", dtype=torch.float32) -> ASR:
+def load(name, device="cpu", dtype=None) -> ASR:
     """Read a checkpoint, a directory or a Hub id: a student (ARK-ASR's layout) or a Qwen3-ASR (both of its layouts).
 
-    Students are trained in fp32, whatever the checkpoint's dtype; a frozen teacher may be read in bf16. Raises FileNotFoundError,
+    dtype: students are fp32, whatever the checkpoint's dtype; a Qwen3-ASR, never trained, is bf16 on a GPU. Raises FileNotFoundError,
     and ValueError that names every weight, token or key that does not fit.
     """
     path = find(name)
     config = json.loads((path / "config.json").read_text())
     if config.get("model_type") == "qwen3_asr":
-        return load_qwen3_asr(path, config, device, dtype)
+        return load_qwen3_asr(path, config, device, dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32))
     if config.get("model_type") != "arkasr":
         raise ValueError(f"{path}/config.json: model_type {config.get('model_type')!r} is not known; expected 'arkasr' or 'qwen3_asr'")
     net = empty_student(config)
     unread = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")  # published, and used by nothing
-    tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v.to(dtype) for k, v in read_weights(path).items()
+    tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v.to(dtype or torch.float32) for k, v in read_weights(path).items()
                if not k.startswith(unread) and not k.endswith(".num_batches_tracked")}
     if net.config["tie_word_embeddings"] and "lm.model.embed_tokens.weight" in tensors:
-        tensors["lm.lm_head.weight"] = tensors["lm.model.embed_tokens.weight"]  # stored or not, it is the same matrix
+        table = tensors["lm.model.embed_tokens.weight"]
+        if not torch.equal(tensors.setdefault("lm.lm_head.weight", table), table):
+            raise ValueError(f"{path}: config.json ties lm_head.weight to the embeddings, but the stored one is another matrix")
+        tensors["lm.lm_head.weight"] = table
     fill(net, tensors, path)
     net.lm.tie_weights()
     companions = {f.name: f.read_text(encoding="utf-8") for f in sorted(path.iterdir()) if f.name in COMPANIONS or f.suffix == ".py"}
@@ -622,10 +629,11 @@ def student_from_parts(encoder, lm, device="cpu") -> ASR:
     Tokens of the prompt that the LM's tokenizer lacks are added; their embeddings start at the mean of the text's, with its spread.
     """
     path = find(lm)
-    lm_config, tokenizer = json.loads((path / "config.json").read_text()), load_tokenizer(path)
+    lm_config = {"tie_word_embeddings": False} | json.loads((path / "config.json").read_text())  # transformers' default, not ARK-ASR's
+    tokenizer = load_tokenizer(path)
     if lm_config.get("model_type") not in LANGUAGE_MODELS:
         raise ValueError(f"{path}/config.json: model_type {lm_config.get('model_type')!r}; expected one of {', '.join(LANGUAGE_MODELS)}")
-    n_old = len(tokenizer)
+    n_old = min(len(tokenizer), lm_config["vocab_size"])  # rows that mean a token
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL if token not in tokenizer.get_vocab()])
     shape, encoder_tensors = read_encoder(encoder)
     n_rows = max(lm_config["vocab_size"], -(-len(tokenizer) // 64) * 64)
@@ -823,7 +831,7 @@ def transcribe(asr: ASR, utterances, rank=0, world=1, micro_batch=16, max_new_to
     order = [utterances[i] for i in sorted(range(len(utterances)), key=durations.__getitem__)]
     results = {}
     for start in range(rank * micro_batch, len(order), world * micro_batch):
-        batch = data.load_batch(order[start:start + micro_batch], asr.n_mels, keep_going=False)
+        batch = data.load_batch(order[start:start + micro_batch], asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC)
         ids, mask = generate(asr, encode(asr, batch), max_new_tokens)
         stopped = (asr.stop[ids] & mask).any(1).tolist()
         for utterance, hyp, stop, n in zip(batch.utterances, asr.decode(ids, mask), stopped, mask.sum(1).tolist()):

@@ -33,6 +33,7 @@ import math
 import os
 import sys
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import jiwer
@@ -253,7 +254,7 @@ def measure_all(name, teacher, utterances, batches, args, rank, world) -> tuple[
     to_teacher = model.vocabulary_map(student, teacher)
     bar = tqdm(total=len(utterances), desc=Path(name).name, unit="clip", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 20)
     for indices in batches[rank::world]:
-        batch = data.load_batch([utterances[i] for i in indices], student.n_mels, keep_going=False)
+        batch = data.load_batch([utterances[i] for i in indices], student.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC)
         measured |= measure_batch(student, teacher, to_teacher, batch, args)
         bar.update(min(len(indices) * world, bar.total - bar.n))
     bar.close()
@@ -273,7 +274,7 @@ def main(args) -> None:
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if world > 1:
-        dist.init_process_group("gloo")  # values travel as Python objects; no tensor does
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # values travel as Python objects; no tensor does
     utterances = data.read_manifest(args.data)
     if args.states == "reference":
         data.check_labelled(utterances)
@@ -374,9 +375,9 @@ def parse_args(argv=None):
                                      allow_abbrev=False)
     add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",
                                                                 **(kw if "action" in kw else {"type": type(default)} | kw))
-    add("--student", None, "checkpoint directory; writes the rollouts", type=str, required=True)
+    add("--student", None, "checkpoint, a directory or a Hub id; writes the rollouts", type=str, required=True)
     add("--compare", None, "a second student, on the same clips with the same uniforms; differences are second minus first", type=str)
-    add("--teacher", None, "checkpoint directory; scores them", type=str, required=True)
+    add("--teacher", None, "checkpoint, a directory or a Hub id; scores them", type=str, required=True)
     add("--data", None, "manifest", type=str, required=True)
     add("--out", None, "folder for overlap.json and overlap.png", type=str, required=True)
     add("--states", "rollout", "whose prefixes: the student's own rollouts, or the manifest's transcripts", choices=["rollout", "reference"])

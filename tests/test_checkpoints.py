@@ -1155,3 +1155,26 @@ def test_check_finds_a_teacher_that_hears_nothing(checkpoints, taught, corpus, m
     monkeypatch.setattr(model, "place", mixed)
     _, stopped = run_check(monkeypatch, checkpoints / "student", taught, corpus / "dev.jsonl")
     assert "does not know this audio" in stopped
+
+
+# ---------------------------------------------------------------------------- what a config.json can't do
+
+def test_a_config_cannot_name_code(published):
+    """transformers would take _attn_implementation over our argument, and a name with a slash for a kernel to fetch."""
+    change_config(published, _attn_implementation="somebody/kernel", attn_implementation="somebody/kernel")
+    assert model.load(published).net.lm.config._attn_implementation == "sdpa"
+
+
+def test_a_head_that_differs_from_the_embeddings_is_not_tied_in_silence(published):
+    tensors = load_file(published / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, published / "model.safetensors")
+    with pytest.raises(ValueError, match="another matrix"):
+        model.load(published)
+
+
+def test_rope_of_the_lm_is_never_the_default_in_silence(published):
+    change_config(published, rope_theta=5e5, rope_parameters={"rope_type": "default"})
+    assert model.load(published).net.lm.config.rope_parameters["rope_theta"] == 5e5
+    change_config(published, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(ValueError, match="rope_scaling"):
+        model.load(published)

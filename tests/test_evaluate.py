@@ -246,7 +246,7 @@ def test_compare(tmp_path, monkeypatch, capsys):
     (back,) = run("--compare", tmp_path / "b.jsonl", tmp_path / "a.jsonl")
     assert back["difference"] == pytest.approx(-7.5) and back["p_improvement"] == 0.0
     (same,) = run("--compare", tmp_path / "a.jsonl", tmp_path / "a.jsonl")
-    assert same["low"] == same["high"] == same["p_improvement"] == 0  # a draw in which both are equal is no improvement
+    assert same["low"] == same["high"] == 0 and same["p_improvement"] == 0.5  # a draw in which both are equal speaks for neither
     data.write_jsonl(tmp_path / "c.jsonl", rows(lambda i: 2 * (i % 2)))
     (even,) = run("--compare", tmp_path / "a.jsonl", tmp_path / "c.jsonl")
     assert even["difference"] == 0 and 0.4 < even["p_improvement"] < 0.6 and even["low"] < 0 < even["high"]
@@ -276,7 +276,8 @@ def test_compare_pools_and_resamples_speakers(tmp_path, capsys):
 def test_summary_says_how_to_do_it_again(corpus, checkpoints, tmp_path):
     run("--model", checkpoints / "student", "--data", corpus / "dev.jsonl", "--out", tmp_path, "--device", "cpu", "--max_new_tokens", 3, "--batch", 2)
     summary, digest = json.loads((tmp_path / "summary.json").read_text()), lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
-    assert summary["weights"] == {"model.safetensors": digest(checkpoints / "student" / "model.safetensors")}
+    decisive = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    assert summary["weights"] == {name: digest(checkpoints / "student" / name) for name in decisive}
     assert summary["data"] == {str(corpus / "dev.jsonl"): digest(corpus / "dev.jsonl")} and summary["model"] == str(checkpoints / "student")
     assert summary["normaliser"] == data.NORMALISER and summary["device"] == "cpu" and summary["processes"] == 1
     assert summary["decoding"] == {"search": "greedy", "max_new_tokens": 3, "batch": 2, "keep_going": False}
@@ -360,9 +361,9 @@ def test_files_are_printed(corpus, checkpoints, tmp_path, capsys, monkeypatch):
         assert line.startswith(f"{tmp_path / name}: {expected[name]['hyp']}") and ("[cut" in line) is not expected[name]["stopped"]
     run(*words, tmp_path / "a.wav", "--language", "en")
     assert capsys.readouterr().out.startswith(expected["a.wav"]["hyp"])
-    soundfile.write(tmp_path / "long.wav", sound(np.random.default_rng(0), 31.0), 16_000)
+    soundfile.write(tmp_path / "long.wav", sound(np.random.default_rng(0), 41.0), 16_000)
     monkeypatch.setattr(model, "load", None)
-    for name, message in (("long.wav", r"too_long: 31.00 s is outside 0.1 to 30.0 s"), ("none.wav", "unreadable")):
+    for name, message in (("long.wav", r"too_long: 41.00 s is outside 0.1 to 40.0 s"), ("none.wav", "unreadable")):
         with pytest.raises(SystemExit, match=f"{name}.*{message}"):
             run(*words, tmp_path / name)
 
