@@ -10,8 +10,10 @@ encoder listen before the LM has learnt to ignore it; it stands in for the pretr
 
     python sft.py --init random --ctc 1 --data train.jsonl --dev dev.jsonl --out runs/base                # one process
     torchrun --nproc_per_node 8 sft.py --student runs/base --data td.jsonl --dev dev.jsonl --out runs/td  # eight, same update
+    torchrun --nproc_per_node 8 sft.py --init_encoder GLM_ASR --init_lm QWEN --data train.jsonl ...       # a student from parts
 
---out then holds the best checkpoint on dev, --out/state/step-N the last one with all that --resume needs, and metrics.jsonl.
+--out then holds the best checkpoint on dev (without --dev: the last), --out/state/step-N the last one with all that --resume needs,
+and metrics.jsonl and metrics.png.
 """
 
 import argparse
