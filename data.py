@@ -843,6 +843,7 @@ def make_demo(out, seed=0, sizes=(1000, 3500, 100, 500), n_voices=(6, 13, 6)) ->
 
 
 def main(args) -> None:
+    """Make the demo corpus, or manifests for one that lies on disk. What is wrong with the latter ends in one line, exit code 1."""
     if args.corpus != "demo":
         root = Path(os.path.abspath(args.root))
         rows = folder(root, args.language) if args.corpus == "folder" else CORPORA[args.corpus](root)
@@ -859,6 +860,7 @@ def main(args) -> None:
 
 
 def parse_args(argv=None):
+    """Flags -> namespace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="NAME", help=f"demo, {', '.join(CORPORA)}; NAME --help says more")

@@ -110,6 +110,7 @@ class Divergence(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, z_s, z_t, divergence, tau, beta):
+        """Logits (N, V) twice -> D (N,); the gradient is made here too, while what it needs is at hand."""
         # In place where it can be: two buffers beside the logits for reverse, three for the others.
         logp_s, logp_t = ((z if tau == 1 else z / tau).log_softmax(-1) for z in (z_s, z_t))                     # (N, V)
         never = torch.isneginf(logp_s) | torch.isneginf(logp_t)                 # p log p is 0 there, not nan
@@ -436,9 +437,9 @@ def distil(args):
             t = dict(zip(keys, values))
             n, n_clips = max(1, t["tokens"]), max(1, t["clips"])  # 0 only if every clip was rejected
             line = {"step": step + 1, "loss": t["loss"] / n, "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(t["tokens"]),
-                      "tokens_per_clip": t["tokens"] / n_clips, "truncated": t["truncated"] / n_clips, "empty": t["empty"] / n_clips,
-                      "repeats": t["repeats"] / n_clips,
-                      "no_twin": int(t["no_twin"]), "rejected": int(dropped), "audio_per_sec": t["audio_sec"] / (time.time() - began)}
+                    "tokens_per_clip": t["tokens"] / n_clips, "truncated": t["truncated"] / n_clips, "empty": t["empty"] / n_clips,
+                    "repeats": t["repeats"] / n_clips,
+                    "no_twin": int(t["no_twin"]), "rejected": int(dropped), "audio_per_sec": t["audio_sec"] / (time.time() - began)}
             if t["loss"] and args.support != "sampled":  # its values have both signs: no share of a sum
                 line["worst_tenth"] = t["worst"] / t["loss"]
             if t["watched"]:  # of this step alone; a run that is told to stop may stop between two such steps

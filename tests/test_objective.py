@@ -16,6 +16,7 @@ import data
 import distill
 import model
 import sft
+from conftest import twins
 
 INF = math.inf
 
@@ -271,22 +272,6 @@ def options(**changes):
     return SimpleNamespace(**{"divergence": "reverse", "support": "full", "top_k": 4, "tau": 1.0, "beta": 0.5, "baseline": False, "chunk": 256, **changes})
 
 
-@pytest.fixture(scope="module")
-def batch(corpus):
-    """Six clips of unequal length, in audio and in text."""
-    utterances = data.read_manifest(corpus / "train.jsonl")
-    return data.load_batch([utterances[i] for i in (0, 1, 5, 6, 8, 11)])
-
-
-@pytest.fixture(scope="module")
-def foreign_teacher():
-    """A teacher of another width with another tokenizer: its vocabulary shares most tokens with the student's, not all."""
-    texts = ["grandfather repaired the bicycle underground", "在火车站等候出租汽车", "thunder and lightning outside the cupboard"] * 6
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        return model.random_student(model.train_tokenizer(texts, 330), d_model=48, encoder_layers=1, lm_layers=1, heads=2)
-
-
 def rollouts(student, batch, n_tokens=9):
     uniforms = data.keyed_uniforms(3, 0, [u.id for u in batch.utterances], n_tokens)
     return model.generate(student, model.encode(student, batch), n_tokens, 1.0, uniforms)
@@ -296,15 +281,6 @@ def gradients(asr):
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in asr.net.named_parameters()}
     asr.net.zero_grad(set_to_none=True)
     return found
-
-
-def twins(student, teacher):
-    """{student id: teacher id} from the token strings, by hand: ordinary tokens of equal spelling, and EOS."""
-    theirs, pairs = teacher.tokenizer.get_vocab(), {student.eos_id: teacher.eos_id}
-    for token, i in student.tokenizer.get_vocab().items():
-        if token not in model.SPECIAL and token in theirs:
-            pairs[i] = theirs[token]
-    return pairs
 
 
 @pytest.mark.parametrize("changes", [{}, {"divergence": "forward", "support": "union", "tau": 2.0}, {"divergence": "jsd", "beta": 0.2},

@@ -18,6 +18,7 @@ import torch
 import data
 import model
 import overlap
+from conftest import twins
 
 ROOT, INF = Path(__file__).resolve().parent.parent, math.inf
 
@@ -188,28 +189,6 @@ def test_bins_of_states():
 
 
 # ---------------------------------------------------------------------------- a batch
-
-@pytest.fixture(scope="module")
-def batch(corpus):
-    """Six clips of unequal length, in audio and in text."""
-    utterances = data.read_manifest(corpus / "train.jsonl")
-    return data.load_batch([utterances[i] for i in (0, 1, 5, 6, 8, 11)])
-
-
-@pytest.fixture(scope="module")
-def foreign_teacher():
-    """A teacher of another width with another tokenizer: its vocabulary shares most tokens with the student's, not all."""
-    texts = ["grandfather repaired the bicycle underground", "在火车站等候出租汽车", "thunder and lightning outside the cupboard"] * 6
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        return model.random_student(model.train_tokenizer(texts, 330), d_model=48, encoder_layers=1, lm_layers=1, heads=2)
-
-
-def twins(student, teacher):
-    """{student id: teacher id} from the token strings, by hand: ordinary tokens of equal spelling, and EOS."""
-    theirs, pairs = teacher.tokenizer.get_vocab(), {student.eos_id: teacher.eos_id}
-    return pairs | {i: theirs[token] for token, i in student.tokenizer.get_vocab().items() if token not in model.SPECIAL and token in theirs}
-
 
 def measured(student, teacher, to_teacher, batch, **changes):
     args = SimpleNamespace(**{"seed": 0, "max_new_tokens": 9, "temperature": 1.0, "chunk": 7, "top_k": 5, "states": "rollout", **changes})
