@@ -19,6 +19,7 @@ A manifest line (paths are relative to the manifest's own folder):
 """
 
 import argparse
+import atexit
 import ctypes
 import hashlib
 import json
@@ -289,6 +290,14 @@ def load_batch(utterances, n_mels=128, augment=None, keep_going=True, max_sec=MA
     return Batch(kept, batch, n_frames, rejected, padded)
 
 
+def pad_rows(rows, pad_id, device=None):
+    """Lists of ids -> ids (B, R) padded on the right, mask (B, R) True on real ids."""
+    tensors = [torch.tensor(row, device=device) for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_id)
+    n_ids = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(ids.shape[1], device=device) < n_ids[:, None]
+
+
 class Steps(torch.utils.data.Dataset):
     """Item s = this rank's micro-batches of optimiser step s, made by a loader worker.
 
@@ -312,8 +321,15 @@ def _outlive_sigterm(_worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _kill_workers():
+    # Python ends its child processes by SIGTERM, which these ignore, and would wait for them for ever.
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def loader(dataset, items, workers):
     """Yield dataset[i] for i in `items`, in that order, made ahead of time by `workers` processes (0: in this one)."""
+    atexit.register(_kill_workers)
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers, prefetch_factor=4 if workers else None,
         worker_init_fn=_outlive_sigterm)
@@ -840,6 +856,10 @@ def make_demo(out, seed=0, sizes=(1000, 3500, 100, 500), n_voices=(6, 13, 6)) ->
         english, mandarin = processes.starmap(speak_language, [(language, out, seed, sizes, n_voices) for language in GRAMMAR], chunksize=1)
     for split in sizes:
         write_jsonl(out / f"{split}.jsonl", [row for pair in zip(english[split], mandarin[split]) for row in pair])
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows the docstring as it stands and every flag's default."""
 
 
 def main(args) -> None:

@@ -31,18 +31,25 @@ import math
 import os
 import re
 import shutil
+import signal
+import sys
+from collections import Counter
+from datetime import timedelta
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import huggingface_hub
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ASRConfig,
-                          Qwen3ASRForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM, StaticCache)
+                          Qwen3ASRForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM, DynamicCache)
+from tqdm import tqdm
 from transformers.models.qwen3_asr.processing_qwen3_asr import LANGUAGE_CODE_TO_NAME
 
 import data
@@ -212,6 +219,10 @@ class ASR:
     def head(self):           # hidden (N, D) -> logits (N, V)
         return self.net.lm.lm_head
 
+    def logits(self, hidden):
+        """Hidden rows (N, D) -> logits (N, V), fp32."""
+        return logits(hidden, self.head.weight)
+
     def hear(self, batch: data.Batch):
         """-> audio embeddings (B, A, D), how many are a row's own (B,)."""
         return self.net.audio_encoder(batch.mel.to(self.device, self.head.weight.dtype), batch.n_frames.to(self.device))
@@ -223,10 +234,6 @@ class ASR:
     def prompt_ids(self, n_audio, suffix) -> list[int]:
         """One row's prompt, a placeholder for each of its n_audio audio embeddings."""
         return [*self.prefix_ids, *[self.audio_id] * n_audio, *suffix]
-
-    def autocast(self):
-        """bf16 arithmetic on a GPU over fp32 weights (untested on hardware here); nothing on a CPU."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     @cached_property
     def plain(self) -> Tokenizer:
@@ -283,8 +290,8 @@ class Qwen3ASR(ASR):
             tag = self.tokenizer.convert_tokens_to_ids("<asr_text>")
             only_tag = torch.arange(len(self.stop), device=self.device) == tag
             listener = replace(self, stop=only_tag, blocked=(self.blocked | self.stop) & ~only_tag)
-            prompt = place(self, [self.prompt_ids(n, self.suffix_ids) for n in n_audio[unknown].tolist()], audio[unknown], n_audio[unknown])
-            ids, mask = generate(listener, prompt, max_new_tokens=12)
+            prompt = insert_audio(self, [self.prompt_ids(n, self.suffix_ids) for n in n_audio[unknown].tolist()], audio[unknown], n_audio[unknown])
+            ids, mask = roll_out(listener, prompt, max_new_tokens=12)
             for i, row, own in zip(unknown, ids.tolist(), mask.tolist()):
                 written = [t for t, m in zip(row, own) if m]
                 if written[-1] != tag:
@@ -659,14 +666,506 @@ def student_from_parts(encoder, lm, device="cpu") -> ASR:
     return assemble(net, tokenizer, device)
 
 
+# ---------------------------------------------------------------------------- prompt, scoring, generation
+
+@dataclass
+class Prompt:
+    """A batch of prompts with the audio in place, ready for the LM's body."""
+    embeds: torch.Tensor      # (B, P, D)
+    mask: torch.Tensor        # (B, P) False on the left padding
+    audio: torch.Tensor       # (B, A, D) the adapter's output, for the CTC loss
+    n_audio: torch.Tensor     # (B,) audio tokens of each row
+
+
+def encode_audio(asr: ASR, batch: data.Batch) -> Prompt:
+    """Run the audio encoder once and place its output in the prompt. Differentiable."""
+    with autocast(asr.device):
+        audio, n_audio = asr.hear(batch)
+    suffixes = asr.suffixes(batch, audio, n_audio)
+    rows = [asr.prompt_ids(n, suffix) for n, suffix in zip(n_audio.tolist(), suffixes)]
+    return insert_audio(asr, rows, audio, n_audio)
+
+
+def insert_audio(asr: ASR, rows, audio, n_audio) -> Prompt:
+    """Prompt ids (a list a row) and audio embeddings (B, A, D) -> left-padded prompts with the audio in place."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[asr.pad_id] * (width - len(row)) + row for row in rows], device=asr.device)    # (B, P)
+    n_ids = torch.tensor([len(row) for row in rows], device=asr.device)                                 # (B,)
+    mask = torch.arange(width, device=asr.device) >= width - n_ids[:, None]                             # (B, P)
+    valid = torch.arange(audio.shape[1], device=asr.device) < n_audio[:, None]                          # (B, A)
+    embeds = asr.body.embed_tokens(ids)                                                                 # (B, P, D)
+    # Both sides run row by row, so the i-th placeholder of a row receives the i-th audio embedding of that row.
+    embeds = embeds.masked_scatter((ids == asr.audio_id)[..., None], audio[valid].to(embeds.dtype))
+    return Prompt(embeds, mask, audio, n_audio)
+
+
+def autocast(device):
+    """bf16 arithmetic over fp32 weights on a GPU; nothing on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def causal_mask(key_mask):
+    """(B, K) valid columns -> (B, 1, K, K): column q sees valid columns up to itself; padding sees itself (no NaN)."""
+    n = key_mask.shape[1]
+    lower = torch.ones(n, n, dtype=torch.bool, device=key_mask.device).tril()
+    itself = torch.eye(n, dtype=torch.bool, device=key_mask.device)
+    return ((key_mask[:, None] & lower) | itself)[:, None]
+
+
+def positions_of(mask):
+    """(B, K) valid columns -> position of each column in its row, padding not counted."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class Logits(torch.autograd.Function):
+    """On a GPU: bf16 inputs, sums in fp32 that are never rounded to bf16 in between (not run: no GPU here)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden.bfloat16(), weight.bfloat16().T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad_z):
+        hidden, weight = ctx.saved_tensors
+        grad_hidden = (grad_z @ weight.float()).to(hidden.dtype)                # z = h W^T, so dh = dz W
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad_z.T @ hidden.float()).to(weight.dtype)          # and dW = dz^T h
+        return grad_hidden, grad_weight
+
+
+def logits(hidden, weight):
+    """The LM head: hidden (N, D), weight (V, D) -> logits (N, V), fp32. Every head site calls it, so all of them round alike.
+
+    bf16 logits would be wrong in the third digit: that moves the gradient of a KL between two of them by 4 to 29 %.
+    """
+    if hidden.is_cuda:
+        return Logits.apply(hidden, weight)
+    return F.linear(hidden, weight).float()
+
+
+def response_hidden(body, embeds, prompt_mask, ids, mask) -> torch.Tensor:
+    """Teacher forcing: the hidden rows that predict the response tokens, packed -> (N, D), row-major order of mask.
+
+    body: an LM without its head; embeds (B, P, D) and prompt_mask (B, P): prompts, padded on the left; ids and mask (B, R): responses,
+    padded on the right. The caller applies the head to these N rows only: no logits are made for prompt or padding.
+    """
+    n_prompt = prompt_mask.shape[1]
+    # The last column predicts nothing that is scored, so it is not fed; see the drawing at the top.
+    columns = torch.cat([embeds, body.embed_tokens(ids[:, :-1])], dim=1)                    # (B, P+R-1, D)
+    valid = torch.cat([prompt_mask, mask[:, :-1]], dim=1)                                   # (B, P+R-1)
+    with autocast(embeds.device):
+        hidden = body(inputs_embeds=columns, attention_mask={"full_attention": causal_mask(valid)},
+                      position_ids=positions_of(valid), use_cache=False).last_hidden_state  # (B, P+R-1, D)
+    return hidden[:, n_prompt - 1:][mask]                                                   # (N, D)
+
+
+def draw(z, temperature, uniform):
+    """One id a row from softmax(z / temperature) by inverse CDF: logits (B, V), uniform (B,) in [0, 1) -> (B,).
+
+    temperature 0 is argmax. One uniform a row comes from the caller, so the draw does not depend on the rest of the batch.
+    """
+    if temperature == 0:
+        return z.argmax(-1)
+    cdf = (z / temperature).softmax(-1).cumsum(-1)                                          # (B, V)
+    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 2e-5, and kept below it: the id found has p > 0.
+    # (On a GPU cumsum is a parallel scan and need not rise to the last bit: there an id of p = 0 has a chance of about 1e-7.)
+    last = cdf[:, -1]
+    point = torch.minimum(uniform * last, torch.nextafter(last, torch.zeros_like(last)))    # (B,)
+    return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+
+
+@torch.no_grad()
+def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_new_tokens, temperature=0.0, uniforms=None):
+    """Write one response a row, greedy (temperature 0) or sampled -> ids (B, R), mask (B, R): True on emitted tokens, EOS included.
+
+    body, weight: an LM and its head (V, D); embeds (B, P, D), prompt_mask (B, P): prompts, padded on the left; stop, blocked (V,): ids
+    that end a response, ids that none may contain; uniforms (B, max_new_tokens) in [0, 1): see data.keyed_uniforms. A row without a
+    stop id was cut at max_new_tokens. Finished rows are frozen, and once a quarter of the rows are done the others go on alone.
+    There is no collective, and the host asks the device how many rows are left at every token on a CPU, at every eighth on a GPU.
+    """
+    n_rows = len(embeds)
+    device = embeds.device
+    ask_every = 1 if device.type == "cpu" else 8
+    if temperature > 0:
+        uniforms = torch.as_tensor(uniforms, device=device)
+    ids = torch.full((n_rows, max_new_tokens), pad_id, device=device)           # (B, R)
+    mask = torch.zeros_like(ids, dtype=torch.bool)                              # (B, R)
+    rows = torch.arange(n_rows, device=device)                                  # (b,) rows that are still written
+    unfinished = torch.ones(n_rows, dtype=torch.bool, device=device)            # (b,)
+    cache = DynamicCache(config=body.config)
+    valid = prompt_mask                                                         # (b, P+t) columns to attend to
+    attend = causal_mask(prompt_mask)                                           # (b, 1, queries, P+t)
+    positions = positions_of(prompt_mask)                                       # (b, queries)
+    with autocast(device):  # around the whole loop: weights are cast to bf16 once, not at every token
+        for t in range(max_new_tokens):
+            hidden = body(inputs_embeds=embeds, attention_mask={"full_attention": attend}, position_ids=positions,
+                          past_key_values=cache, use_cache=True).last_hidden_state[:, -1]       # (b, D)
+            z = logits(hidden, weight).masked_fill(blocked, -math.inf)                          # (b, V)
+            token = draw(z, temperature, None if uniforms is None else uniforms[rows, t])       # (b,)
+            token = torch.where(unfinished, token, pad_id)
+            ids[rows, t] = token
+            mask[rows, t] = unfinished
+            valid = torch.cat([valid, unfinished[:, None]], dim=1)                              # (b, P+t+1)
+            positions = positions[:, -1:] + 1                                                   # (b, 1)
+            unfinished = unfinished & ~stop[token]
+            if t % ask_every == ask_every - 1:
+                n_left = int(unfinished.sum())
+                if n_left == 0:
+                    break
+                if 4 * n_left <= 3 * len(rows):  # a quarter done: measured faster than at half, as fast as at every row
+                    left = unfinished.nonzero()[:, 0]
+                    cache.batch_select_indices(left)
+                    rows = rows[left]
+                    token = token[left]
+                    valid = valid[left]
+                    positions = positions[left]
+                    unfinished = unfinished[left]
+            embeds = body.embed_tokens(token[:, None])                                          # (b, 1, D)
+            attend = valid[:, None, None]                                                       # (b, 1, 1, P+t+1)
+    n_columns = int(mask.any(0).sum())
+    return ids[:, :n_columns], mask[:, :n_columns]
+
+
+def roll_out(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms=None):
+    """`generate` with a recogniser's parts -> ids (B, R), mask (B, R)."""
+    return generate(asr.body, asr.head.weight, prompt.embeds, prompt.mask, stop=asr.stop, blocked=asr.blocked, pad_id=asr.pad_id,
+                    max_new_tokens=max_new_tokens, temperature=temperature, uniforms=uniforms)
+
+
+def transcribe(asr: ASR, utterances, rank=0, world=1, micro_batch=16, max_new_tokens=128, progress=None) -> dict[str, dict]:
+    """Greedy transcripts of this rank's share -> {id: {"hyp", "stopped", "n_tokens"}}. A clip that can't be decoded raises.
+
+    Rows of similar length go together, whatever the order of `utterances`; results are keyed by id. progress(n): n clips done.
+    """
+    durations = data.measure(utterances)
+    order = sorted(range(len(utterances)), key=durations.__getitem__)
+    results = {}
+    for start in range(rank * micro_batch, len(order), world * micro_batch):
+        chosen = [utterances[i] for i in order[start:start + micro_batch]]
+        batch = data.load_batch(chosen, asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC)
+        with torch.no_grad():
+            prompt = encode_audio(asr, batch)
+        ids, mask = roll_out(asr, prompt, max_new_tokens)                       # (B, R)
+        stopped = (asr.stop[ids] & mask).any(1).tolist()
+        n_tokens = mask.sum(1).tolist()
+        for i, hyp in enumerate(asr.decode(ids, mask)):
+            results[chosen[i].id] = {"hyp": hyp.strip(), "stopped": stopped[i], "n_tokens": n_tokens[i]}
+        if progress:
+            progress(len(chosen))
+    return results
+
+
+# ---------------------------------------------------------------------------- two vocabularies
+
+def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
+    """(V,) long: the teacher's id of each student id with an equal token string; -1 where there is none.
+
+    EOS maps to EOS whatever it is called. Ids blocked on either side are -1: no transcript contains them.
+    """
+    teacher_ids = teacher.tokenizer.get_vocab()
+    blocked_s = student.blocked.tolist()
+    blocked_t = teacher.blocked.tolist()
+    to_teacher = torch.full((len(blocked_s),), -1, dtype=torch.long)
+    for token, i in student.tokenizer.get_vocab().items():
+        j = teacher_ids.get(token)
+        if j is None or i >= len(blocked_s) or j >= len(blocked_t):
+            continue
+        if not blocked_s[i] and not blocked_t[j]:
+            to_teacher[i] = j
+    to_teacher[student.eos_id] = teacher.eos_id
+    return to_teacher.to(student.device)
+
+
+def map_logits(z_t, to_teacher):
+    """(N, V_teacher) teacher logits -> (N, V): column i is the teacher's logit of student id i, -inf where it has none."""
+    return z_t.index_select(-1, to_teacher.clamp(min=0)).masked_fill_(to_teacher < 0, -math.inf)
+
+
+def readable_prefix(ids, mask, to_teacher):
+    """(B, R) ids and mask -> (B, R) mask, cut at the first id that the teacher's vocabulary lacks.
+
+    The teacher can't read that token, so neither it nor anything behind it in the row can be scored.
+    """
+    return mask & (to_teacher[ids] >= 0).cumprod(1).bool()
+
+
+# ---------------------------------------------------------------------------- what a distillation logs
+
+def rollout_health(ids, mask, stop) -> dict[str, torch.Tensor]:
+    """(B, R) rollouts, their mask, (V,) ids that end one -> how many there are, were cut off, are EOS alone, repeat themselves."""
+    ended = (stop[ids] & mask).any(1)                                               # (B,)
+    return {"clips": len(ids), "truncated": (~ended).sum(), "empty": stop[ids[:, 0]].sum(), "repeats": repeats(ids, mask).sum()}
+
+
+def repeats(ids, mask, n=3):
+    """(B, R) rollouts -> (B,) bool: does some n-gram of emitted tokens come twice? The first sign of a loop."""
+    if ids.shape[1] <= n:
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    grams = ids.unfold(1, n, 1)                                                     # (B, G, n) with G = R - n + 1
+    emitted = mask.unfold(1, n, 1).all(-1)                                          # (B, G)
+    same = (grams[:, :, None] == grams[:, None]).all(-1)                            # (B, G, G)
+    same = same & emitted[:, :, None] & emitted[:, None]
+    return same.triu(1).flatten(1).any(1)
+
+
+@torch.no_grad()
+def agreement(hidden, student, teacher, to_teacher, k, chunk) -> dict[str, float]:
+    """How student and teacher stand to each other at these states, means over the states of all ranks.
+
+    hidden: [hidden_s (N, D), hidden_t (N, D_t)], or None on a rank that has no clip. Of the k most probable ids of either:
+      top1_agreement              do both put the same id first?
+      overlap                     share of ids that both sets have
+      mass_student, mass_teacher  probability that each puts on those shared ids
+      entropy, entropy_teacher    nats
+    overlap.py has more, and takes its sets before ids without a counterpart are removed, as the paper does; here they are gone already.
+    """
+    names = ("top1_agreement", "overlap", "mass_student", "mass_teacher", "entropy", "entropy_teacher")
+    sums = dict.fromkeys((*names, "states"), 0.0)
+    hidden_s, hidden_t = hidden or ([], [])
+    for i in range(0, len(hidden_s), chunk):
+        z_s = student.logits(hidden_s[i:i + chunk]).masked_fill(to_teacher < 0, -math.inf)      # (C, V)
+        z_t = map_logits(teacher.logits(hidden_t[i:i + chunk]), to_teacher)                     # (C, V)
+        logp_s = z_s.log_softmax(-1)                                                            # (C, V)
+        logp_t = z_t.log_softmax(-1)                                                            # (C, V)
+        top_s = logp_s.topk(min(k, logp_s.shape[-1]))                                           # (C, k)
+        top_t = logp_t.topk(min(k, logp_t.shape[-1]))                                           # (C, k)
+        same = top_s.indices[:, :, None] == top_t.indices[:, None]                              # (C, k, k)
+        same = same & torch.isfinite(top_s.values)[:, :, None]
+        sums["top1_agreement"] += same[:, 0, 0].sum()
+        sums["overlap"] += same.sum() / same.shape[-1]
+        sums["mass_student"] += (top_s.values.exp() * same.any(2)).sum()
+        sums["mass_teacher"] += (top_t.values.exp() * same.any(1)).sum()
+        sums["entropy"] += torch.special.entr(logp_s.exp()).sum()
+        sums["entropy_teacher"] += torch.special.entr(logp_t.exp()).sum()
+        sums["states"] += len(z_s)
+    sums = all_sum(sums, student.device)
+    if not sums["states"]:
+        return {}
+    return {name: sums[name] / sums["states"] for name in names}
+
+
+# ---------------------------------------------------------------------------- training runs: processes, log, resume
+
+def setup(args):
+    """Join the processes that torchrun started, if any -> rank, world, device, and a list that SIGTERM makes non-empty."""
+    rank, world, device = find_place(args.device)
+    if world > 1:
+        # Hours: the others wait while rank 0 saves. NCCL's own limit is ten minutes.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12),
+                                device_id=device if device.type == "cuda" else None)
+    torch.manual_seed(args.seed)  # for random initial weights; every later draw is keyed on (seed, step, utterance)
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    return rank, world, device, stop
+
+
+def setup_scoring(args):
+    """As `setup`, for scripts whose ranks exchange finished results as Python objects and no tensor -> rank, world, device."""
+    rank, world, device = find_place(args.device)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    return rank, world, device
+
+
+def find_place(kind):
+    """--device (auto, cpu, cuda) and torchrun's environment -> rank, world, device."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return rank, world, torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return rank, world, device
+
+
+def finish() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.barrier()  # without it, gloo on a CPU may abort in the line below
+        dist.destroy_process_group()
+
+
+def all_sum(values: dict, device) -> dict[str, float]:
+    """Sum numbers (the same keys on every rank) over all ranks, in one collective."""
+    total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return dict(zip(values, total.tolist()))
+
+
+def progress(total, name, unit, rank, initial=0):
+    """A progress bar with rate and ETA on rank 0; a line every 20 s where it is written to a file."""
+    return tqdm(total=total, initial=initial, desc=name, unit=unit, disable=rank > 0,
+                mininterval=0.5 if sys.stderr.isatty() else 20)
+
+
+def load_pair(student, teacher, device):
+    """Checkpoints to train and to score with -> student, frozen teacher. Raises ValueError unless they read the same features."""
+    student = load_student(student, device)
+    teacher = load_teacher(teacher, device)
+    if student.n_mels != teacher.n_mels:
+        raise ValueError(f"student and teacher read the same features, but take {student.n_mels} and {teacher.n_mels} mel bins")
+    return student, teacher
+
+
+def dev_error(asr, utterances, args, rank, world) -> dict[str, float]:
+    """Greedy errors on dev, languages pooled, ranks share the clips -> {"dev_error": percent, "dev_length": units written / in reference}."""
+    hyps = transcribe(asr, utterances, rank, world, args.eval_batch, args.max_new_tokens)
+    sums = {"errors": 0, "units": 0, "longer": 0}
+    for u in utterances:
+        if u.id in hyps:
+            counts = data.edit_counts(u.text, hyps[u.id]["hyp"], u.language)
+            sums["errors"] += counts.errors
+            sums["units"] += counts.units
+            sums["longer"] += counts.insertions - counts.deletions
+    sums = all_sum(sums, asr.device)
+    if not sums["units"]:
+        return {"dev_error": math.nan, "dev_length": math.nan}
+    return {"dev_error": 100 * sums["errors"] / sums["units"], "dev_length": 1 + sums["longer"] / sums["units"]}
+
+
+class Log:
+    """metrics.jsonl, the progress bar and the rejected clips of a training run; files and bar on rank 0 only."""
+
+    def __init__(self, args, rank, start):
+        self.path = Path(args.out) / "metrics.jsonl"
+        self.rank = rank
+        self.rejected = Counter()  # reason: clips left out since this process started
+        self.first = {}            # reason: message of the first of them
+        self.bar = progress(args.steps, Path(args.out).name, "step", rank, start)
+        if rank == 0 and self.path.exists():  # what was logged after the restored step is about to be made again
+            data.write_jsonl(self.path, [row for row in read_log(self.path) if before(row, start)])
+
+    def write(self, record) -> None:
+        """Append a record and print it."""
+        if self.rank > 0:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()]
+        self.bar.write("  ".join(shown))
+
+    def reject(self, rejected) -> None:
+        """Count clips that could not be used: (reason, message) pairs."""
+        for reason, message in rejected:
+            self.rejected[reason] += 1
+            self.first.setdefault(reason, message)
+
+    def first_message(self) -> str:
+        """Why the first clip was rejected."""
+        return next(iter(self.first.values()), "on another process")
+
+    def close(self) -> None:
+        """Draw metrics.png, say what was left out."""
+        self.bar.close()
+        if self.rank == 0:
+            draw_metrics(self.path)
+        for reason, n in self.rejected.items():
+            print(f"rank {self.rank}: {n} clips rejected: {reason} (first: {self.first[reason]})")
+
+
+def n_parameters(asr) -> int:
+    return sum(p.numel() for p in asr.net.parameters())
+
+
+def read_log(path) -> list[dict]:
+    """Records of a metrics.jsonl; a killed run may leave half a line at its end."""
+    return [json.loads(line) for line in path.open() if line.endswith("}\n")]
+
+
+def before(row, start) -> bool:
+    """Was this record made before a run resumes at step `start`? Its dev error is measured again first."""
+    return row["step"] < start or (row["step"] == start and "dev_error" not in row)
+
+
+PANELS = [
+    ("loss, nats per token", ["loss", "ctc"]),
+    ("dev error, %", ["dev_error"]),
+    ("agreement with the teacher", ["overlap", "top1_agreement", "mass_student", "mass_teacher"]),
+    ("share of rollouts", ["truncated", "empty", "repeats"]),
+]
+
+
+def draw_metrics(path) -> None:
+    """metrics.jsonl -> metrics.png beside it: what PANELS lists and the run has logged, over steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    records = read_log(path)
+    curves = {}  # title: {key: [(step, value)]}
+    for title, keys in PANELS:
+        for key in keys:
+            points = [(r["step"], r[key]) for r in records if key in r]
+            if points:
+                curves.setdefault(title, {})[key] = points
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.6 * len(curves), 3), layout="constrained", squeeze=False)
+    for axis, (title, panel) in zip(axes[0], curves.items()):
+        for key, points in panel.items():
+            axis.plot(*zip(*points), "o-" if len(points) < 12 else "-", markersize=3, label=key)
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize="small")
+    figure.savefig(path.with_name("metrics.png"), dpi=110)
+    pyplot.close(figure)
+
+
+def start_run(args, asr, optimizer, modules, rank) -> tuple[int, float]:
+    """Make --out, restore its newest state if --resume -> step to go on at, best dev error so far.
+
+    Raises FileExistsError if --out holds an earlier run and --resume is not given; RuntimeError if ranks see different states.
+    """
+    out = Path(args.out)
+    if not args.resume and any((out / name).exists() for name in ("metrics.jsonl", "state")):
+        raise FileExistsError(f"{out} holds an earlier run: continue it with --resume, or choose another --out")
+    if dist.is_initialized():
+        dist.barrier()  # all ranks have looked before rank 0 writes
+    out.mkdir(parents=True, exist_ok=True)
+    info = load_training(out, asr, optimizer, modules) if args.resume else None
+    start = info["step"] if info else 0
+    starts = [start]
+    if dist.is_initialized():
+        starts = [None] * dist.get_world_size()
+        dist.all_gather_object(starts, start)
+    if len(set(starts)) > 1:
+        raise RuntimeError(f"ranks find different steps in {out}/state: {starts} in order of rank. Do all nodes share --out?")
+    if info is None:
+        return 0, math.inf
+    flags = kept_flags(args)
+    for name, value in flags.items():
+        if rank == 0 and info["flags"].get(name) != value:
+            print(f"resumed with another --{name} than before: {info['flags'].get(name)} -> {value}")
+    return start, info["best"]
+
+
+def keep_best(asr, out, error, best, rank) -> float:
+    """Keep --out at the best checkpoint on dev -> the best error so far."""
+    if rank == 0 and error < best:
+        save(asr, out)
+    return min(error, best)
+
+
+def kept_flags(args) -> dict:
+    """Flags that decide the result of a run, for its training state."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "workers")}
+
+
 def save_training(out, step, asr, optimizer, modules=None, info=None) -> None:
     """Write OUT/state/step-N: a full checkpoint plus what a resumed run needs (optimiser, further modules, info); then drop older ones.
 
     There is no RNG and no data position to save: every draw and every batch is a function of (seed, step).
     """
     folder = Path(out) / "state"
-    tensors = {f"optimizer.{i}.{k}": v.cpu() for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-    tensors |= {f"{name}.{k}": v.cpu() for name, module in (modules or {}).items() for k, v in module.state_dict().items()}
+    tensors = {}
+    for i, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            tensors[f"optimizer.{i}.{name}"] = value.cpu()
+    for module_name, module in (modules or {}).items():
+        for name, value in module.state_dict().items():
+            tensors[f"{module_name}.{name}"] = value.cpu()
     target = folder / f"step-{step:07d}"
     if not target.exists():
         save(asr, target, {"training.safetensors": tensors, "training.json": {"step": step, **(info or {})}})
@@ -675,189 +1174,31 @@ def save_training(out, step, asr, optimizer, modules=None, info=None) -> None:
             shutil.rmtree(old)
 
 
+@torch.no_grad()
 def load_training(out, asr, optimizer, modules=None) -> dict | None:
-    """Restore the newest OUT/state/step-N in place and return its info; None if there is none. Half-written ones end in .tmp."""
+    """Restore the newest OUT/state/step-N in place and return its info; None if there is none. Half-written ones end in .tmp.
+
+    Tensors are read one at a time: none lies in memory twice.
+    """
     saved = sorted(p for p in (Path(out) / "state").glob("step-*") if p.suffix != ".tmp")
     if not saved:
         return None
-    asr.net.load_state_dict(load(saved[-1]).net.state_dict())
-    tensors = load_file(saved[-1] / "training.safetensors")
+    folder = saved[-1]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = set(file.keys())
+        for key, value in asr.net.state_dict().items():
+            name = key.removeprefix("lm.")
+            if name in stored:  # a tied head is not
+                value.copy_(file.get_tensor(name))
     state = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = value.to(asr.device) if name != "step" else value
+    with safe_open(folder / "training.safetensors", "pt") as file:
+        for key in file.keys():
+            if key.startswith("optimizer."):
+                _, i, name = key.split(".")
+                value = file.get_tensor(key)
+                state.setdefault(int(i), {})[name] = value if name == "step" else value.to(asr.device)
+        for module_name, module in (modules or {}).items():
+            for name, value in module.state_dict().items():
+                value.copy_(file.get_tensor(f"{module_name}.{name}"))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for name, module in (modules or {}).items():
-        module.load_state_dict({k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")})
-    return json.loads((saved[-1] / "training.json").read_text())
-
-
-# ---------------------------------------------------------------------------- prompt, scoring, generation
-
-@dataclass
-class Prompt:
-    """A batch of prompts with the audio in place, ready for the LM's body."""
-    embeds: torch.Tensor      # (B, P, D)
-    mask: torch.Tensor        # (B, P) False on the left padding
-    audio: torch.Tensor       # (B, A, D) adapter output, for the CTC loss
-    n_audio: torch.Tensor     # (B,) audio tokens of each row
-
-
-def encode(asr: ASR, batch: data.Batch) -> Prompt:
-    """Run the audio encoder once and place its output in the prompt. Differentiable."""
-    with asr.autocast():
-        audio, n_audio = asr.hear(batch)
-    suffixes = asr.suffixes(batch, audio, n_audio)
-    return place(asr, [asr.prompt_ids(n, suffix) for n, suffix in zip(n_audio.tolist(), suffixes)], audio, n_audio)
-
-
-def place(asr: ASR, rows, audio, n_audio) -> Prompt:
-    """Prompt ids (lists, one a row) and audio embeddings (B, A, D) -> left-padded prompts with the audio in place."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[asr.pad_id] * (width - len(row)) + row for row in rows], device=asr.device)               # (B, P)
-    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=asr.device)     # (B, P)
-    own = torch.arange(audio.shape[1], device=asr.device) < n_audio[:, None]                                        # (B, A)
-    embeds = asr.body.embed_tokens(ids)                                                                             # (B, P, D)
-    # Both sides run row by row, so the i-th placeholder of a row receives the i-th audio embedding of that row.
-    embeds = embeds.masked_scatter((ids == asr.audio_id)[..., None], audio[own].to(embeds.dtype))
-    return Prompt(embeds, mask, audio, n_audio)
-
-
-def _causal_mask(key_mask, n_queries):
-    """(B, K) keys -> (B, 1, n_queries, K): query q is column q; it sees real columns up to itself, padding only itself (no NaN)."""
-    k = key_mask.shape[1]
-    tril = torch.ones(n_queries, k, dtype=torch.bool, device=key_mask.device).tril()
-    own = torch.eye(n_queries, k, dtype=torch.bool, device=key_mask.device)
-    return ((key_mask[:, None] & tril) | own)[:, None]
-
-
-def _positions(mask):
-    """(B, columns) -> position of each column in its row, padding not counted."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def response_hidden(asr: ASR, prompt: Prompt, ids, mask) -> torch.Tensor:
-    """Teacher forcing: hidden rows that predict the response tokens, packed -> (N, D), in row-major order of mask (B, R).
-
-    The caller applies `asr.head` to these rows only: no logits are made for the prompt or for padding.
-    """
-    # The last column predicts nothing that is scored, so it is not fed; see the drawing at the top.
-    embeds = torch.cat([prompt.embeds, asr.body.embed_tokens(ids[:, :-1])], dim=1)                                  # (B, P+R-1, D)
-    keys = torch.cat([prompt.mask, mask[:, :-1]], dim=1)                                                            # (B, P+R-1)
-    with asr.autocast():
-        hidden = asr.body(inputs_embeds=embeds, attention_mask={"full_attention": _causal_mask(keys, keys.shape[1])},
-                          position_ids=_positions(keys), use_cache=False).last_hidden_state                        # (B, P+R-1, D)
-    return hidden[:, prompt.mask.shape[1] - 1:][mask]                                                               # (N, D)
-
-
-def draw(z, temperature, uniform):
-    """One id per row from softmax(z / temperature) by inverse CDF: z (B, V) logits, uniform (B,) in [0, 1) -> (B,).
-
-    temperature 0 is argmax. One uniform a row comes from the caller, so the draw does not depend on the rest of the batch.
-    """
-    if temperature == 0:
-        return z.argmax(-1)
-    cdf = (z / temperature).softmax(-1).cumsum(-1)                                                                  # (B, V)
-    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 2e-5, and kept below it: the id found has p > 0. (On a GPU
-    # cumsum is a parallel scan and need not rise to the last bit: there an id of p = 0 has a chance of the order of 1e-7.)
-    point = torch.minimum(uniform * cdf[:, -1], torch.nextafter(cdf[:, -1], torch.zeros_like(cdf[:, -1])))
-    return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
-
-
-class Cache(StaticCache):
-    """A static cache, allocated once, that hands out only the columns written so far and can drop rows."""
-    used = 0                  # columns written, the current ones included
-
-    def update(self, keys, values, *args, **kwargs):
-        # Under autocast RoPE returns keys in fp32, and transformers gives both buffers their dtype.
-        keys, values = super().update(keys.to(values.dtype), values, *args, **kwargs)
-        return keys[:, :, :self.used], values[:, :, :self.used]
-
-    def keep(self, rows):
-        """Go on with these rows alone."""
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-
-
-@torch.no_grad()
-def generate(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms=None):
-    """Write transcripts: greedy (temperature 0) or sampled with `uniforms` (B, max_new_tokens), see data.keyed_uniforms.
-
-    -> ids (B, R), mask (B, R): True on emitted tokens, EOS included. A row without EOS was cut at max_new_tokens.
-    Finished rows are frozen, and once a quarter of the rows are done the others go on alone. There is no collective, and the host looks
-    at the device only to ask how many rows are left: at every token on a CPU, at every eighth on a GPU.
-    """
-    (n_rows, n_prompt), device = prompt.mask.shape, asr.device
-    cache = Cache(config=asr.body.config, max_cache_len=n_prompt + max_new_tokens)
-    ids = torch.full((n_rows, max_new_tokens), asr.pad_id, device=device)                                           # (B, R)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    uniforms = None if temperature == 0 else torch.as_tensor(uniforms, device=device)
-    look_every = 1 if device.type == "cpu" else 8
-    rows, live = torch.arange(n_rows, device=device), torch.ones(n_rows, dtype=torch.bool, device=device)           # (b,) rows at work
-    keys, n_own = F.pad(prompt.mask, (0, max_new_tokens)), prompt.mask.sum(1, keepdim=True)                         # (b, P+R), (b, 1)
-    embeds, attend, positions = prompt.embeds, _causal_mask(prompt.mask, n_prompt), _positions(prompt.mask)
-    with asr.autocast():  # around the whole loop: weights are cast to bf16 once, not at every token
-        for t in range(max_new_tokens):
-            cache.used = n_prompt + t
-            hidden = asr.body(inputs_embeds=embeds, attention_mask={"full_attention": attend}, position_ids=positions,
-                              past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                      # (b, D)
-            z = asr.head(hidden).float().masked_fill(asr.blocked, -math.inf)                                        # (b, V)
-            token = draw(z, temperature, None if uniforms is None else uniforms[rows, t])                           # (b,)
-            token = torch.where(live, token, asr.pad_id)
-            ids[rows, t], mask[rows, t] = token, live
-            keys[:, n_prompt + t] = live
-            live = live & ~asr.stop[token]
-            if t % look_every == look_every - 1:
-                n_live = int(live.sum())
-                if n_live == 0:
-                    break
-                if 4 * n_live <= 3 * len(rows):  # a quarter done: measured faster than at half, as fast as at every row
-                    left = live.nonzero()[:, 0]
-                    cache.keep(left)
-                    rows, live, keys, n_own, token = rows[left], live[left], keys[left], n_own[left], token[left]
-            embeds, attend, positions = asr.body.embed_tokens(token[:, None]), keys[:, None, None, :n_prompt + t + 1], n_own + t
-    used = int(mask.any(0).sum())
-    return ids[:, :used], mask[:, :used]
-
-
-@torch.no_grad()
-def transcribe(asr: ASR, utterances, rank=0, world=1, micro_batch=16, max_new_tokens=128, progress=None) -> dict[str, dict]:
-    """Greedy transcripts of this rank's share -> {id: {"hyp", "stopped", "n_tokens"}}. A clip that can't be decoded raises.
-
-    Rows of similar length go together, whatever the order of `utterances`; results are keyed by id. progress(n): n clips done.
-    """
-    durations = data.measure(utterances)
-    order = [utterances[i] for i in sorted(range(len(utterances)), key=durations.__getitem__)]
-    results = {}
-    for start in range(rank * micro_batch, len(order), world * micro_batch):
-        batch = data.load_batch(order[start:start + micro_batch], asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC)
-        ids, mask = generate(asr, encode(asr, batch), max_new_tokens)
-        stopped = (asr.stop[ids] & mask).any(1).tolist()
-        for utterance, hyp, stop, n in zip(batch.utterances, asr.decode(ids, mask), stopped, mask.sum(1).tolist()):
-            results[utterance.id] = {"hyp": hyp.strip(), "stopped": stop, "n_tokens": n}
-        if progress:
-            progress(len(batch.utterances))
-    return results
-
-
-# ---------------------------------------------------------------------------- two vocabularies
-
-def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
-    """(V_student,) long: the teacher's id of each student id with an equal token string; -1 where there is none.
-
-    EOS maps to EOS whatever it is called. Ids blocked on either side are -1: no transcript contains them.
-    """
-    theirs, to_teacher = teacher.tokenizer.get_vocab(), torch.full((len(student.blocked),), -1, dtype=torch.long)
-    blocked_s, blocked_t = student.blocked.tolist(), teacher.blocked.tolist()
-    for token, i in student.tokenizer.get_vocab().items():
-        j = theirs.get(token)
-        if i < len(blocked_s) and not blocked_s[i] and j is not None and j < len(blocked_t) and not blocked_t[j]:
-            to_teacher[i] = j
-    to_teacher[student.eos_id] = teacher.eos_id
-    return to_teacher.to(student.device)
-
-
-def map_logits(z_t, to_teacher):
-    """(N, V_teacher) teacher logits -> (N, V_student): column i is the teacher's logit of student id i, -inf where it has no twin."""
-    return z_t.index_select(-1, to_teacher.clamp(min=0)).masked_fill_(to_teacher < 0, -math.inf)
+    return json.loads((folder / "training.json").read_text())

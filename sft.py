@@ -8,63 +8,101 @@ For every step, over all its utterances x with response y_0 ... y_{n-1} = EOS:
 Prompt, audio and padding are never targets. From random weights, an auxiliary CTC loss on the adapter's output (--ctc) makes the
 encoder listen before the LM has learnt to ignore it; it stands in for the pretrained encoder that real runs start from.
 
-    python sft.py --init random --ctc 1 --data train.jsonl --dev dev.jsonl --out runs/base                # one process
+    python sft.py --init random --data train.jsonl --dev dev.jsonl --out runs/base                # one process
     torchrun --nproc_per_node 8 sft.py --student runs/base --data td.jsonl --dev dev.jsonl --out runs/td  # eight, same update
     torchrun --nproc_per_node 8 sft.py --init_encoder GLM_ASR --init_lm QWEN --data train.jsonl ...       # a student from parts
 
 --out then holds the best checkpoint on dev (without --dev: the last), --out/state/step-N the last one with all that --resume needs,
-and metrics.jsonl and metrics.png.
+and metrics.jsonl and metrics.png. Keys of metrics.jsonl, means and sums since the record before (*: of the logged step alone):
+  step, loss (nats per response token), grad_norm* (before clipping), lr*, tokens (N, summed), audio_per_sec
+  ctc, ctc_skipped         the CTC loss, nats per response token; clips with more tokens than audio frames, left out of it
+  rejected                 clips left out since this process started
+  dev_error, dev_length    greedy errors on --dev, %; units written over units in the references
 """
 
 import argparse
-import bisect
-import itertools
-import json
 import math
-import os
-import signal
-import sys
 import time
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchaudio
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from tqdm import tqdm
+from torchaudio.functional import mask_along_axis
 
 import data
 import model
 
 
+# ---------------------------------------------------------------------------- the objective
+
+def cross_entropy_sum(z, targets):
+    """Sum over response tokens of -log p_S(y_t): logits (N, V), targets (N,) -> nats."""
+    return F.cross_entropy(z, targets, reduction="sum")
+
+
+def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
+    """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class after the vocabulary.
+
+    audio (B, A, D), n_audio (B,) embeddings of each row, responses: lists of ids -> sum of -log p (nats) over clips whose tokens fit
+    their frames, and how many clips don't fit and are left out.
+    """
+    labels = []
+    fits = torch.zeros(len(responses), dtype=torch.bool)
+    for i, response in enumerate(responses):
+        row = torch.tensor([token for token in response if token != eos_id], dtype=torch.long)
+        n_needed = len(row) + int((row[1:] == row[:-1]).sum())  # a repeat needs a blank between
+        fits[i] = 0 < n_needed <= int(n_audio[i])
+        if fits[i]:
+            labels.append(row)
+    n_skipped = len(responses) - len(labels)
+    if not labels:
+        return audio.sum() * 0.0, n_skipped
+    logp = ctc_head(audio[fits.to(audio.device)].float()).log_softmax(-1)       # (B', A, V + 1)
+    lengths = torch.tensor([len(row) for row in labels])
+    loss = F.ctc_loss(logp.transpose(0, 1), torch.cat(labels).to(audio.device), n_audio.cpu()[fits], lengths,
+                      blank=ctc_head.out_features - 1, reduction="sum")
+    return loss, n_skipped
+
+
+# ---------------------------------------------------------------------------- one step
+
+def backward_of_batch(student, ctc_head, batch, args):
+    """Gradient of the loss over one micro-batch's response tokens, summed -> sums for the log."""
+    responses = [student.encode_text(u.text) for u in batch.utterances]
+    ids, mask = data.pad_rows(responses, student.pad_id, student.device)        # (B, R)
+    prompt = model.encode_audio(student, batch)
+    hidden = model.response_hidden(student.body, prompt.embeds, prompt.mask, ids, mask)     # (N, D)
+    z = student.logits(hidden).masked_fill(student.blocked, -math.inf)          # (N, V) blocked ids have probability 0
+    loss = cross_entropy_sum(z, ids[mask])
+    sums = {"loss": loss.detach(), "tokens": len(hidden), "audio_sec": batch.audio_sec}
+    if ctc_head is not None:
+        ctc, skipped = ctc_sum(ctc_head, prompt.audio, prompt.n_audio, responses, student.eos_id)
+        loss = loss + args.ctc * ctc
+        sums |= {"ctc": ctc.detach(), "ctc_skipped": skipped}
+    loss.backward()
+    return sums
+
+
+def spec_augment(mel, utterance, step, seed, freq=20, share=0.08):
+    """SpecAugment (Park et al. 2019) by torchaudio: two bands of mel bins and two stretches of time set to the clip's mean.
+
+    mel (n_mels, T) -> same. Drawn from (seed, step, utterance id) alone, like everything random here.
+    """
+    u = data.keyed_uniforms(seed, step, [utterance.id], 1)[0, 0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(u * 2 ** 24))
+        for _ in range(2):
+            frames = max(1, int(share * mel.shape[1]))
+            mel = mask_along_axis(mel[None], freq, mel.mean().item(), axis=1)[0]
+            mel = mask_along_axis(mel[None], frames, mel.mean().item(), axis=2)[0]
+    return mel
+
+
 # ---------------------------------------------------------------------------- the same in sft.py and distill.py (a test compares)
-
-def setup(args):
-    """Join the processes torchrun started, if any -> rank, world, device, and a list that SIGTERM makes non-empty."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    torch.manual_seed(args.seed)  # for random initial weights; every later draw is keyed on (seed, step, utterance)
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    return rank, world, device, stop
-
-
-def all_sum(values, device) -> list[float]:
-    """Sum numbers over all ranks: all of a log line in one collective, and at each step the token count and the stop flag."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
 
 def average_gradients(parameters, n_tokens):
     """Gradient of the sum over this rank's tokens -> gradient of the mean over all N tokens of the step, the same on every rank.
@@ -76,134 +114,34 @@ def average_gradients(parameters, n_tokens):
         if p.grad is None:
             p.grad = torch.zeros_like(p)  # a rank without a token has nothing to add, and still takes part
     gradients = [p.grad for p in parameters]
-    while dist.is_initialized() and gradients:  # flat buckets of 128 MiB: a collective a tensor was measured 10 times slower
-        sizes = list(itertools.accumulate(g.numel() for g in gradients))
-        n = max(1, bisect.bisect_right(sizes, 2 ** 25))
-        bucket, gradients = gradients[:n], gradients[n:]
-        flat = torch.cat([g.flatten() for g in bucket])
-        dist.all_reduce(flat)
-        for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
-            g.copy_(part.view_as(g))
-    torch._foreach_div_([p.grad for p in parameters], max(1.0, n_tokens))
+    if dist.is_initialized():
+        for i in range(0, len(gradients), 64):  # in flat buckets: a collective a tensor was measured 6 times slower
+            bucket = gradients[i:i + 64]
+            flat = nn.utils.parameters_to_vector(bucket)
+            dist.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat, bucket)
+    torch._foreach_div_(gradients, max(1.0, n_tokens))
 
 
 def learning_rate(step, args) -> float:
     """Linear warm-up over --warmup steps, then a cosine down to zero at --steps."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizer_for(parameters, args):
+def make_optimizer(parameters, args):
     """AdamW on fp32 master weights; weight decay on matrices only, not on norms and biases."""
-    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                             lr=args.lr, betas=(0.9, 0.98))
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
 
 
-def dev_error(asr, utterances, args, rank, world) -> dict[str, float]:
-    """Greedy errors on dev, languages pooled, ranks share the clips -> {"dev_error": percent, "dev_length": units written / in reference}."""
-    hyps = model.transcribe(asr, utterances, rank, world, args.eval_batch, args.max_new_tokens)
-    counts = [data.edit_counts(u.text, hyps[u.id]["hyp"], u.language) for u in utterances if u.id in hyps]
-    errors, units, extra = all_sum([sum(c.errors for c in counts), sum(c.units for c in counts),
-                                    sum(c.insertions - c.deletions for c in counts)], asr.device)
-    return {"dev_error": 100 * errors / units, "dev_length": 1 + extra / units} if units else {"dev_error": math.nan, "dev_length": math.nan}
+# ---------------------------------------------------------------------------- the loop
 
-
-class Log:
-    """metrics.jsonl and a progress bar on rank 0; nothing on the others."""
-    def __init__(self, args, rank, start):
-        self.path, self.rank = Path(args.out) / "metrics.jsonl", rank
-        self.bar = tqdm(total=args.steps, initial=start, desc=Path(args.out).name, unit="step", disable=rank > 0,
-                        mininterval=0.5 if sys.stderr.isatty() else 20)
-        if rank == 0 and start == 0:
-            self.path.unlink(missing_ok=True)
-        elif rank == 0 and self.path.exists():  # steps after the restored one are about to be made again
-            rows = [json.loads(line) for line in self.path.open() if line.endswith("}\n")]  # a killed run may leave half a line
-            data.write_jsonl(self.path, [row for row in rows if row["step"] <= start])
-
-    def write(self, record):
-        if self.rank == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            self.bar.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
-
-
-def save_best(asr, out, error, best) -> float:
-    """Keep --out at the best checkpoint on dev -> the best error so far."""
-    if error < best:
-        model.save(asr, out)
-    return min(error, best)
-
-
-def draw_metrics(out) -> None:
-    """metrics.jsonl -> metrics.png: loss, dev error and, where they are logged, overlap and health of the rollouts over steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
-    panels = [("loss, nats per token", ["loss", "ctc"]), ("dev error, %", ["dev_error"]),
-              ("agreement with the teacher", ["overlap", "top1_agreement", "mass_student", "mass_teacher"]),
-              ("share of rollouts", ["truncated", "empty", "repeats"])]
-    panels = [(title, found) for title, keys in panels if (found := [k for k in keys if any(k in r for r in records)])]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained", squeeze=False)
-    for axis, (title, keys) in zip(axes[0], panels):
-        for key in keys:
-            points = [(r["step"], r[key]) for r in records if key in r]
-            axis.plot(*zip(*points), "o-" if len(points) < 12 else "-", markersize=3, label=key)
-        axis.set(title=title, xlabel="step", ylim=(0, None))
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(keys) > 1:
-            axis.legend(frameon=False, fontsize="small")
-    figure.savefig(Path(out) / "metrics.png", dpi=110)
-    pyplot.close(figure)
-
-
-# ---------------------------------------------------------------------------- what is SFT's own
-
-def spec_augment(mel, utterance, step, seed, freq=20, share=0.08):
-    """SpecAugment (Park et al. 2019) by torchaudio: two bands of mel bins and two stretches of time set to the clip's mean.
-
-    mel (n_mels, T) -> same. Drawn from (seed, step, utterance id) alone, like everything random here.
-    """
-    u = data.keyed_uniforms(seed, step, [utterance.id], 1)[0, 0]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(u * 2 ** 24))
-        for _ in range(2):
-            mel = torchaudio.functional.mask_along_axis(mel[None], freq, mel.mean().item(), axis=1)[0]
-            mel = torchaudio.functional.mask_along_axis(mel[None], max(1, int(share * mel.shape[1])), mel.mean().item(), axis=2)[0]
-    return mel
-
-
-def pad_responses(rows, pad_id, device):
-    """Lists of ids -> ids (B, R), mask (B, R) True on real tokens."""
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
-    mask = torch.arange(width, device=device) < torch.tensor([len(row) for row in rows], device=device)[:, None]
-    return ids, mask
-
-
-def cross_entropy_sum(asr, hidden, targets) -> torch.Tensor:
-    """Sum over response tokens of -log p_S(target): hidden (N, D), targets (N,) -> nats. Blocked ids have probability 0."""
-    z = asr.head(hidden).float().masked_fill(asr.blocked, -math.inf)  # (N, V): response rows only
-    return F.cross_entropy(z, targets, reduction="sum")
-
-
-def ctc_sum(ctc_head, prompt, responses, eos_id):
-    """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class after the vocabulary.
-
-    -> sum of -log p (nats) over clips whose tokens fit their frames, and how many clips don't fit and are left out.
-    """
-    labels = [torch.tensor([i for i in row if i != eos_id], dtype=torch.long) for row in responses]
-    need = torch.tensor([len(row) + int((row[1:] == row[:-1]).sum()) for row in labels])  # a repeat needs a blank between
-    fits = (need > 0) & (need <= prompt.n_audio.cpu())
-    if not fits.any():
-        return prompt.audio.sum() * 0.0, len(labels)
-    logp = ctc_head(prompt.audio[fits.to(prompt.audio.device)].float()).log_softmax(-1).transpose(0, 1)  # (A, B, V + 1)
-    kept = [row for row, ok in zip(labels, fits) if ok]
-    loss = F.ctc_loss(logp, torch.cat(kept).to(logp.device), prompt.n_audio.cpu()[fits], torch.tensor([len(r) for r in kept]),
-                      blank=ctc_head.out_features - 1, reduction="sum")
-    return loss, int((~fits).sum())
+SUMS = ("loss", "tokens", "audio_sec", "seconds", "ctc", "ctc_skipped", "rejected")
 
 
 def make_student(args, train, device):
@@ -212,157 +150,151 @@ def make_student(args, train, device):
         return model.load_student(args.student, device)
     if args.init_encoder:
         return model.student_from_parts(args.init_encoder, args.init_lm, device)
-    tokenizer = model.load_tokenizer(args.tokenizer) if args.tokenizer else model.train_tokenizer((u.text for u in train), args.vocab_size)
+    if args.tokenizer:
+        tokenizer = model.load_tokenizer(args.tokenizer)
+    else:
+        tokenizer = model.train_tokenizer((u.text for u in train), args.vocab_size)
     return model.random_student(tokenizer, args.d_model, args.encoder_layers, args.lm_layers, args.heads, device)
 
 
 @record  # torchrun then shows what stopped a process, at the end
 def main(args):
     """Train: see the top of this file."""
-    rank, world, device, stop = setup(args)
+    rank, world, device, stop = model.setup(args)
     train = [u for path in args.data for u in data.read_manifest(path)]
     dev = data.read_manifest(args.dev) if args.dev else []
     data.check_labelled(train + dev)
-    asr = make_student(args, train, device)
-    modules = {}
+    student = make_student(args, train, device)
+    ctc_head = None
+    modules = {}  # what is trained beside the student, and thrown away afterwards
     if args.ctc:
-        modules["ctc_head"] = nn.Linear(asr.head.in_features, asr.head.out_features + 1).to(device)  # thrown away after training
-    parameters = [p for m in (asr.net, *modules.values()) for p in m.parameters()]
-    optimizer = optimizer_for(parameters, args)
-    resumed = model.load_training(args.out, asr, optimizer, modules) if args.resume else None
-    start, best = (resumed["step"], resumed["best"]) if resumed else (0, math.inf)
-    if rank == 0 and not args.resume and any((Path(args.out) / name).exists() for name in ("metrics.jsonl", "state")):
-        raise FileExistsError(f"{args.out} holds an earlier run: continue it with --resume, or choose another --out")
-    flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "workers")}
-    changed = {k: (resumed["flags"].get(k), v) for k, v in flags.items() if resumed and resumed["flags"].get(k) != v}
-    if rank == 0 and changed:
-        print("resumed with other flags than before: " + ", ".join(f"--{k} {old} -> {new}" for k, (old, new) in changed.items()))
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+        ctc_head = nn.Linear(student.head.in_features, student.head.out_features + 1).to(device)
+        modules["ctc_head"] = ctc_head
+    parameters = list(student.net.parameters())
+    for module in modules.values():
+        parameters += module.parameters()
+    optimizer = make_optimizer(parameters, args)
+    start, best = model.start_run(args, student, optimizer, modules, rank)
+    log = model.Log(args, rank, start)
     plan = data.Plan(data.measure(train), args.batch, args.seed)
     augment = partial(spec_augment, seed=args.seed) if args.spec_augment else None
-    steps = data.Steps(train, plan, args.micro_batch, rank, world, asr.n_mels, augment)
+    share = data.Steps(train, plan, args.micro_batch, rank, world, student.n_mels, augment)
+    batches = iter(data.loader(share, range(start, args.steps), args.workers))
     if rank == 0:
-        print(f"{sum(p.numel() for p in asr.net.parameters()):,} parameters, {len(train)} clips, {plan.steps_per_epoch} steps an epoch, "
+        print(f"{model.n_parameters(student):,} parameters, {len(train)} clips, {plan.steps_per_epoch} steps an epoch, "
               f"{args.batch} clips a step over {world} process(es) in micro-batches of {args.micro_batch}, on {device}")
-    log, sums, rejected, first, began, stopping, trained = Log(args, rank, start), Counter(), Counter(), {}, time.time(), 0, 0
 
-    for step, batches in zip(range(start, args.steps), data.loader(steps, range(start, args.steps), args.workers)):
-        # ---- loss and gradient, summed over this rank's micro-batches
+    sums = Counter()
+    trained = 0
+    stopping = False
+    for step in range(start, args.steps + 1):
+        # ---- the weights after `step` updates
+        if dev and step > 0 and (step % args.eval_every == 0 or step == args.steps):
+            error = model.dev_error(student, dev, args, rank, world)
+            log.write({"step": step} | error)
+            best = model.keep_best(student, args.out, error["dev_error"], best, rank)
+        if step == args.steps:
+            break
+
+        # ---- the gradient of the sum over this rank's tokens
+        began = time.time()
         n_tokens = 0
-        for batch in batches:
-            rejected.update(reason for reason, _ in batch.rejected)
-            first = dict(batch.rejected[::-1]) | first
-            if not batch.utterances:
-                continue
-            responses = [asr.encode_text(u.text) for u in batch.utterances]
-            ids, mask = pad_responses(responses, asr.pad_id, device)
-            prompt = model.encode(asr, batch)
-            loss = cross_entropy_sum(asr, model.response_hidden(asr, prompt, ids, mask), ids[mask])
-            sums.update({"loss": loss.detach(), "audio_sec": batch.audio_sec})
-            if args.ctc:
-                ctc, skipped = ctc_sum(modules["ctc_head"], prompt, responses, asr.eos_id)
-                loss = loss + args.ctc * ctc
-                sums.update({"ctc": ctc.detach(), "ctc_skipped": skipped})
-            loss.backward()
-            n_tokens += sum(map(len, responses))
-        sums["tokens"] += n_tokens
+        for batch in next(batches):
+            log.reject(batch.rejected)
+            sums["rejected"] += len(batch.rejected)
+            if batch.utterances:
+                added = backward_of_batch(student, ctc_head, batch, args)
+                sums.update(added)
+                n_tokens += added["tokens"]
 
-        # ---- update: every response token of the step weighs 1 / N, whatever rank and micro-batch it landed in
-        n_tokens, stopping = all_sum([n_tokens, len(stop)], device)
-        average_gradients(parameters, n_tokens)
+        # ---- update: every token of the step weighs 1 / N, whatever rank and micro-batch it landed in
+        totals = model.all_sum({"tokens": n_tokens, "stop": len(stop)}, device)
+        average_gradients(parameters, totals["tokens"])
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip).item()
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {[u.id for b in batches for u in b.utterances]}")
+            raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {[train[i].id for i in plan[step]]}")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        if n_tokens:  # without a token there is no gradient, and AdamW would still decay the weights
+        if totals["tokens"]:  # without a token there is no gradient, and AdamW would still decay the weights
             optimizer.step()
-        trained += n_tokens
         optimizer.zero_grad(set_to_none=True)
+        trained += totals["tokens"]
+        stopping = totals["stop"] > 0
+        sums["seconds"] += time.time() - began
         log.bar.update()
 
-        # ---- bookkeeping: the weights of step + 1 updates
-        done = step + 1 == args.steps or stopping > 0
-        if (step + 1) % args.log_every == 0 or done:
-            loss, ctc, tokens, audio_sec, skipped, dropped = all_sum(
-                [float(sums[k]) for k in ("loss", "ctc", "tokens", "audio_sec", "ctc_skipped")] + [rejected.total()], device)
-            n = max(1, tokens)  # 0 only if every clip was rejected
-            log.write({"step": step + 1, "loss": loss / n, **({"ctc": ctc / n, "ctc_skipped": int(skipped)} if args.ctc else {}),
-                       "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(tokens), "rejected": int(dropped),
-                       "audio_per_sec": audio_sec / (time.time() - began)})
-            sums, began = Counter(), time.time()
-        if dev and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
-            paused = time.time()
-            error = dev_error(asr, dev, args, rank, world)
-            log.write({"step": step + 1} | error)
-            best = save_best(asr, args.out, error["dev_error"], best) if rank == 0 else min(error["dev_error"], best)
-            began += time.time() - paused
-        if rank == 0 and ((step + 1) % args.save_every == 0 or done):
-            model.save_training(args.out, step + 1, asr, optimizer, modules, {"best": best, "flags": flags})
+        # ---- bookkeeping
+        done = stopping or step + 1 == args.steps
+        if done or (step + 1) % args.log_every == 0:
+            t = model.all_sum({k: sums[k] for k in SUMS}, device)
+            n = max(1, t["tokens"])
+            line = {"step": step + 1, "loss": t["loss"] / n, "grad_norm": grad_norm, "lr": group["lr"], "tokens": int(t["tokens"])}
+            if args.ctc:
+                line |= {"ctc": t["ctc"] / n, "ctc_skipped": int(t["ctc_skipped"])}
+            line |= {"rejected": int(t["rejected"]), "audio_per_sec": t["audio_sec"] * world / t["seconds"]}
+            log.write(line)
+            sums = Counter()
+        if rank == 0 and (done or (step + 1) % args.save_every == 0):
+            info = {"best": best, "flags": model.kept_flags(args)}
+            model.save_training(args.out, step + 1, student, optimizer, modules, info)
         if stopping:
             break
 
     if rank == 0 and not dev:
-        model.save(asr, args.out)
-    if rank == 0:
-        draw_metrics(args.out)
-    for reason, n in rejected.items():
-        print(f"rank {rank}: {n} clips rejected: {reason} (first: {first[reason]})")
-    log.bar.close()
-    if world > 1:
-        dist.barrier()  # without it, gloo on a CPU may abort in the line below
-        dist.destroy_process_group()
+        model.save(student, args.out)
+    log.close()
+    model.finish()
     if start < args.steps and not trained:
-        raise ValueError(f"none of the clips could be trained on; first: {next(iter(first.values()), 'on another process')}")
+        raise ValueError(f"none of the clips could be trained on; first: {log.first_message()}")
     if stopping and step + 1 < args.steps:
         raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
 
 
 def parse_args(argv=None):
-    """Flags -> namespace."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    add = lambda flag, default, text, **kw: parser.add_argument(flag, default=default, help=f"{text} (default: {default})",
-                                                                **(kw if "action" in kw else {"type": type(default)} | kw))
-    add("--data", None, "manifests to train on", type=str, nargs="+", required=True)
-    add("--dev", None, "manifest to measure the error rate on while training", type=str)
-    add("--out", None, "folder to write to", type=str, required=True)
-    add("--resume", False, "continue from the newest state in --out, if there is one", action="store_true")
-    add("--seed", 0, "decides weights, data order and augmentation")
-    add("--device", "auto", "where to run", choices=["auto", "cpu", "cuda"])
+    """Flags -> namespace. Defaults are the demo's recipe for base."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, help="manifests to train on")
+    add("--dev", help="manifest to measure the error rate on while training")
+    add("--out", required=True, help="folder to write to")
+    add("--resume", action="store_true", help="continue from the newest state in --out, if there is one")
+    add("--seed", type=int, default=0, help="decides weights, data order and augmentation")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     # student
-    add("--student", None, "checkpoint to start from, a directory or a Hub id", type=str)
-    add("--init_encoder", None, "or: encoder of a GLM-ASR, ARK-ASR or Whisper checkpoint, with --init_lm and a new adapter", type=str)
-    add("--init_lm", None, "Qwen2, Qwen2.5 or Qwen3 causal LM to put behind it", type=str)
-    add("--init", None, "or: random weights of the size below", type=str, choices=["random"])
-    add("--tokenizer", None, "checkpoint directory to take the tokenizer from (else one is trained on --data)", type=str)
-    add("--vocab_size", 640, "size of that trained tokenizer")
-    add("--d_model", 144, "width of encoder and LM")
-    add("--encoder_layers", 3, "encoder blocks")
-    add("--lm_layers", 2, "LM blocks")
-    add("--heads", 4, "attention heads of both")
+    add("--student", help="checkpoint to start from, a directory or a Hub id")
+    add("--init_encoder", help="or: encoder of a GLM-ASR, ARK-ASR or Whisper checkpoint, with --init_lm and a new adapter")
+    add("--init_lm", help="Qwen2, Qwen2.5 or Qwen3 causal LM to put behind it")
+    add("--init", choices=["random"], help="or: random weights of the size below")
+    add("--tokenizer", help="checkpoint directory to take the tokenizer from (else one is trained on --data)")
+    add("--vocab_size", type=int, default=640, help="size of that trained tokenizer")
+    add("--d_model", type=int, default=80, help="width of encoder and LM")
+    add("--encoder_layers", type=int, default=2, help="encoder blocks")
+    add("--lm_layers", type=int, default=2, help="LM blocks")
+    add("--heads", type=int, default=4, help="attention heads of both")
     # optimisation
-    add("--steps", 1000, "optimiser updates")
-    add("--batch", 32, "utterances a step, over all processes")
-    add("--micro_batch", 16, "utterances a forward; lower it when out of memory, the update stays the same")
-    add("--lr", 1.5e-3, "peak learning rate")
-    add("--warmup", 100, "updates of linear warm-up")
-    add("--weight_decay", 0.01, "AdamW's, on matrices")
-    add("--clip", 1.0, "largest gradient norm")
-    add("--ctc", 0.0, "weight of the auxiliary CTC loss; from random weights the demo uses 1")
-    add("--spec_augment", False, "mask bands and stretches of the features", action="store_true")
+    add("--steps", type=int, default=1200, help="optimiser updates")
+    add("--batch", type=int, default=16, help="utterances a step, over all processes")
+    add("--micro_batch", type=int, default=16, help="utterances a forward; lower it when out of memory, the update stays the same")
+    add("--lr", type=float, default=3e-3, help="peak learning rate")
+    add("--warmup", type=int, default=100, help="updates of linear warm-up")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--ctc", type=float, help="weight of the auxiliary CTC loss (1 with --init random, else 0)")
+    add("--spec_augment", action="store_true", help="mask bands and stretches of the features")
     # bookkeeping
-    add("--log_every", 25, "steps between log lines")
-    add("--eval_every", 250, "steps between dev error rates")
-    add("--save_every", 250, "steps between training states")
-    add("--eval_batch", 32, "utterances a batch in dev decoding")
-    add("--max_new_tokens", 64, "longest transcript in dev decoding, tokens")
-    add("--workers", 1, "loader processes a rank")
+    add("--log_every", type=int, default=25, help="steps between log lines")
+    add("--eval_every", type=int, default=250, help="steps between dev error rates")
+    add("--save_every", type=int, default=250, help="steps between training states")
+    add("--eval_batch", type=int, default=32, help="utterances a batch in dev decoding")
+    add("--max_new_tokens", type=int, default=64, help="longest transcript in dev decoding, tokens")
+    add("--workers", type=int, default=1, help="loader processes a rank")
     args = parser.parse_args(argv)
     if bool(args.init_encoder) != bool(args.init_lm):
         parser.error("--init_encoder and --init_lm go together")
     if sum(map(bool, (args.student, args.init_encoder, args.init))) != 1:
         parser.error("give one of --student, --init_encoder with --init_lm, and --init random")
+    if args.ctc is None:
+        args.ctc = 1.0 if args.init else 0.0
     return args
 
 
