@@ -95,6 +95,9 @@ def sampled_kl(z_s, z_t, y):
     """
     logp_s = z_s.log_softmax(-1).gather(-1, y[:, None])[:, 0]                   # (N,)
     logp_t = z_t.log_softmax(-1).gather(-1, y[:, None])[:, 0]                   # (N,)
+    impossible = torch.isneginf(logp_s)  # rounding on a GPU may draw an id of probability 0: it says nothing
+    logp_s = logp_s.masked_fill(impossible, 0.0)
+    logp_t = logp_t.masked_fill(impossible, 0.0)
     advantage = (logp_t - logp_s).detach()                                      # (N,)
     return -advantage * (1 + logp_s - logp_s.detach())                          # (N,) the bracket is 1, its gradient d log p_S
 
@@ -304,6 +307,10 @@ def distil(args):
                 sums.update(added)
                 n_tokens += added["tokens"]
 
+        at_teacher = {}
+        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
+            at_teacher = model.agreement(hidden, student, teacher, to_teacher, args.top_k, args.chunk)
+
         # ---- (5) update: every token of the step weighs 1 / N, whatever rank and micro-batch it landed in       [dev 4]
         totals = model.all_sum({"tokens": n_tokens, "stop": len(stop)}, device)
         average_gradients(parameters, totals["tokens"])
@@ -330,7 +337,7 @@ def distil(args):
             line |= {k: t[k] / n_clips for k in ("truncated", "empty", "repeats")}
             line |= {k: int(t[k]) for k in ("not_scored", "rejected")}
             line["audio_per_sec"] = t["audio_sec"] * world / t["seconds"]
-            log.write(line | model.agreement(hidden, student, teacher, to_teacher, args.top_k, args.chunk))
+            log.write(line | at_teacher)
             sums = Counter()
         if rank == 0 and (done or (step + 1) % args.save_every == 0):
             model.save_training(args.out, step + 1, student, optimizer, info={"best": best, "flags": model.kept_flags(args)})
