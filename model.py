@@ -39,7 +39,7 @@ import huggingface_hub
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ASRConfig,
                           Qwen3ASRForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM, StaticCache)
@@ -55,42 +55,59 @@ SPECIAL = [PAD, EOS, AUDIO, "<|user|>", "<|begin_of_audio|>", "<|end_of_audio|>"
 # ---------------------------------------------------------------------------- audio encoder and adapter
 
 def rope_angles(n_positions, head_dim, device, theta=10_000.0):
-    """cos, sin, each (T, head_dim / 4), fp32. Half of each head is rotated: pair i of position t by the angle t theta^(-2i / rd)."""
+    """Return the cosines and sines of RoPE's angles (Su et al. 2021), each (T, head_dim / 4) in fp32.
+
+    Half of each head is rotated, rd = head_dim / 2: pair i at position t by t theta^(-2i / rd).
+    """
     rotary_dim = head_dim // 2
-    inverse = theta ** (-torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim)
-    angles = torch.arange(n_positions, device=device, dtype=torch.float32)[:, None] * inverse  # (T, rd / 2)
+    dims = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32)
+    frequencies = theta ** (-dims / rotary_dim)                    # (rd / 2,)
+    positions = torch.arange(n_positions, device=device, dtype=torch.float32)
+    angles = positions[:, None] * frequencies                      # (T, rd / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotate adjacent pairs (2i, 2i+1) of the first half of each head, pass the rest: (B, heads, T, head_dim) -> same.
+    """Rotate adjacent pairs (2i, 2i+1) of the first half of each head: (B, heads, T, head_dim) -> same.
 
-    The published layout is interleaved; transformers' glmasr pairs i with i + rd/2 instead and permutes the weights' rows.
+    The published layout is interleaved; transformers' glmasr pairs i with i + rd/2 instead and permutes
+    the weights' rows.
     """
-    n = 2 * cos.shape[-1]
-    even, odd, rest = x[..., 0:n:2], x[..., 1:n:2], x[..., n:]  # (B, heads, T, n / 2) twice, (B, heads, T, head_dim - n)
+    rotary_dim = 2 * cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-    return torch.cat([turned, rest], dim=-1)
+    even = x[..., 0:rotary_dim:2]                                  # (B, heads, T, rd / 2)
+    odd = x[..., 1:rotary_dim:2]
+    rest = x[..., rotary_dim:]                                     # (B, heads, T, head_dim - rd)
+    pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
 
 class SelfAttention(nn.Module):
+    """Multi-head self-attention with RoPE on queries and keys."""
+
     def __init__(self, d_model, heads):
         super().__init__()
         self.heads = heads
         self.q_proj = nn.Linear(d_model, d_model)
-        self.k_proj = nn.Linear(d_model, d_model, bias=False)  # as in Whisper: a bias on keys cancels in the softmax
+        self.k_proj = nn.Linear(d_model, d_model, bias=False)  # a bias on keys cancels in the softmax
         self.v_proj = nn.Linear(d_model, d_model)
         self.out_proj = nn.Linear(d_model, d_model)
 
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, T, head_dim)
+
     def forward(self, x, rope, mask):
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)             # (B, heads, T, head_dim)
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, attn_mask=mask)
-        return self.out_proj(x.transpose(1, 2).flatten(2))                               # (B, T, d_model)
+        """x (B, T, d_model), rope (cos, sin), mask (B, 1, 1, T) True on valid keys -> (B, T, d_model)."""
+        q = rotate(self.split_heads(self.q_proj(x)), *rope)
+        k = rotate(self.split_heads(self.k_proj(x)), *rope)
+        v = self.split_heads(self.v_proj(x))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, T, head_dim)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 class EncoderLayer(nn.Module):
+    """Pre-LN Transformer block."""
+
     def __init__(self, d_model, heads, ffn):
         super().__init__()
         self.self_attn_layer_norm = nn.LayerNorm(d_model)
@@ -105,96 +122,186 @@ class EncoderLayer(nn.Module):
 
 
 class WhisperEncoder(nn.Module):
-    """Whisper's encoder with RoPE in place of its position table: (B, n_mels, T) -> (B, (T + 1) // 2, d_model)."""
+    """Whisper's encoder with RoPE in place of its position table, without its last LayerNorm."""
+
     def __init__(self, n_mels, d_model, layers, heads, ffn):
         super().__init__()
+        self.head_dim = d_model // heads
         self.conv1 = nn.Conv1d(n_mels, d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(d_model, d_model, 3, stride=2, padding=1)
         self.layers = nn.ModuleList(EncoderLayer(d_model, heads, ffn) for _ in range(layers))
 
     def forward(self, mel, n_frames):
-        """-> x (B, T', d_model), valid (B, T') True on a row's own frames."""
-        own = torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None]         # (B, T)
-        x = F.gelu(self.conv1(mel)) * own[:, None]                                       # (B, d_model, T) [dev 6]
-        x = F.gelu(self.conv2(x)).transpose(1, 2)                                        # (B, T', d_model)
-        own = torch.arange(x.shape[1], device=mel.device) < (n_frames[:, None] + 1) // 2  # (B, T')
-        rope = rope_angles(x.shape[1], x.shape[-1] // self.layers[0].self_attn.heads, x.device)
+        """mel (B, n_mels, T), n_frames (B,) -> x (B, T', d_model), valid (B, T') False on padding.
+
+        T' = (T + 1) // 2: mel frames come at 100 Hz, x at 50 Hz.
+        """
+        valid = torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None]
+        x = F.gelu(self.conv1(mel)) * valid[:, None]               # (B, d_model, T) [dev 6]
+        x = F.gelu(self.conv2(x)).transpose(1, 2)                  # (B, T', d_model)
+        valid = torch.arange(x.shape[1], device=x.device) < (n_frames[:, None] + 1) // 2
+        rope = rope_angles(x.shape[1], self.head_dim, x.device)
         for layer in self.layers:
-            x = layer(x, rope, own[:, None, None])                                       # keys of padding are masked [dev 6]
-        return x, own
+            x = layer(x, rope, valid[:, None, None])               # no key is padding [dev 6]
+        return x, valid
 
 
 class AudioEncoder(nn.Module):
-    """Encoder + adapter: log-mel (B, n_mels, T) -> audio embeddings (B, A, D) and how many are a row's own (B,)."""
+    """Encoder and adapter: log-mel features in, embeddings for the prompt of the LM out.
+
+    This class and those above copy out alone: they need torch, nn and F.
+    """
+
     def __init__(self, n_mels, d_model, layers, heads, ffn, lm_width, merge=4, act=nn.GELU):
         super().__init__()
         self.merge = merge
         self.whisper = WhisperEncoder(n_mels, d_model, layers, heads, ffn)
-        self.layer_norm = nn.LayerNorm(d_model)  # takes the place of the encoder's own last LayerNorm
-        self.adapting = nn.Sequential(nn.Linear(d_model * merge, 2 * lm_width), act(), nn.Linear(2 * lm_width, lm_width))
+        self.layer_norm = nn.LayerNorm(d_model)  # takes the place of Whisper's last LayerNorm
+        self.adapting = nn.Sequential(
+            nn.Linear(merge * d_model, 2 * lm_width),
+            act(),
+            nn.Linear(2 * lm_width, lm_width),
+        )
 
     def n_tokens(self, n_frames):
-        """Audio tokens of a clip: 100 frames/s -> 50 -> 12.5 tokens/s; what is left over is dropped; at least one."""
+        """Audio tokens of clips: 100 frames/s -> 50 -> 12.5 tokens/s, rounded down, at least one."""
         return ((n_frames + 1) // 2 // self.merge).clamp(min=1)
 
     def forward(self, mel, n_frames):
-        x, own = self.whisper(mel, n_frames)
-        x = self.layer_norm(x) * own[..., None]                                          # (B, T', d_model) [dev 6]
-        n_tokens = self.n_tokens(n_frames)                                               # (B,)
-        missing = int(n_tokens.max()) * self.merge - x.shape[1]                          # > 0 only for clips under 70 ms
-        x = F.pad(x, (0, 0, 0, missing))                                                 # (B, A merge, d_model); negative: cut
-        return self.adapting(x.unflatten(1, (-1, self.merge)).flatten(2)), n_tokens      # (B, A, D)
+        """mel (B, n_mels, T), n_frames (B,) -> audio embeddings (B, A, D), n_tokens (B,).
 
+        n_tokens: how many embeddings of a row are not padding.
+        """
+        x, valid = self.whisper(mel, n_frames)
+        x = self.layer_norm(x) * valid[..., None]                  # (B, T', d_model) [dev 6]
+        n_tokens = self.n_tokens(n_frames)
+        # Drop what does not fill a token. Clips under 70 ms do not fill one: there F.pad adds zeros.
+        n_missing = int(n_tokens.max()) * self.merge - x.shape[1]
+        x = F.pad(x, (0, 0, 0, n_missing))                         # (B, A merge, d_model)
+        x = x.unflatten(1, (-1, self.merge)).flatten(2)            # (B, A, merge d_model)
+        return self.adapting(x), n_tokens
+
+
+# ---------------------------------------------------------------------------- student
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "selu": nn.SELU}
 LANGUAGE_MODELS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
+# Keys of a student's config.json that are not handed on to the LM's config as they are.
+NOT_OF_THE_LM = """
+architectures auto_map model_type lm_type dtype torch_dtype rope_theta rope_scaling attn_implementation
+whisper_config max_whisper_length use_rope spec_aug adapter_type mlp_adapter_act merge_factor audio_token_id
+""".split()
+
 
 class Student(nn.Module):
-    """Audio encoder and causal LM, built from a published-style config.json (a dict). `head` is tied to the embeddings.
+    """Audio encoder and causal LM, built from a published-style config.json (a dict).
 
-    One key more than the published ones: lm_type "qwen3" for an LM with norms on queries and keys (absent: qwen2).
+    One key more than the published ones: lm_type "qwen3", for an LM with norms on queries and keys.
+    Raises ValueError for a config that asks for another kind of encoder or LM.
     """
+
     def __init__(self, config: dict):
         super().__init__()
-        self.config = config = {"tie_word_embeddings": True} | config
-        audio, act, lm_type = config["whisper_config"], config.get("mlp_adapter_act", "gelu"), config.get("lm_type", "qwen2")
-        if config.get("adapter_type", "mlp") != "mlp" or not config.get("use_rope", True):
-            raise ValueError("only the published encoder is written out here: use_rope=true, adapter_type='mlp'")
-        for key, value, known in (("mlp_adapter_act", act, ACTIVATIONS), ("lm_type", lm_type, LANGUAGE_MODELS)):
-            if value not in known:
-                raise ValueError(f"{key} {value!r}: expected one of {', '.join(known)}")
-        ours = {"whisper_config", "merge_factor", "use_rope", "adapter_type", "mlp_adapter_act", "audio_token_id", "spec_aug",
-                "max_whisper_length", "architectures", "auto_map", "model_type", "rope_theta", "dtype", "torch_dtype", "lm_type"}
-        # Private keys stay out: _attn_implementation could name code on the Hub, which transformers would fetch and run.
-        lm_config = {k: v for k, v in config.items() if k not in ours and k != "attn_implementation" and not k.startswith("_")}
-        if lm_config.pop("rope_scaling", None):
-            raise ValueError(f"rope_scaling {config['rope_scaling']} in config.json: not written out here")
-        lm_config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)} | (lm_config.get("rope_parameters") or {})
-        make_config, make_lm = LANGUAGE_MODELS[lm_type]
-        self.lm = make_lm(make_config(**lm_config, attn_implementation="sdpa"))
-        if set(self.lm.config.layer_types) != {"full_attention"}:
-            raise ValueError("the LM of config.json has sliding-window layers: not written out here")
-        self.audio_encoder = AudioEncoder(audio["num_mel_bins"], audio["d_model"], audio["encoder_layers"],
-                                          audio["encoder_attention_heads"], audio["encoder_ffn_dim"],
-                                          config["hidden_size"], config.get("merge_factor", 4), ACTIVATIONS[act])
+        self.config = {"tie_word_embeddings": True} | config
+        self.lm = build_language_model(self.config)
+        self.audio_encoder = build_audio_encoder(self.config)
+
+
+def build_language_model(config):
+    """Return the causal LM of a student's config.json, with random weights."""
+    lm_type = config.get("lm_type", "qwen2")
+    check_choice("lm_type", lm_type, LANGUAGE_MODELS)
+    if config.get("rope_scaling"):
+        raise ValueError(f"rope_scaling {config['rope_scaling']} in config.json: not written out here")
+    lm_config = {}
+    for key, value in config.items():
+        # Private keys stay out: transformers would fetch and run the code that _attn_implementation names.
+        if key not in NOT_OF_THE_LM and not key.startswith("_"):
+            lm_config[key] = value
+    rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)}
+    lm_config["rope_parameters"] = rope | (config.get("rope_parameters") or {})
+    config_class, lm_class = LANGUAGE_MODELS[lm_type]
+    lm = lm_class(config_class(**lm_config, attn_implementation="sdpa"))
+    if set(lm.config.layer_types) != {"full_attention"}:
+        raise ValueError("the LM of config.json has sliding-window layers: not written out here")
+    return lm
+
+
+def build_audio_encoder(config) -> AudioEncoder:
+    """Return the encoder and adapter of a student's config.json, with random weights."""
+    if config.get("adapter_type", "mlp") != "mlp" or not config.get("use_rope", True):
+        raise ValueError("only the published encoder is written out here: "
+                         "use_rope=true, adapter_type='mlp'")
+    act = config.get("mlp_adapter_act", "gelu")
+    check_choice("mlp_adapter_act", act, ACTIVATIONS)
+    audio = config["whisper_config"]
+    return AudioEncoder(
+        n_mels=audio["num_mel_bins"],
+        d_model=audio["d_model"],
+        layers=audio["encoder_layers"],
+        heads=audio["encoder_attention_heads"],
+        ffn=audio["encoder_ffn_dim"],
+        lm_width=config["hidden_size"],
+        merge=config.get("merge_factor", 4),
+        act=ACTIVATIONS[act],
+    )
+
+
+def check_choice(key, value, choices) -> None:
+    """Raise ValueError if the value of a key of config.json is not one that is written out here."""
+    if value not in choices:
+        raise ValueError(f"{key} {value!r}: expected one of {', '.join(choices)}")
+
+
+def empty_student(config) -> Student:
+    """Return a student on the meta device: no memory is taken and no weight drawn before a checkpoint is read."""
+    with torch.device("meta"):
+        net = Student(config)
+    # The LM's RoPE angles stand in no checkpoint, so they are computed now.
+    net.lm.model.rotary_emb = type(net.lm.model.rotary_emb)(config=net.lm.config)
+    return net
+
+
+def student_config(lm_config, whisper_config, ids, n_rows) -> dict:
+    """Return config.json in the published layout.
+
+    lm_config: the LM's keys, by transformers' names. whisper_config: the encoder's five sizes.
+    ids: {token: id} of SPECIAL. n_rows: rows of the embedding table, V.
+    """
+    return lm_config | {
+        "architectures": ["ArkasrForConditionalGeneration"],
+        "model_type": "arkasr",
+        "vocab_size": n_rows,
+        "whisper_config": whisper_config | {"max_source_positions": 1500},
+        "adapter_type": "mlp",
+        "merge_factor": 4,
+        "use_rope": True,
+        "mlp_adapter_act": "gelu",
+        "spec_aug": False,
+        "max_whisper_length": 1500,
+        "audio_token_id": ids[AUDIO],
+        "bos_token_id": ids[PAD],
+        "eos_token_id": ids[EOS],
+        "pad_token_id": ids[PAD],
+    }
 
 
 # ---------------------------------------------------------------------------- a model with its tokenizer
 
 @dataclass
 class ASR:
-    """A recogniser: what every script needs to run a model without knowing its family. This one is a student."""
+    """A recogniser: what is needed to run a model without knowing its family. This one is a student."""
     net: nn.Module
     tokenizer: PreTrainedTokenizerFast
     prefix_ids: list[int]     # prompt before the audio
     suffix_ids: list[int]     # prompt after the audio
     eos_id: int
     pad_id: int
-    audio_id: int
-    stop: torch.Tensor        # (V,) True for ids that end a transcript: EOS, and what else the checkpoint ends at
-    blocked: torch.Tensor     # (V,) True for ids that no transcript may contain: special tokens, padded tail of the vocabulary
-    companions: dict[str, str] = field(default_factory=dict)  # further text files of the checkpoint, for its publisher's own code
+    audio_id: int             # placeholder in the prompt, one for each audio embedding
+    stop: torch.Tensor        # (V,) True for ids that end a transcript; see stop_and_blocked
+    blocked: torch.Tensor     # (V,) True for ids that no transcript may contain
+    other_files: dict[str, str] = field(default_factory=dict)  # name -> text; see read_other_files
 
     @property
     def device(self):
@@ -205,49 +312,417 @@ class ASR:
         return self.net.config["whisper_config"]["num_mel_bins"]
 
     @property
-    def body(self):           # inputs_embeds -> last hidden state (B, columns, D)
+    def body(self):
+        """The LM without its head: embeddings (B, columns, D) -> hidden states (B, columns, D)."""
         return self.net.lm.model
 
     @property
-    def head(self):           # hidden (N, D) -> logits (N, V)
+    def head(self):
+        """The linear layer from hidden rows (N, D) to logits (N, V)."""
         return self.net.lm.lm_head
 
-    def hear(self, batch: data.Batch):
-        """-> audio embeddings (B, A, D), how many are a row's own (B,)."""
-        return self.net.audio_encoder(batch.mel.to(self.device, self.head.weight.dtype), batch.n_frames.to(self.device))
+    def encode(self, batch: data.Batch):
+        """Return audio embeddings (B, A, D), and how many of each row are not padding (B,)."""
+        mel = batch.mel.to(self.device, self.head.weight.dtype)
+        return self.net.audio_encoder(mel, batch.n_frames.to(self.device))
 
     def suffixes(self, batch: data.Batch, audio, n_audio) -> list[list[int]]:
-        """What follows the audio in each row's prompt."""
+        """Return the ids that follow the audio in each row's prompt; audio, n_audio are from `encode`."""
         return [self.suffix_ids] * len(batch.utterances)
 
     def prompt_ids(self, n_audio, suffix) -> list[int]:
-        """One row's prompt, a placeholder for each of its n_audio audio embeddings."""
-        return [*self.prefix_ids, *[self.audio_id] * n_audio, *suffix]
+        """Return the ids of one row's prompt, with a placeholder for each audio embedding."""
+        return self.prefix_ids + [self.audio_id] * n_audio + suffix
 
     def autocast(self):
         """bf16 arithmetic on a GPU over fp32 weights (untested on hardware here); nothing on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     @cached_property
-    def plain(self) -> Tokenizer:
+    def plain_tokenizer(self) -> Tokenizer:
         """The tokenizer without its added tokens: whatever a text looks like, it stays text."""
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
 
     def encode_text(self, text: str) -> list[int]:
-        """Transcript -> ids of the response, EOS included. No text can inject a special token."""
-        return self.plain.encode(text, add_special_tokens=False).ids + [self.eos_id]
+        """Return the ids of a response, EOS included. No text can inject a special token."""
+        return self.plain_tokenizer.encode(text, add_special_tokens=False).ids + [self.eos_id]
 
     def decode(self, ids, mask) -> list[str]:
-        """Response ids and mask (B, R) -> transcripts, without what ended them."""
-        keep = mask & ~self.stop[ids]
-        return [self.tokenizer.decode([i for i, k in zip(row, own) if k]) for row, own in zip(ids.tolist(), keep.tolist())]
+        """Return the transcripts of ids and mask (B, R), without the tokens that ended them."""
+        is_text = (mask & ~self.stop[ids]).cpu()
+        return [self.tokenizer.decode(row[kept].tolist()) for row, kept in zip(ids.cpu(), is_text)]
+
+
+def special_ids(tokenizer, tokens, n_rows) -> dict[str, int]:
+    """Return {token: id} of the prompt's special tokens.
+
+    Raises ValueError naming the one that the tokenizer lacks or that lies beyond the n_rows embeddings.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids = {token: vocabulary.get(token) for token in tokens}
+    for token, i in ids.items():
+        if i is None or i >= n_rows:
+            raise ValueError(f"the tokenizer has no usable {token!r} (id {i}, {n_rows} embeddings)")
+    return ids
+
+
+def stop_and_blocked(tokenizer, stop_ids, n_rows, device):
+    """Return stop and blocked, each (n_rows,) bool: ids that end a transcript, ids that no transcript may contain.
+
+    Blocked are the special tokens, added tokens spelled <...>, and the padded tail of the vocabulary, but
+    not those that stop.
+    """
+    stop = torch.zeros(n_rows, dtype=torch.bool)
+    for i in stop_ids:
+        # Qwen3-ASR's original config names none; transformers' defaults lie past a small vocabulary.
+        if i < n_rows:
+            stop[i] = True
+    blocked = torch.zeros(n_rows, dtype=torch.bool)
+    blocked[len(tokenizer):] = True
+    markup = [i for token, i in tokenizer.get_added_vocab().items() if re.fullmatch(r"<.*>", token)]
+    for i in markup + tokenizer.all_special_ids:
+        if i < n_rows:
+            blocked[i] = True
+    return stop.to(device), (blocked & ~stop).to(device)
+
+
+def id_set(value) -> set[int]:
+    """Return a token id of a config, which may be None, a number or a list, as a set."""
+    if value is None:
+        return set()
+    if isinstance(value, int):
+        return {value}
+    return set(value)
+
+
+def assemble(net: Student, tokenizer, device, other_files=None) -> ASR:
+    """Join network and tokenizer.
+
+    The network is in eval mode, in training too: a rollout and its scoring must be the same function, and
+    no published config drops out. Raises ValueError naming the token that has another id in config.json.
+    """
+    other_files = other_files or {}
+    n_rows = net.config["vocab_size"]
+    ids = special_ids(tokenizer, SPECIAL, n_rows)
+    generation_config = json.loads(other_files.get("generation_config.json", "{}"))
+    stop_ids = id_set(net.config.get("eos_token_id")) | id_set(generation_config.get("eos_token_id"))
+    for key, token in (("audio_token_id", AUDIO), ("eos_token_id", EOS), ("pad_token_id", PAD)):
+        accepted = stop_ids if token == EOS else id_set(net.config.get(key))
+        if ids[token] not in accepted:
+            raise ValueError(f"config.json says {key} = {net.config.get(key)}, "
+                             f"but the tokenizer has {token!r} at {ids[token]}")
+    stop, blocked = stop_and_blocked(tokenizer, stop_ids, n_rows, device)
+    instruction = tokenizer.encode(INSTRUCTION, add_special_tokens=False)
+    return ASR(
+        net=net.eval().to(device),
+        tokenizer=tokenizer,
+        prefix_ids=[ids["<|user|>"], ids["<|begin_of_audio|>"]],
+        suffix_ids=[ids["<|end_of_audio|>"], *instruction, ids["<|assistant|>"]],
+        eos_id=ids[EOS],
+        pad_id=ids[PAD],
+        audio_id=ids[AUDIO],
+        stop=stop,
+        blocked=blocked,
+        other_files=other_files,
+    )
+
+
+# How Qwen's tokenizers cut a text into words before byte pairs are merged.
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def train_tokenizer(texts, vocab_size) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with Qwen's pre-tokenisation on texts. It can write any UTF-8."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = list(texts)
+    # The instruction stands in every prompt: seen often enough, it becomes a few tokens.
+    texts += [INSTRUCTION] * (len(texts) // 10 + 1)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device="cpu") -> ASR:
+    """Return a student of any size, its weights drawn from torch's global generator.
+
+    Encoder and LM have one width and one number of heads. Raises ValueError if these do not fit.
+    """
+    if d_model % (4 * heads):
+        raise ValueError(f"d_model {d_model} must be a multiple of 4 x heads = {4 * heads}: "
+                         "RoPE turns pairs in half of each head")
+    lm_config = {
+        "hidden_size": d_model,
+        "intermediate_size": 2 * d_model,
+        "num_hidden_layers": lm_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "initializer_range": d_model ** -0.5 / 2,
+    }
+    whisper_config = {
+        "d_model": d_model,
+        "encoder_layers": encoder_layers,
+        "encoder_attention_heads": heads,
+        "encoder_ffn_dim": 2 * d_model,
+        "num_mel_bins": 128,
+    }
+    n_rows = round_up(len(tokenizer) + 1, 64)  # a padded tail, as published vocabularies have
+    ids = special_ids(tokenizer, SPECIAL, n_rows)
+    net = Student(student_config(lm_config, whisper_config, ids, n_rows))
+    # Log-mel has a standard deviation of 0.3. Brought to about 1 here, training leaves its first plateau
+    # in fewer updates.
+    net.audio_encoder.whisper.conv1.weight.data.mul_(4.0)
+    return assemble(net, tokenizer, device)
+
+
+def round_up(n, multiple) -> int:
+    """Return the smallest multiple that is not less than n."""
+    return math.ceil(n / multiple) * multiple
+
+
+# ---------------------------------------------------------------------------- save and load
+
+def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
+    """Write a checkpoint directory in the published layout.
+
+    It is written to a temporary folder first. A new directory then appears whole, by one rename. In an
+    existing one the files are swapped in one by one, weights last (of one run only the weights ever change).
+    extra: further files, {"name.json" or "name.safetensors": dict}.
+    """
+    path = Path(path).absolute()
+    # Either folder is on the same file system as path.
+    temporary = path / ".tmp" if path.exists() else path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_files(asr, temporary, extra or {})
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "model.safetensors"):
+        os.replace(file, path / file.name)
+    temporary.rmdir()
+
+
+def write_files(asr: ASR, folder, extra) -> None:
+    """Write all files of a checkpoint into a folder. A tied head is not stored."""
+    for name, text in asr.other_files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(asr.net.config, indent=2))
+    asr.tokenizer.save_pretrained(folder)
+    for name, content in extra.items():
+        if name.endswith(".json"):
+            (folder / name).write_text(json.dumps(content, indent=2))
+        else:
+            save_file(content, folder / name, metadata={"format": "pt"})
+    tensors = {}
+    for name, tensor in asr.net.state_dict().items():
+        tensors[name.removeprefix("lm.")] = tensor.detach().cpu().contiguous()
+    if asr.net.config["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(name, device="cpu", dtype=None) -> ASR:
+    """Read a checkpoint, by its directory or Hub id: a student or a Qwen3-ASR, the latter in either layout.
+
+    Without a dtype, a student is fp32, whatever the file holds; a Qwen3-ASR, never trained, is bf16 on a
+    GPU. Raises FileNotFoundError, and ValueError that names every weight, token or key that does not fit.
+    """
+    path = find_checkpoint(name)
+    config = json.loads((path / "config.json").read_text())
+    model_type = config.get("model_type")
+    if model_type == "arkasr":
+        return load_arkasr(path, config, device, dtype or torch.float32)
+    if model_type == "qwen3_asr":
+        return load_qwen3_asr(path, config, device, dtype or inference_dtype(device))
+    raise ValueError(f"{path}/config.json: model_type {model_type!r} is not known; "
+                     "expected 'arkasr' or 'qwen3_asr'")
+
+
+def inference_dtype(device):
+    """The dtype of a checkpoint that is not trained: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def load_student(name, device) -> ASR:
+    """Read a checkpoint to train. Raises ValueError if it is not a student."""
+    asr = load(name, device)
+    if not isinstance(asr.net, Student):
+        raise ValueError(f"{name} is a Qwen3-ASR checkpoint: it can teach and be evaluated, "
+                         "but only students (model_type 'arkasr') are trained")
+    return asr
+
+
+def load_teacher(name, device) -> ASR:
+    """Read a frozen checkpoint of either family: in bf16 on a GPU, in fp32 on a CPU."""
+    asr = load(name, device, inference_dtype(device))
+    asr.net.requires_grad_(False)
+    return asr
+
+
+def find_checkpoint(name) -> Path:
+    """Return the local folder of a checkpoint: a directory, or a Hub id "owner/name", then downloaded.
+
+    Code files (*.py) come along and are never run. Raises FileNotFoundError.
+    """
+    path = Path(name)
+    # "runs/x" beside a folder runs is a slip of the pen, not somebody's repository.
+    is_local = path.is_dir() or path.parent.is_dir()
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not is_local:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]
+        try:
+            return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+        except Exception as error:  # offline, unknown, gated: one line is enough
+            raise FileNotFoundError(f"{name}: no such directory, and not to be had from the Hub "
+                                    f"({type(error).__name__}: {error})") from error
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: no such directory")
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"{name}: no config.json there, so it is not a checkpoint directory")
+    return path
+
+
+def load_tokenizer(name) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of a checkpoint: tokenizer.json, or Qwen's vocab.json and merges.txt."""
+    path = find_checkpoint(name)
+    if (path / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    return Qwen2Tokenizer.from_pretrained(path)
+
+
+OTHER_FILES = """
+generation_config.json preprocessor_config.json processor_config.json chat_template.jinja
+special_tokens_map.json added_tokens.json vocab.json merges.txt
+""".split()
+
+
+def read_other_files(path) -> dict[str, str]:
+    """Read the publisher's code, and the files that it wants beside the weights -> {name: text}.
+
+    `save` carries them along. They are text to us and never run; of generation_config.json, `assemble`
+    reads the ids that end a transcript.
+    """
+    files = {}
+    for file in sorted(path.iterdir()):
+        if file.name in OTHER_FILES or file.suffix == ".py":
+            files[file.name] = file.read_text(encoding="utf-8")
+    return files
+
+
+def read_weights(path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a directory -> {name: tensor}; model.safetensors, or the shards of an index.
+
+    Raises FileNotFoundError naming the files that are missing.
+    """
+    names = ["model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    if not (path / "model.safetensors").exists() and index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (path / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{path}: {', '.join(missing)} not found; "
+                                "weights are read from safetensors only")
+    tensors = {}
+    for name in names:
+        tensors |= load_file(path / name)
+    return tensors
+
+
+# Weights of published checkpoints that nothing reads: RoPE takes the place of Whisper's table of positions,
+# and the LayerNorm before the adapter that of Whisper's last one.
+UNUSED_WEIGHTS = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")
+
+
+def load_arkasr(path, config, device, dtype) -> ASR:
+    """Read a student's directory."""
+    net = empty_student(config)
+    tensors = {}
+    for name, tensor in read_weights(path).items():
+        if name.startswith(UNUSED_WEIGHTS) or name.endswith(".num_batches_tracked"):
+            continue
+        ours = name if name.startswith("audio_encoder.") else "lm." + name
+        tensors[ours] = tensor.to(dtype)
+    if net.config["tie_word_embeddings"]:
+        tie_head(tensors, path)
+    load_weights(net, tensors, path)
+    return assemble(net, load_tokenizer(path), device, read_other_files(path))
+
+
+def tie_head(tensors, path) -> None:
+    """Make the LM's head the embedding table itself, in a dict of weights by our names.
+
+    Raises ValueError if the stored head is another matrix: one of the two would be lost.
+    """
+    table = tensors.get("lm.model.embed_tokens.weight")
+    if table is None:
+        return  # load_weights lists it as missing
+    if not torch.equal(tensors.get("lm.lm_head.weight", table), table):
+        raise ValueError(f"{path}/config.json ties lm_head.weight to the embeddings, "
+                         "but the stored one is another matrix")
+    tensors["lm.lm_head.weight"] = table
+
+
+def load_weights(net: Student, tensors, path) -> None:
+    """Put tensors, by our names, into a student built on the meta device.
+
+    Raises ValueError that lists every weight that is missing, unexpected or misshapen.
+    """
+    expected = net.state_dict()
+    wrong = [f"missing {name}" for name in expected if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in expected]
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+    if wrong:
+        raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
+    net.load_state_dict(tensors, assign=True)
+    net.lm.tie_weights()
+
+
+# ---------------------------------------------------------------------------- Qwen3-ASR
+
+# A language as a manifest may spell it, in lower case -> its name in the prompt.
+LANGUAGE_NAMES = LANGUAGE_CODE_TO_NAME | {
+    "cmn": "Chinese",
+    "zho": "Chinese",
+    "chi": "Chinese",
+    "cn": "Chinese",
+    "mandarin": "Chinese",
+    "eng": "English",
+    "jpn": "Japanese",
+    "jp": "Japanese",
+    "kor": "Korean",
+    "tha": "Thai",
+    "tl": "Filipino",
+}
+LANGUAGE_NAMES |= {name.lower(): name for name in LANGUAGE_CODE_TO_NAME.values()}
 
 
 @dataclass
 class Qwen3ASR(ASR):
-    """A Qwen3-ASR checkpoint in transformers' native classes. Its prompt names the language of the audio."""
-    languages: dict = field(default_factory=dict)  # clip -> ids of "language X<asr_text>" that the model itself wrote
+    """A Qwen3-ASR checkpoint in transformers' classes. Its prompt names the language of the audio."""
+    # clip_key -> ids of "language X<asr_text>" that the model itself wrote
+    heard_languages: dict[tuple, list[int]] = field(default_factory=dict)
 
     @property
     def n_mels(self):
@@ -261,403 +736,207 @@ class Qwen3ASR(ASR):
     def head(self):
         return self.net.lm_head
 
-    def hear(self, batch):
-        """The audio tower takes whole seconds of 100 frames, zeros behind a clip's own; clips below half a second are padded before."""
-        chunk = 2 * self.net.config.audio_config.n_window
-        n_frames = torch.tensor([batch.padded[i].shape[1] if i in batch.padded else n for i, n in enumerate(batch.n_frames.tolist())])
-        mel = batch.mel.new_zeros(len(n_frames), self.n_mels, -(-int(n_frames.max()) // chunk) * chunk)         # (B, n_mels, T)
+    def encode(self, batch: data.Batch):
+        """Return audio embeddings (B, A, D), and how many of each row are not padding (B,).
+
+        The audio tower takes whole seconds of 100 frames, zeros after a clip's end. Clips below half a
+        second were padded with silence before their features were computed: those are in batch.padded.
+        """
+        chunk = 2 * self.net.config.audio_config.n_window  # 100 frames
+        n_frames = batch.n_frames.clone()
+        for i, features in batch.padded.items():
+            n_frames[i] = features.shape[1]
+        n_columns = round_up(int(n_frames.max()), chunk)
+        mel = batch.mel.new_zeros(len(n_frames), self.n_mels, n_columns)
         mel[:, :, :batch.mel.shape[2]] = batch.mel
         for i, features in batch.padded.items():
             mel[i, :, :features.shape[1]] = features
-        own = torch.arange(mel.shape[2]) < n_frames[:, None]                                                     # (B, T)
-        packed = self.net.get_audio_features(mel.to(self.device, self.head.weight.dtype), own.long().to(self.device)).pooler_output
-        r = n_frames % chunk  # a whole second gives 13 tokens, the rest goes through three convolutions of stride 2
-        n_audio = n_frames // chunk * 13 + ((((r + 1) // 2) + 1) // 2 + 1) // 2
-        return nn.utils.rnn.pad_sequence(packed.split(n_audio.tolist()), batch_first=True), n_audio.to(self.device)
+        valid = torch.arange(n_columns) < n_frames[:, None]        # (B, T)
+        mel = mel.to(self.device, self.head.weight.dtype)          # (B, n_mels, T)
+        packed = self.net.get_audio_features(mel, valid.long().to(self.device)).pooler_output
+        n_audio = count_qwen3_asr_tokens(n_frames, chunk)
+        rows = packed.split(n_audio.tolist())                      # B times (n_audio of the row, D)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True), n_audio.to(self.device)
 
-    def suffixes(self, batch, audio, n_audio):
-        """The manifest's language, else the one the model itself hears in the clip (asked once a clip). Never the student's text."""
-        key = lambda u: (u.audio, u.start_sec, u.duration_sec)
-        unknown = [i for i, u in enumerate(batch.utterances) if not u.language and key(u) not in self.languages]
-        if unknown:
-            tag = self.tokenizer.convert_tokens_to_ids("<asr_text>")
-            only_tag = torch.arange(len(self.stop), device=self.device) == tag
-            listener = replace(self, stop=only_tag, blocked=(self.blocked | self.stop) & ~only_tag)
-            prompt = place(self, [self.prompt_ids(n, self.suffix_ids) for n in n_audio[unknown].tolist()], audio[unknown], n_audio[unknown])
-            ids, mask = generate(listener, prompt, max_new_tokens=12)
-            for i, row, own in zip(unknown, ids.tolist(), mask.tolist()):
-                written = [t for t, m in zip(row, own) if m]
-                if written[-1] != tag:
-                    raise ValueError(f"{batch.utterances[i].line}: the teacher wrote {self.tokenizer.decode(written)!r} where it should name "
-                                     f"the language of {batch.utterances[i].audio}; give it in the manifest's field `language`")
-                self.languages[key(batch.utterances[i])] = written
-        return [self.suffix_ids + (self.language_ids(u) if u.language else self.languages[key(u)]) for u in batch.utterances]
+    def suffixes(self, batch: data.Batch, audio, n_audio) -> list[list[int]]:
+        """Return the ids that follow the audio in each row's prompt; audio, n_audio are from `encode`.
+
+        They name the manifest's language, or else the one that the model itself hears in the clip, asked
+        once a clip. The student's text takes no part.
+        """
+        self.hear_languages(batch, audio, n_audio)
+        rows = []
+        for utterance in batch.utterances:
+            if utterance.language:
+                language = self.language_ids(utterance)
+            else:
+                language = self.heard_languages[clip_key(utterance)]
+            rows.append(self.suffix_ids + language)
+        return rows
+
+    def hear_languages(self, batch: data.Batch, audio, n_audio) -> None:
+        """Add to heard_languages the clips of a batch for which the manifest gives no language.
+
+        Raises ValueError naming the clip if the model does not name a language.
+        """
+        unknown = []
+        for i, utterance in enumerate(batch.utterances):
+            if not utterance.language and clip_key(utterance) not in self.heard_languages:
+                unknown.append(i)
+        if not unknown:
+            return
+        written = self.write_languages(audio[unknown], n_audio[unknown])
+        for i, ids in zip(unknown, written):
+            utterance = batch.utterances[i]
+            if ids[-1] != self.asr_text_id:
+                raise ValueError(f"{utterance.line}: the teacher wrote {self.tokenizer.decode(ids)!r} "
+                                 f"where it should name the language of {utterance.audio}; "
+                                 "give it in the manifest's field `language`")
+            self.heard_languages[clip_key(utterance)] = ids
+
+    def write_languages(self, audio, n_audio) -> list[list[int]]:
+        """Return what the model greedily writes for each row without a language: ids up to <asr_text>."""
+        stop = torch.zeros_like(self.stop)
+        stop[self.asr_text_id] = True
+        asr = replace(self, stop=stop, blocked=(self.blocked | self.stop) & ~stop)
+        prompts = [self.prompt_ids(n, self.suffix_ids) for n in n_audio.tolist()]
+        ids, mask = generate(asr, place(asr, prompts, audio, n_audio), max_new_tokens=12)
+        return [row[valid].tolist() for row, valid in zip(ids, mask)]
+
+    @property
+    def asr_text_id(self):
+        return self.tokenizer.convert_tokens_to_ids("<asr_text>")
 
     def language_ids(self, utterance: data.Utterance) -> list[int]:
-        """Ids of "language X<asr_text>" for the manifest's code or name. Raises ValueError for a language the model doesn't know."""
-        spelled, code = utterance.language.lower(), re.split("[-_]", utterance.language.lower())[0]
-        aliases = dict.fromkeys(("cmn", "zho", "chi", "cn", "mandarin"), "Chinese") | dict.fromkeys(("jpn", "jp"), "Japanese") | {
-            "eng": "English", "kor": "Korean", "tha": "Thai", "tl": "Filipino"}
-        names = LANGUAGE_CODE_TO_NAME | aliases | {name.lower(): name for name in LANGUAGE_CODE_TO_NAME.values()}
-        name = names.get(spelled) or names.get(code)
+        """Return the ids of "language X<asr_text>" for the manifest's code or name of the language.
+
+        Raises ValueError naming line and value for a language that the model does not know.
+        """
+        spelled = utterance.language.lower()
+        code = re.split("[-_]", spelled)[0]  # "en-us" -> "en"
+        name = LANGUAGE_NAMES.get(spelled) or LANGUAGE_NAMES.get(code)
         if name is None:
-            raise ValueError(f"{utterance.line}: language {utterance.language!r} is not one of Qwen3-ASR's: "
-                             f"{', '.join(f'{c} {n}' for c, n in LANGUAGE_CODE_TO_NAME.items())}")
-        return self.plain.encode(f"language {name}").ids + [self.tokenizer.convert_tokens_to_ids("<asr_text>")]
+            known = ", ".join(f"{code} {name}" for code, name in LANGUAGE_CODE_TO_NAME.items())
+            raise ValueError(f"{utterance.line}: language {utterance.language!r} "
+                             f"is not one of Qwen3-ASR's: {known}")
+        return self.plain_tokenizer.encode(f"language {name}").ids + [self.asr_text_id]
 
 
-def special_ids(tokenizer, tokens, n_rows) -> dict[str, int]:
-    """Ids of the prompt's special tokens. Raises ValueError naming the one that the tokenizer lacks or the embeddings don't reach."""
-    vocabulary = tokenizer.get_vocab()
-    ids = {token: vocabulary.get(token) for token in tokens}
-    for token, i in ids.items():
-        if i is None or i >= n_rows:
-            raise ValueError(f"the tokenizer has no usable {token!r} (id {i}, {n_rows} embeddings)")
-    return ids
+def clip_key(utterance: data.Utterance) -> tuple:
+    """What tells one clip's audio from another's: segments of one file are different clips."""
+    return utterance.audio, utterance.start_sec, utterance.duration_sec
 
 
-def stop_and_blocked(tokenizer, stop_ids, n_rows, device):
-    """-> stop, blocked, each (V,) bool: ids that end a transcript; ids that can't stand in one.
-
-    Blocked are the special tokens, every added token spelled <...> and what lies past the tokenizer, but for those that stop.
-    """
-    stop, blocked = torch.zeros(2, n_rows, dtype=torch.bool)
-    stop[[i for i in stop_ids if i < n_rows]] = True  # Qwen3-ASR's original config has none: transformers' defaults are the real vocabulary's
-    blocked[len(tokenizer):] = True
-    added = [i for token, i in tokenizer.get_added_vocab().items() if re.fullmatch(r"<.*>", token)]
-    blocked[[i for i in {*added, *tokenizer.all_special_ids} if i < n_rows]] = True
-    return stop.to(device), (blocked & ~stop).to(device)
+def count_qwen3_asr_tokens(n_frames, chunk):
+    """Return the audio tokens (B,) of clips of n_frames (B,): a second of `chunk` frames gives 13."""
+    rest = n_frames % chunk
+    for _ in range(3):  # three convolutions of stride 2
+        rest = (rest + 1) // 2
+    return n_frames // chunk * 13 + rest
 
 
-def as_set(ids) -> set[int]:
-    """eos_token_id of a config, None, a number or a list -> set."""
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
-
-
-def assemble(net: Student, tokenizer, device, companions=None) -> ASR:
-    """Join network and tokenizer; check that every token of the prompt is what the config says. Raises ValueError naming the token.
-
-    The network is in eval mode, in training too: a rollout and its scoring must be the same function, and no published config drops out.
-    """
-    n_rows = net.config["vocab_size"]
-    ids = special_ids(tokenizer, SPECIAL, n_rows)
-    stop_ids = as_set(net.config.get("eos_token_id")) | as_set(json.loads((companions or {}).get("generation_config.json", "{}")).get("eos_token_id"))
-    for token, key, said in ((AUDIO, "audio_token_id", as_set(net.config.get("audio_token_id"))), (EOS, "eos_token_id", stop_ids),
-                             (PAD, "pad_token_id", as_set(net.config.get("pad_token_id")))):
-        if ids[token] not in said:
-            raise ValueError(f"config.json says {key} = {net.config.get(key)}, but the tokenizer has {token!r} at {ids[token]}")
-    stop, blocked = stop_and_blocked(tokenizer, stop_ids, n_rows, device)
-    instruction = tokenizer.encode(INSTRUCTION, add_special_tokens=False)
-    return ASR(net.eval().to(device), tokenizer, prefix_ids=[ids["<|user|>"], ids["<|begin_of_audio|>"]],
-               suffix_ids=[ids["<|end_of_audio|>"], *instruction, ids["<|assistant|>"]], eos_id=ids[EOS], pad_id=ids[PAD],
-               audio_id=ids[AUDIO], stop=stop, blocked=blocked, companions=companions or {})
-
-
-def train_tokenizer(texts, vocab_size) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Qwen's pre-tokenisation, trained on `texts`: any UTF-8 can be written, nothing is unknown."""
-    tokenizer = Tokenizer(models.BPE())
-    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(words, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = list(texts)
-    # The instruction stands in every prompt: seen often enough, it becomes a few tokens.
-    tokenizer.train_from_iterator(texts + [INSTRUCTION] * (len(texts) // 10 + 1), trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False)
-
-
-def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device="cpu") -> ASR:
-    """A fresh student of any size: one width for encoder and LM. Initialised from torch's global generator."""
-    vocabulary = tokenizer.get_vocab()
-    if d_model % (4 * heads):
-        raise ValueError(f"d_model {d_model} must be a multiple of 4 x heads = {4 * heads}: RoPE turns pairs in half of each head")
-    config = {
-        "architectures": ["ArkasrForConditionalGeneration"], "model_type": "arkasr", "hidden_size": d_model,
-        "intermediate_size": 2 * d_model, "num_hidden_layers": lm_layers, "num_attention_heads": heads, "num_key_value_heads": heads,
-        "vocab_size": -(-(len(tokenizer) + 1) // 64) * 64,  # rounded up past the tokenizer, as published vocabularies are
-        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048, "tie_word_embeddings": True,
-        "initializer_range": d_model ** -0.5 / 2,
-        "whisper_config": {"d_model": d_model, "encoder_layers": encoder_layers, "encoder_attention_heads": heads,
-                           "encoder_ffn_dim": 2 * d_model, "num_mel_bins": 128, "max_source_positions": 1500},
-        "adapter_type": "mlp", "merge_factor": 4, "use_rope": True, "mlp_adapter_act": "gelu", "spec_aug": False,
-        "max_whisper_length": 1500, "audio_token_id": vocabulary[AUDIO], "bos_token_id": vocabulary[PAD],
-        "eos_token_id": vocabulary[EOS], "pad_token_id": vocabulary[PAD]}
-    student = Student(config)
-    # Log-mel has a standard deviation of 0.3; brought to about 1 here, training leaves its first plateau in fewer updates.
-    student.audio_encoder.whisper.conv1.weight.data.mul_(4.0)
-    return assemble(student, tokenizer, device)
-
-
-# ---------------------------------------------------------------------------- save and load
-
-def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
-    """Write a checkpoint directory in the published layout: config.json, model.safetensors (fp32), tokenizer files, and what other
-    text files the checkpoint came with (its publisher's code and settings: carried along, never run).
-
-    Written to a temporary folder first. A new directory then appears whole, by one rename; in an existing one the files are swapped
-    in one by one, weights last (of one run only the weights ever change). extra: {"name.json" or "name.safetensors": dict}.
-    """
-    path = Path(path).absolute()
-    temporary = path / ".tmp" if path.exists() else path.with_name(path.name + ".tmp")  # on the same file system either way
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, text in asr.companions.items():
-        (temporary / name).write_text(text, encoding="utf-8")
-    (temporary / "config.json").write_text(json.dumps(asr.net.config, indent=2))
-    asr.tokenizer.save_pretrained(temporary)
-    tensors = {k.removeprefix("lm."): v.detach().cpu().contiguous() for k, v in asr.net.state_dict().items()}
-    if asr.net.config["tie_word_embeddings"]:
-        del tensors["lm_head.weight"]
-    for name, content in {**(extra or {}), "model.safetensors": tensors}.items():
-        if name.endswith(".json"):
-            (temporary / name).write_text(json.dumps(content, indent=2))
-        else:
-            save_file(content, temporary / name, metadata={"format": "pt"})
-    if not path.exists():
-        os.rename(temporary, path)
-        return
-    for file in sorted(temporary.iterdir(), key=lambda f: f.name == "model.safetensors"):
-        os.replace(file, path / file.name)
-    temporary.rmdir()
-
-
-COMPANIONS = """generation_config.json preprocessor_config.json processor_config.json chat_template.jinja added_tokens.json
-special_tokens_map.json vocab.json merges.txt""".split()
-
-
-def find(name) -> Path:
-    """A checkpoint directory, or the Hub id "owner/name" of one -> its local folder. Code files (*.py) come along and are never run."""
-    # "runs/x" beside a folder runs is a slip of the pen, not somebody's repository.
-    if Path(name).is_dir() or Path(name).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        if not (Path(name) / "config.json").exists():
-            raise FileNotFoundError(f"{name}: no config.json there, so it is not a checkpoint directory" if Path(name).exists()
-                                    else f"{name}: no such directory")
-        return Path(name)
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]))
-    except Exception as error:  # offline, unknown, gated: one line is enough
-        raise FileNotFoundError(f"{name}: no such directory, and not to be had from the Hub ({type(error).__name__}: {error})") from error
-
-
-def load_tokenizer(path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint: tokenizer.json, or Qwen's vocab.json and merges.txt."""
-    path = find(path)
-    return (PreTrainedTokenizerFast if (path / "tokenizer.json").exists() else Qwen2Tokenizer).from_pretrained(path)
-
-
-def read_weights(path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint directory: one model.safetensors, or the shards that its index lists."""
-    index = path / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if not (path / files[0]).exists() and index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    absent = [file for file in files if not (path / file).exists()]
-    if absent:
-        raise FileNotFoundError(f"{path}: {', '.join(absent)} not found; weights are read from safetensors only")
-    return {k: v for file in files for k, v in load_file(path / file).items()}
-
-
-def fill(net, tensors, where) -> None:
-    """Put tensors into a network built on the meta device. A missing, unexpected or misshapen weight is an error that lists all of them."""
-    expected = net.state_dict()
-    wrong = [f"missing {k}" for k in expected if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in expected]
-    wrong += [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}" for k, v in expected.items()
-              if k in tensors and tensors[k].shape != v.shape]
-    if wrong:
-        raise ValueError(f"{where}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
-    net.load_state_dict(tensors, assign=True)
-
-
-def empty_student(config) -> Student:
-    """A student on the meta device: no memory is taken, nothing is drawn that a checkpoint would overwrite."""
-    with torch.device("meta"):
-        net = Student(config)
-    net.lm.model.rotary_emb = type(net.lm.model.rotary_emb)(config=net.lm.config)  # its angles stand in no checkpoint
-    return net
-
-
-def load(name, device="cpu", dtype=None) -> ASR:
-    """Read a checkpoint, a directory or a Hub id: a student (ARK-ASR's layout) or a Qwen3-ASR (both of its layouts).
-
-    dtype: students are fp32, whatever the checkpoint's dtype; a Qwen3-ASR, never trained, is bf16 on a GPU. Raises FileNotFoundError,
-    and ValueError that names every weight, token or key that does not fit.
-    """
-    path = find(name)
-    config = json.loads((path / "config.json").read_text())
-    if config.get("model_type") == "qwen3_asr":
-        return load_qwen3_asr(path, config, device, dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32))
-    if config.get("model_type") != "arkasr":
-        raise ValueError(f"{path}/config.json: model_type {config.get('model_type')!r} is not known; expected 'arkasr' or 'qwen3_asr'")
-    net = empty_student(config)
-    unread = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")  # published, and used by nothing
-    tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v.to(dtype or torch.float32) for k, v in read_weights(path).items()
-               if not k.startswith(unread) and not k.endswith(".num_batches_tracked")}
-    if net.config["tie_word_embeddings"] and "lm.model.embed_tokens.weight" in tensors:
-        table = tensors["lm.model.embed_tokens.weight"]
-        if not torch.equal(tensors.setdefault("lm.lm_head.weight", table), table):
-            raise ValueError(f"{path}: config.json ties lm_head.weight to the embeddings, but the stored one is another matrix")
-        tensors["lm.lm_head.weight"] = table
-    fill(net, tensors, path)
-    net.lm.tie_weights()
-    companions = {f.name: f.read_text(encoding="utf-8") for f in sorted(path.iterdir()) if f.name in COMPANIONS or f.suffix == ".py"}
-    return assemble(net, load_tokenizer(path), device, companions)
-
-
-def load_student(name, device) -> ASR:
-    """A checkpoint to train. Raises ValueError if it is not a student."""
-    asr = load(name, device)
-    if not isinstance(asr.net, Student):
-        raise ValueError(f"{name} is a Qwen3-ASR checkpoint: it can teach and be evaluated, but only students (model_type 'arkasr') are trained")
-    return asr
-
-
-def load_teacher(name, device) -> ASR:
-    """A frozen checkpoint of either family: in bf16 on a GPU, in fp32 on a CPU."""
-    asr = load(name, device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    asr.net.requires_grad_(False)
-    return asr
-
-
-# ---------------------------------------------------------------------------- Qwen3-ASR
-
-# The original repositories' names -> transformers' names.
+# The original repositories' names of weights, as regular expressions -> transformers' names.
 QWEN3_ASR_KEYS = {
-    r"^thinker\.model\.": "model.language_model.", r"^thinker\.lm_head\.": "lm_head.",
+    r"^thinker\.model\.": "model.language_model.",
+    r"^thinker\.lm_head\.": "lm_head.",
     r"^thinker\.audio_tower\.proj1\.": "model.multi_modal_projector.linear_1.",
-    r"^thinker\.audio_tower\.proj2\.": "model.multi_modal_projector.linear_2.", r"^thinker\.audio_tower\.": "model.audio_tower."}
-
-
-def qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
-    """config.json of either layout -> transformers' config. The original one nests everything in thinker_config."""
-    if "thinker_config" not in config:
-        if not {"audio_config", "text_config"} <= config.keys():  # transformers would take defaults: random weights of the 1.7B size
-            raise ValueError(f"config.json of a Qwen3-ASR has audio_config and text_config, or thinker_config; this one has {', '.join(config)}")
-        return Qwen3ASRConfig(**{k: v for k, v in config.items() if k not in ("model_type", "architectures", "transformers_version")})
-    thinker = config["thinker_config"]
-    known = lambda section, cls: {k: v for k, v in thinker[section].items() if k in cls.__dataclass_fields__ and k != "model_type"}
-    native = Qwen3ASRConfig()
-    text = known("text_config", Qwen3Config)
-    theta = thinker["text_config"].get("rope_theta") or (thinker["text_config"].get("rope_parameters") or {})["rope_theta"]
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}  # its M-RoPE gives all three axes the same position
-    tied = thinker["text_config"].get("tie_word_embeddings", thinker.get("tie_word_embeddings", True))
-    return Qwen3ASRConfig(
-        audio_config={"model_type": "qwen3_asr_encoder"} | known("audio_config", type(native.audio_config)),
-        text_config={"model_type": "qwen3"} | text, audio_token_id=thinker.get("audio_token_id", native.audio_token_id),
-        tie_word_embeddings=tied)
+    r"^thinker\.audio_tower\.proj2\.": "model.multi_modal_projector.linear_2.",
+    r"^thinker\.audio_tower\.": "model.audio_tower.",
+}
 
 
 def load_qwen3_asr(path, config, device, dtype) -> Qwen3ASR:
-    """Read a Qwen3-ASR directory. transformers would fill what it doesn't find with random numbers: here that is an error."""
+    """Read a Qwen3-ASR directory of either layout; the original one nests everything in thinker_config.
+
+    transformers would fill what it does not find with random numbers: here that is a ValueError.
+    """
+    if "thinker_config" in config:
+        net_config = original_qwen3_asr_config(config["thinker_config"])
+        key_mapping = QWEN3_ASR_KEYS
+    else:
+        net_config = native_qwen3_asr_config(config)
+        key_mapping = None
     net, report = Qwen3ASRForConditionalGeneration.from_pretrained(
-        path, config=qwen3_asr_config(config), key_mapping=QWEN3_ASR_KEYS if "thinker_config" in config else None, dtype=dtype,
-        attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
-        ignore_mismatched_sizes=True)  # not ignored, but reported with the rest below
-    wrong = [f"{kind.removesuffix('_keys')} {key}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-             for key in sorted(map(str, report[kind]))]
+        path,
+        config=net_config,
+        key_mapping=key_mapping,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # not ignored, but reported with the rest below
+    )
+    wrong = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        wrong += [f"{kind} {key}" for key in sorted(map(str, report[f"{kind}_keys"]))]
     if wrong:
         raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
-    return assemble_qwen3_asr(net.eval(), load_tokenizer(path), device)
+    return assemble_qwen3_asr(net, load_tokenizer(path), device)
+
+
+def native_qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
+    """Return transformers' config from a config.json in transformers' layout."""
+    # Without these, transformers would take its defaults: the 1.7B size.
+    if "audio_config" not in config or "text_config" not in config:
+        raise ValueError("config.json of a Qwen3-ASR has audio_config and text_config, "
+                         f"or thinker_config; this one has {', '.join(config)}")
+    not_settings = ("model_type", "architectures", "transformers_version")
+    return Qwen3ASRConfig(**{key: value for key, value in config.items() if key not in not_settings})
+
+
+def original_qwen3_asr_config(thinker: dict) -> Qwen3ASRConfig:
+    """Return transformers' config from the thinker_config of the original layout."""
+    native = Qwen3ASRConfig()
+    text = thinker["text_config"]
+    theta = text.get("rope_theta") or (text.get("rope_parameters") or {})["rope_theta"]
+    text_config = known_keys(text, Qwen3Config)
+    text_config["model_type"] = "qwen3"
+    # Its M-RoPE gives all three axes the same position, so it is the default RoPE.
+    text_config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    audio_config = known_keys(thinker["audio_config"], type(native.audio_config))
+    audio_config["model_type"] = "qwen3_asr_encoder"
+    return Qwen3ASRConfig(
+        audio_config=audio_config,
+        text_config=text_config,
+        audio_token_id=thinker.get("audio_token_id", native.audio_token_id),
+        tie_word_embeddings=text.get("tie_word_embeddings", thinker.get("tie_word_embeddings", True)),
+    )
+
+
+def known_keys(section: dict, config_class) -> dict:
+    """Return the part of a config's section that transformers' class knows; the original has more keys."""
+    return {key: value for key, value in section.items() if key in config_class.__dataclass_fields__}
 
 
 def assemble_qwen3_asr(net, tokenizer, device) -> Qwen3ASR:
-    """Join network and tokenizer, as `assemble` does for a student."""
-    n_rows = net.config.text_config.vocab_size
+    """Join network and tokenizer, as `assemble` does for a student.
+
+    Raises ValueError naming the token that the tokenizer lacks or that has another id in config.json.
+    """    n_rows = net.config.text_config.vocab_size
     tokens = ["<|im_start|>", EOS, "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>", "<asr_text>"]
-    start, eos, audio_start, audio_pad, audio_end, _ = special_ids(tokenizer, tokens, n_rows).values()
-    if net.config.audio_token_id != audio_pad:
-        raise ValueError(f"config.json says audio_token_id = {net.config.audio_token_id}, but the tokenizer has '<|audio_pad|>' at {audio_pad}")
-    text = lambda words: tokenizer.encode(words, add_special_tokens=False)
-    turn = lambda role: [start, *text(role + "\n")]
-    stop, blocked = stop_and_blocked(tokenizer, {eos} | as_set(net.config.eos_token_id), n_rows, device)
-    return Qwen3ASR(net.to(device), tokenizer, prefix_ids=[*turn("system"), eos, *text("\n"), *turn("user"), audio_start],
-                    suffix_ids=[audio_end, eos, *text("\n"), *turn("assistant")], eos_id=eos, pad_id=eos, audio_id=audio_pad,
-                    stop=stop, blocked=blocked)
+    ids = special_ids(tokenizer, tokens, n_rows)
+    audio_id = ids["<|audio_pad|>"]
+    if net.config.audio_token_id != audio_id:
+        raise ValueError(f"config.json says audio_token_id = {net.config.audio_token_id}, "
+                         f"but the tokenizer has '<|audio_pad|>' at {audio_id}")
+    stop_ids = {ids[EOS]} | id_set(net.config.eos_token_id)
+    stop, blocked = stop_and_blocked(tokenizer, stop_ids, n_rows, device)
+    prefix = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|>"
+    suffix = "<|audio_end|><|im_end|>\n<|im_start|>assistant\n"
+    return Qwen3ASR(
+        net=net.eval().to(device),
+        tokenizer=tokenizer,
+        prefix_ids=tokenizer.encode(prefix, add_special_tokens=False),
+        suffix_ids=tokenizer.encode(suffix, add_special_tokens=False),
+        eos_id=ids[EOS],
+        pad_id=ids[EOS],
+        audio_id=audio_id,
+        stop=stop,
+        blocked=blocked,
+    )
 
 
-# ---------------------------------------------------------------------------- a student from parts
-
-def interleave_rope(weight, heads):
-    """Undo transformers' row order of q and k: of each head's rows, first half [0, 2, .., 1, 3, ..] -> [0, 1, 2, 3, ..]; weight or bias."""
-    rows = weight.unflatten(0, (heads, -1)).clone()                                       # (heads, head_dim, ...)
-    n = rows.shape[1] // 2
-    rows[:, 0:n:2], rows[:, 1:n:2] = rows[:, :n // 2].clone(), rows[:, n // 2:n].clone()
-    return rows.flatten(0, 1)
-
-
-def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Encoder of a GLM-ASR (transformers' or its original layout), ARK-ASR or Whisper checkpoint -> whisper_config, weights by our names.
-
-    Whisper adds a table of positions where this encoder turns queries and keys: its weights fit, and the positions have to be learnt anew.
-    """
-    path = find(name)
-    config, tensors = json.loads((path / "config.json").read_text()), read_weights(path)
-    if config.get("model_type") == "glmasr":
-        audio = config["audio_config"]
-        shape = dict(d_model=audio["hidden_size"], encoder_layers=audio["num_hidden_layers"], encoder_attention_heads=audio["num_attention_heads"],
-                     encoder_ffn_dim=audio["intermediate_size"], num_mel_bins=audio.get("num_mel_bins", 128))
-        rope = audio.get("rope_parameters") or {}
-        if (rope.get("rope_theta", 1e4), rope.get("partial_rotary_factor", 0.5)) != (1e4, 0.5):
-            raise ValueError(f"{path}/config.json: rope_parameters {rope}; expected theta 10000 on half of each head")
-        prefix = next((p for p in ("audio_tower.", "model.audio_tower.") if p + "conv1.weight" in tensors), "audio_tower.")  # on disk, in memory
-        new_names = {
-            ".o_proj.": ".out_proj.", ".input_layernorm.": ".self_attn_layer_norm.", ".post_attention_layernorm.": ".final_layer_norm.",
-            ".mlp.fc": ".fc", "whisper.norm.": "layer_norm."}
-    else:
-        prefix = next((p for p in ("audio_encoder.whisper.", "model.encoder.", "encoder.") if p + "conv1.weight" in tensors), None)
-        if prefix is None:
-            raise ValueError(f"{path}: no Whisper-shaped encoder among its weights, such as {sorted(tensors)[:3]}")
-        shape = config.get("whisper_config", config)
-        shape = {k: shape[k] for k in ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins")}
-        new_names = {"whisper.layer_norm.": "layer_norm."} if prefix != "audio_encoder.whisper." else {}
-    ours = {}
-    for key, value in tensors.items():
-        if key.startswith(prefix):
-            new = "whisper." + key.removeprefix(prefix)
-            for old_part, new_part in new_names.items():
-                new = new.replace(old_part, new_part) if old_part[0] == "." or new.startswith(old_part) else new
-            turned = config.get("model_type") == "glmasr" and re.search(r"\.[qk]_proj\.", new)
-            ours[new] = interleave_rope(value, shape["encoder_attention_heads"]) if turned else value
-    ours |= {k.removeprefix("audio_encoder."): v for k, v in tensors.items() if k.startswith("audio_encoder.layer_norm.")}
-    return shape, {k: v for k, v in ours.items() if not k.startswith(("whisper.embed_positions.", "whisper.layer_norm."))}
-
-
-def student_from_parts(encoder, lm, device="cpu") -> ASR:
-    """A fresh student from a trained audio encoder and a trained Qwen2, Qwen2.5 or Qwen3 causal LM; the adapter is new (torch's generator).
-
-    Tokens of the prompt that the LM's tokenizer lacks are added; their embeddings start at the mean of the text's, with its spread.
-    """
-    path = find(lm)
-    lm_config = {"tie_word_embeddings": False} | json.loads((path / "config.json").read_text())  # transformers' default, not ARK-ASR's
-    tokenizer = load_tokenizer(path)
-    if lm_config.get("model_type") not in LANGUAGE_MODELS:
-        raise ValueError(f"{path}/config.json: model_type {lm_config.get('model_type')!r}; expected one of {', '.join(LANGUAGE_MODELS)}")
-    n_old = min(len(tokenizer), lm_config["vocab_size"])  # rows that mean a token
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL if token not in tokenizer.get_vocab()])
-    shape, encoder_tensors = read_encoder(encoder)
-    n_rows = max(lm_config["vocab_size"], -(-len(tokenizer) // 64) * 64)
-    ids = special_ids(tokenizer, SPECIAL, n_rows)
-    net = empty_student(lm_config | {
-        "architectures": ["ArkasrForConditionalGeneration"], "model_type": "arkasr", "lm_type": lm_config["model_type"],
-        "vocab_size": n_rows, "whisper_config": shape | {"max_source_positions": 1500}, "adapter_type": "mlp", "merge_factor": 4,
-        "use_rope": True, "mlp_adapter_act": "gelu", "spec_aug": False, "max_whisper_length": 1500, "audio_token_id": ids[AUDIO],
-        "bos_token_id": ids[PAD], "eos_token_id": ids[EOS], "pad_token_id": ids[PAD]})
-    tensors = {"lm." + k: v.float() for k, v in read_weights(path).items()}
-    table = tensors["lm.model.embed_tokens.weight"]                                       # (rows, D)
-    fresh = table[:n_old].mean(0) + table[:n_old].std(0) * torch.randn(n_rows - n_old, table.shape[1])
-    table = tensors["lm.model.embed_tokens.weight"] = torch.cat([table[:n_old], fresh])
-    if net.config["tie_word_embeddings"]:
-        tensors["lm.lm_head.weight"] = table
-    else:
-        head = tensors["lm.lm_head.weight"]
-        tensors["lm.lm_head.weight"] = torch.cat([head[:n_old], head[:n_old].mean(0).expand(n_rows - n_old, -1)])
-    adapter = nn.Sequential(*(nn.Linear(m.in_features, m.out_features) if isinstance(m, nn.Linear) else m for m in net.audio_encoder.adapting))
-    tensors |= {"audio_encoder." + k: v.float() for k, v in encoder_tensors.items()}
-    fill(net, tensors | {"audio_encoder.adapting." + k: v.detach() for k, v in adapter.state_dict().items()}, f"{encoder} and {lm}")
-    net.lm.tie_weights()
-    return assemble(net, tokenizer, device)
-
+# ---------------------------------------------------------------------------- training state
 
 def save_training(out, step, asr, optimizer, modules=None, info=None) -> None:
     """Write OUT/state/step-N: a full checkpoint plus what a resumed run needs (optimiser, further modules, info); then drop older ones.
@@ -707,7 +986,7 @@ class Prompt:
 def encode(asr: ASR, batch: data.Batch) -> Prompt:
     """Run the audio encoder once and place its output in the prompt. Differentiable."""
     with asr.autocast():
-        audio, n_audio = asr.hear(batch)
+        audio, n_audio = asr.encode(batch)
     suffixes = asr.suffixes(batch, audio, n_audio)
     return place(asr, [asr.prompt_ids(n, suffix) for n, suffix in zip(n_audio.tolist(), suffixes)], audio, n_audio)
 

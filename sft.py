@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
+from tokenizers import AddedToken
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
@@ -211,7 +212,7 @@ def make_student(args, train, device):
     if args.student:
         return model.load_student(args.student, device)
     if args.init_encoder:
-        return model.student_from_parts(args.init_encoder, args.init_lm, device)
+        return student_from_parts(args.init_encoder, args.init_lm, device)
     tokenizer = model.load_tokenizer(args.tokenizer) if args.tokenizer else model.train_tokenizer((u.text for u in train), args.vocab_size)
     return model.random_student(tokenizer, args.d_model, args.encoder_layers, args.lm_layers, args.heads, device)
 
@@ -317,6 +318,173 @@ def main(args):
     if stopping and step + 1 < args.steps:
         raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
 
+
+# ---------------------------------------------------------------------------- a student from parts
+
+def student_from_parts(encoder, lm, device="cpu") -> model.ASR:
+    """Join the audio encoder of one checkpoint and a Qwen2, Qwen2.5 or Qwen3 causal LM to a new student.
+
+    The adapter is drawn from torch's global generator. Tokens of the prompt that the LM lacks are added.
+    Raises FileNotFoundError, and ValueError naming the checkpoint and what in it does not fit.
+    """
+    path = model.find_checkpoint(lm)
+    lm_config = read_lm_config(path)
+    tied = lm_config["tie_word_embeddings"]
+    tokenizer = model.load_tokenizer(path)
+    n_text = min(len(tokenizer), lm_config["vocab_size"])  # rows that mean a token
+    add_prompt_tokens(tokenizer)
+    n_rows = max(lm_config["vocab_size"], model.round_up(len(tokenizer), 64))
+    ids = model.special_ids(tokenizer, model.SPECIAL, n_rows)
+
+    whisper_config, tensors = read_encoder(encoder)
+    for name, tensor in model.read_weights(path).items():
+        tensors["lm." + name] = tensor
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    if tied:
+        model.tie_head(tensors, path)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if "lm." + name not in tensors:
+            raise ValueError(f"{path}: its weights lack {name}")
+    extend_vocabulary(tensors, n_text, n_rows, tied)
+
+    net = model.empty_student(model.student_config(lm_config, whisper_config, ids, n_rows))
+    adapter = net.audio_encoder.adapting.to_empty(device="cpu")
+    for layer in (adapter[0], adapter[2]):
+        layer.reset_parameters()
+    for name, tensor in adapter.state_dict().items():
+        tensors["audio_encoder.adapting." + name] = tensor
+    model.load_weights(net, tensors, f"{encoder} and {lm}")
+    return model.assemble(net, tokenizer, device)
+
+
+def read_lm_config(path) -> dict:
+    """Read config.json of a causal LM -> its keys, with the key lm_type of a student's config.json.
+
+    Raises ValueError for an LM that a student cannot have.
+    """    config = json.loads((path / "config.json").read_text())
+    lm_type = config.get("model_type")
+    if lm_type not in model.LANGUAGE_MODELS:
+        raise ValueError(f"{path}/config.json: model_type {lm_type!r}; "
+                         f"expected one of {', '.join(model.LANGUAGE_MODELS)}")
+    untied = {"tie_word_embeddings": False}  # transformers' default, not ARK-ASR's
+    return untied | config | {"lm_type": lm_type}
+
+
+def add_prompt_tokens(tokenizer) -> None:
+    """Add those special tokens of the prompt to a tokenizer that it lacks."""
+    vocabulary = tokenizer.get_vocab()
+    for token in model.SPECIAL:
+        if token not in vocabulary:
+            tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)])
+
+
+def extend_vocabulary(tensors, n_text, n_rows, tied) -> None:
+    """Give embeddings and head of an LM n_rows rows; the first n_text mean a token and stay.
+
+    New embeddings start at the mean of the text's, with its spread; new rows of an untied head at the mean.
+    """
+    table = tensors["lm.model.embed_tokens.weight"][:n_text]       # (n_text, D)
+    noise = torch.randn(n_rows - n_text, table.shape[1])
+    table = torch.cat([table, table.mean(0) + table.std(0) * noise])
+    tensors["lm.model.embed_tokens.weight"] = table
+    if tied:
+        tensors["lm.lm_head.weight"] = table
+        return
+    head = tensors["lm.lm_head.weight"][:n_text]
+    tensors["lm.lm_head.weight"] = torch.cat([head, head.mean(0).expand(n_rows - n_text, -1)])
+
+
+def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Read the encoder of a GLM-ASR, ARK-ASR or Whisper checkpoint -> whisper_config, {our name: tensor}.
+
+    Of GLM-ASR, transformers' layout is read and the original one, which is ARK-ASR's.
+    """
+    path = model.find_checkpoint(name)
+    config = json.loads((path / "config.json").read_text())
+    tensors = model.read_weights(path)
+    if config.get("model_type") == "glmasr":
+        return convert_glmasr_encoder(path, config["audio_config"], tensors)
+    return convert_whisper_encoder(path, config.get("whisper_config", config), tensors)
+
+
+def convert_whisper_encoder(path, config, tensors):
+    """Whisper's encoder, and ARK-ASR's, which has its names -> whisper_config, {our name: tensor}.
+
+    Whisper adds a table of positions where this encoder rotates queries and keys: its weights fit, the
+    positions have to be learnt anew. Its last LayerNorm becomes the one before the adapter.
+    """
+    for prefix in ("audio_encoder.whisper.", "model.encoder.", "encoder."):
+        if prefix + "conv1.weight" in tensors:
+            break
+    else:
+        raise ValueError(f"{path}: no Whisper-shaped encoder among its weights, "
+                         f"such as {sorted(tensors)[:3]}")
+    weights = {}
+    for name, tensor in tensors.items():
+        if name.startswith("audio_encoder.layer_norm."):
+            weights[name] = tensor
+        elif name.startswith(prefix):
+            ours = "audio_encoder.whisper." + name.removeprefix(prefix)
+            if prefix != "audio_encoder.whisper.":
+                ours = ours.replace("whisper.layer_norm.", "layer_norm.")
+            if not ours.startswith(model.UNUSED_WEIGHTS):
+                weights[ours] = tensor
+    keys = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins")
+    return {key: config[key] for key in keys}, weights
+
+
+# Parts of names in transformers' GLM-ASR -> ours.
+GLMASR_NAMES = {
+    "audio_tower.norm.": "audio_encoder.layer_norm.",
+    "audio_tower.": "audio_encoder.whisper.",
+    ".o_proj.": ".out_proj.",
+    ".input_layernorm.": ".self_attn_layer_norm.",
+    ".post_attention_layernorm.": ".final_layer_norm.",
+    ".mlp.fc": ".fc",
+}
+
+
+def convert_glmasr_encoder(path, config, tensors):
+    """transformers' GLM-ASR encoder -> whisper_config, {our name: tensor in our row order}."""
+    rope = config.get("rope_parameters") or {}
+    if (rope.get("rope_theta", 1e4), rope.get("partial_rotary_factor", 0.5)) != (1e4, 0.5):
+        raise ValueError(f"{path}/config.json: rope_parameters {rope}; "
+                         "expected theta 10000 on half of each head")
+    heads = config["num_attention_heads"]
+    weights = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("model.")  # of names in memory; on disk they start at audio_tower
+        if not name.startswith("audio_tower."):
+            continue
+        for theirs, ours in GLMASR_NAMES.items():
+            name = name.replace(theirs, ours)
+        if ".q_proj." in name or ".k_proj." in name:
+            tensor = interleave_rope(tensor, heads)
+        weights[name] = tensor
+    whisper_config = {
+        "d_model": config["hidden_size"],
+        "encoder_layers": config["num_hidden_layers"],
+        "encoder_attention_heads": heads,
+        "encoder_ffn_dim": config["intermediate_size"],
+        "num_mel_bins": config.get("num_mel_bins", 128),
+    }
+    return whisper_config, weights
+
+
+def interleave_rope(weight, heads):
+    """Undo transformers' row order of q and k, in a weight or bias: (heads * head_dim, ...) -> same.
+
+    Of each head's rows, the first half goes from [0, 2, .., 1, 3, ..] to [0, 1, 2, 3, ..].
+    """
+    rows = weight.unflatten(0, (heads, -1))                        # (heads, head_dim, ...)
+    n_pairs = rows.shape[1] // 4
+    even = rows[:, :n_pairs]
+    odd = rows[:, n_pairs:2 * n_pairs]
+    pairs = torch.stack([even, odd], dim=2).flatten(1, 2)          # (heads, head_dim / 2, ...)
+    return torch.cat([pairs, rows[:, 2 * n_pairs:]], dim=1).flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------- flags
 
 def parse_args(argv=None):
     """Flags -> namespace."""
