@@ -175,10 +175,10 @@ class AudioEncoder(nn.Module):
         x, valid = self.whisper(mel, n_frames)
         x = self.layer_norm(x) * valid[..., None]                  # (B, T', d_model) [dev 6]
         n_tokens = self.n_tokens(n_frames)
-        # Drop what does not fill a token. Clips under 70 ms do not fill one: there F.pad adds zeros.
+        # Below 0, F.pad cuts off what does not fill a token; above 0 only if all clips are under 70 ms.
         n_missing = int(n_tokens.max()) * self.merge - x.shape[1]
-        x = F.pad(x, (0, 0, 0, n_missing))                         # (B, A merge, d_model)
-        x = x.unflatten(1, (-1, self.merge)).flatten(2)            # (B, A, merge d_model)
+        x = F.pad(x, (0, 0, 0, n_missing))                         # (B, A * merge, d_model)
+        x = x.unflatten(1, (-1, self.merge)).flatten(2)            # (B, A, merge * d_model)
         return self.adapting(x), n_tokens
 
 
@@ -255,7 +255,7 @@ def check_choice(key, value, choices) -> None:
 
 
 def empty_student(config) -> Student:
-    """Return a student on the meta device: no memory is taken and no weight drawn before a checkpoint is read."""
+    """Return a student on the meta device: no weight is allocated or drawn before a checkpoint is read."""
     with torch.device("meta"):
         net = Student(config)
     # The LM's RoPE angles stand in no checkpoint, so they are computed now.
@@ -327,7 +327,7 @@ class ASR:
         return self.net.audio_encoder(mel, batch.n_frames.to(self.device))
 
     def suffixes(self, batch: data.Batch, audio, n_audio) -> list[list[int]]:
-        """Return the ids that follow the audio in each row's prompt; audio, n_audio are from `encode`."""
+        """Return the ids that follow the audio in each row's prompt, whatever the audio (of `encode`) is."""
         return [self.suffix_ids] * len(batch.utterances)
 
     def prompt_ids(self, n_audio, suffix) -> list[int]:
@@ -368,7 +368,7 @@ def special_ids(tokenizer, tokens, n_rows) -> dict[str, int]:
 
 
 def stop_and_blocked(tokenizer, stop_ids, n_rows, device):
-    """Return stop and blocked, each (n_rows,) bool: ids that end a transcript, ids that no transcript may contain.
+    """Return two (n_rows,) bool masks: ids that end a transcript, and ids that no transcript may contain.
 
     Blocked are the special tokens, added tokens spelled <...>, and the padded tail of the vocabulary, but
     not those that stop.
@@ -503,7 +503,7 @@ def round_up(n, multiple) -> int:
 # ---------------------------------------------------------------------------- save and load
 
 def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
-    """Write a checkpoint directory in the published layout.
+    """Write a checkpoint directory in the published layout: config.json, model.safetensors, tokenizer files.
 
     It is written to a temporary folder first. A new directory then appears whole, by one rename. In an
     existing one the files are swapped in one by one, weights last (of one run only the weights ever change).
@@ -518,7 +518,8 @@ def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
     if not path.exists():
         os.rename(temporary, path)
         return
-    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "model.safetensors"):
+    weights_last = sorted(temporary.iterdir(), key=lambda file: file.name == "model.safetensors")
+    for file in weights_last:
         os.replace(file, path / file.name)
     temporary.rmdir()
 
@@ -630,7 +631,7 @@ def read_other_files(path) -> dict[str, str]:
 
 
 def read_weights(path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a directory -> {name: tensor}; model.safetensors, or the shards of an index.
+    """Read all tensors of a directory, by name: model.safetensors, or the shards that its index lists.
 
     Raises FileNotFoundError naming the files that are missing.
     """
@@ -682,10 +683,10 @@ def tie_head(tensors, path) -> None:
     tensors["lm.lm_head.weight"] = table
 
 
-def load_weights(net: Student, tensors, path) -> None:
+def load_weights(net: Student, tensors, where) -> None:
     """Put tensors, by our names, into a student built on the meta device.
 
-    Raises ValueError that lists every weight that is missing, unexpected or misshapen.
+    Raises ValueError that says where they are from and lists all that are missing, unexpected or misshapen.
     """
     expected = net.state_dict()
     wrong = [f"missing {name}" for name in expected if name not in tensors]
@@ -694,7 +695,7 @@ def load_weights(net: Student, tensors, path) -> None:
         if name in expected and tensor.shape != expected[name].shape:
             wrong.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
     if wrong:
-        raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
+        raise ValueError(f"{where}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
     net.load_state_dict(tensors, assign=True)
     net.lm.tie_weights()
 
@@ -799,8 +800,9 @@ class Qwen3ASR(ASR):
         stop = torch.zeros_like(self.stop)
         stop[self.asr_text_id] = True
         asr = replace(self, stop=stop, blocked=(self.blocked | self.stop) & ~stop)
-        prompts = [self.prompt_ids(n, self.suffix_ids) for n in n_audio.tolist()]
-        ids, mask = generate(asr, place(asr, prompts, audio, n_audio), max_new_tokens=12)
+        prompt_rows = [self.prompt_ids(n, self.suffix_ids) for n in n_audio.tolist()]
+        prompt = place(asr, prompt_rows, audio, n_audio)
+        ids, mask = generate(asr, prompt, max_new_tokens=12)  # enough for every language that it knows
         return [row[valid].tolist() for row, valid in zip(ids, mask)]
 
     @property
@@ -816,7 +818,7 @@ class Qwen3ASR(ASR):
         code = re.split("[-_]", spelled)[0]  # "en-us" -> "en"
         name = LANGUAGE_NAMES.get(spelled) or LANGUAGE_NAMES.get(code)
         if name is None:
-            known = ", ".join(f"{code} {name}" for code, name in LANGUAGE_CODE_TO_NAME.items())
+            known = ", ".join(map(" ".join, LANGUAGE_CODE_TO_NAME.items()))
             raise ValueError(f"{utterance.line}: language {utterance.language!r} "
                              f"is not one of Qwen3-ASR's: {known}")
         return self.plain_tokenizer.encode(f"language {name}").ids + [self.asr_text_id]
@@ -888,7 +890,8 @@ def original_qwen3_asr_config(thinker: dict) -> Qwen3ASRConfig:
     """Return transformers' config from the thinker_config of the original layout."""
     native = Qwen3ASRConfig()
     text = thinker["text_config"]
-    theta = text.get("rope_theta") or (text.get("rope_parameters") or {})["rope_theta"]
+    rope = text.get("rope_parameters") or {}
+    theta = text.get("rope_theta") or rope["rope_theta"]
     text_config = known_keys(text, Qwen3Config)
     text_config["model_type"] = "qwen3"
     # Its M-RoPE gives all three axes the same position, so it is the default RoPE.
@@ -912,7 +915,8 @@ def assemble_qwen3_asr(net, tokenizer, device) -> Qwen3ASR:
     """Join network and tokenizer, as `assemble` does for a student.
 
     Raises ValueError naming the token that the tokenizer lacks or that has another id in config.json.
-    """    n_rows = net.config.text_config.vocab_size
+    """
+    n_rows = net.config.text_config.vocab_size
     tokens = ["<|im_start|>", EOS, "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>", "<asr_text>"]
     ids = special_ids(tokenizer, tokens, n_rows)
     audio_id = ids["<|audio_pad|>"]

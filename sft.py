@@ -361,7 +361,8 @@ def read_lm_config(path) -> dict:
     """Read config.json of a causal LM -> its keys, with the key lm_type of a student's config.json.
 
     Raises ValueError for an LM that a student cannot have.
-    """    config = json.loads((path / "config.json").read_text())
+    """
+    config = json.loads((path / "config.json").read_text())
     lm_type = config.get("model_type")
     if lm_type not in model.LANGUAGE_MODELS:
         raise ValueError(f"{path}/config.json: model_type {lm_type!r}; "
@@ -371,7 +372,7 @@ def read_lm_config(path) -> dict:
 
 
 def add_prompt_tokens(tokenizer) -> None:
-    """Add those special tokens of the prompt to a tokenizer that it lacks."""
+    """Add to a tokenizer the special tokens of the prompt that it lacks."""
     vocabulary = tokenizer.get_vocab()
     for token in model.SPECIAL:
         if token not in vocabulary:
@@ -413,10 +414,9 @@ def convert_whisper_encoder(path, config, tensors):
     Whisper adds a table of positions where this encoder rotates queries and keys: its weights fit, the
     positions have to be learnt anew. Its last LayerNorm becomes the one before the adapter.
     """
-    for prefix in ("audio_encoder.whisper.", "model.encoder.", "encoder."):
-        if prefix + "conv1.weight" in tensors:
-            break
-    else:
+    prefixes = ("audio_encoder.whisper.", "model.encoder.", "encoder.")
+    prefix = next((prefix for prefix in prefixes if prefix + "conv1.weight" in tensors), None)
+    if prefix is None:
         raise ValueError(f"{path}: no Whisper-shaped encoder among its weights, "
                          f"such as {sorted(tensors)[:3]}")
     weights = {}
@@ -433,7 +433,7 @@ def convert_whisper_encoder(path, config, tensors):
     return {key: config[key] for key in keys}, weights
 
 
-# Parts of names in transformers' GLM-ASR -> ours.
+# Parts of names in transformers' GLM-ASR -> ours, replaced in this order.
 GLMASR_NAMES = {
     "audio_tower.norm.": "audio_encoder.layer_norm.",
     "audio_tower.": "audio_encoder.whisper.",
@@ -453,7 +453,7 @@ def convert_glmasr_encoder(path, config, tensors):
     heads = config["num_attention_heads"]
     weights = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("model.")  # of names in memory; on disk they start at audio_tower
+        name = name.removeprefix("model.")  # transformers' name in memory; on disk it leaves this out
         if not name.startswith("audio_tower."):
             continue
         for theirs, ours in GLMASR_NAMES.items():

@@ -562,6 +562,26 @@ def test_parts_of_another_kind_are_refused(parts, tmp_path):
         sft.student_from_parts(parts[0] / "whisper", other)
 
 
+def test_a_head_that_the_lm_ties_and_stores_otherwise_is_refused(parts, tmp_path):
+    """transformers would take either of the two; the student would be trained with the wrong one."""
+    lm = shutil.copytree(parts[0] / "qwen2", tmp_path / "lm")
+    tensors = load_file(lm / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": table.clone()}, lm / "model.safetensors")  # a copy is no harm
+    assert sft.student_from_parts(parts[0] / "whisper", lm).net.config["tie_word_embeddings"]
+    save_file(tensors | {"lm_head.weight": table + 1}, lm / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{re.escape(str(lm))}/config.json ties lm_head.weight .* another matrix"):
+        sft.student_from_parts(parts[0] / "whisper", lm)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_an_lm_without_embeddings_or_head_is_refused(parts, tmp_path, name):
+    lm = shutil.copytree(parts[0] / "qwen2-untied", tmp_path / "lm")
+    rewrite(lm, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=f"{re.escape(str(lm))}: its weights lack {name}"):
+        sft.student_from_parts(parts[0] / "whisper", lm)
+
+
 @pytest.mark.parametrize("encoder, lm", [("glmasr", "qwen2"), ("whisper", "qwen3-full")])
 def test_sft_starts_from_parts(parts, corpus, tmp_path, encoder, lm):
     words = ["--init_encoder", parts[0] / encoder, "--init_lm", parts[0] / lm, "--data", corpus / "dev.jsonl", "--out", tmp_path / "out", "--steps", 2,
