@@ -803,7 +803,7 @@ class Qwen3ASR(ASR):
         prompt_rows = [self.prompt_ids(n, self.suffix_ids) for n in n_audio.tolist()]
         prompt = place(asr, prompt_rows, audio, n_audio)
         ids, mask = generate(asr, prompt, max_new_tokens=12)  # enough for every language that it knows
-        return [row[valid].tolist() for row, valid in zip(ids, mask)]
+        return [row[valid].tolist() for row, valid in zip(ids.cpu(), mask.cpu())]
 
     @property
     def asr_text_id(self):
