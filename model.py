@@ -190,7 +190,8 @@ LANGUAGE_MODELS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Conf
 # Keys of a student's config.json that are not handed on to the LM's config as they are.
 NOT_OF_THE_LM = """
 architectures auto_map model_type lm_type dtype torch_dtype rope_theta rope_scaling attn_implementation
-whisper_config max_whisper_length use_rope spec_aug adapter_type mlp_adapter_act merge_factor audio_token_id
+whisper_config max_whisper_length use_rope spec_aug
+adapter_type mlp_adapter_act merge_factor audio_token_id
 """.split()
 
 
@@ -255,7 +256,7 @@ def check_choice(key, value, choices) -> None:
 
 
 def empty_student(config) -> Student:
-    """Return a student on the meta device: no weight is allocated or drawn before a checkpoint is read."""
+    """Return a student on the meta device: no memory and no random numbers for weights yet to be read."""
     with torch.device("meta"):
         net = Student(config)
     # The LM's RoPE angles stand in no checkpoint, so they are computed now.
@@ -274,12 +275,12 @@ def student_config(lm_config, whisper_config, ids, n_rows) -> dict:
         "model_type": "arkasr",
         "vocab_size": n_rows,
         "whisper_config": whisper_config | {"max_source_positions": 1500},
-        "adapter_type": "mlp",
-        "merge_factor": 4,
-        "use_rope": True,
-        "mlp_adapter_act": "gelu",
-        "spec_aug": False,
         "max_whisper_length": 1500,
+        "use_rope": True,
+        "spec_aug": False,
+        "adapter_type": "mlp",
+        "mlp_adapter_act": "gelu",
+        "merge_factor": 4,
         "audio_token_id": ids[AUDIO],
         "bos_token_id": ids[PAD],
         "eos_token_id": ids[EOS],
@@ -327,7 +328,7 @@ class ASR:
         return self.net.audio_encoder(mel, batch.n_frames.to(self.device))
 
     def suffixes(self, batch: data.Batch, audio, n_audio) -> list[list[int]]:
-        """Return the ids that follow the audio in each row's prompt, whatever the audio (of `encode`) is."""
+        """Return the ids that follow the audio in each row's prompt, here the same for all."""
         return [self.suffix_ids] * len(batch.utterances)
 
     def prompt_ids(self, n_audio, suffix) -> list[int]:
@@ -503,10 +504,10 @@ def round_up(n, multiple) -> int:
 # ---------------------------------------------------------------------------- save and load
 
 def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
-    """Write a checkpoint directory in the published layout: config.json, model.safetensors, tokenizer files.
+    """Write a checkpoint directory in the published layout.
 
     It is written to a temporary folder first. A new directory then appears whole, by one rename. In an
-    existing one the files are swapped in one by one, weights last (of one run only the weights ever change).
+    existing one the files are swapped in one by one, weights last: of one run only they ever change.
     extra: further files, {"name.json" or "name.safetensors": dict}.
     """
     path = Path(path).absolute()
@@ -525,7 +526,7 @@ def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
 
 
 def write_files(asr: ASR, folder, extra) -> None:
-    """Write all files of a checkpoint into a folder. A tied head is not stored."""
+    """Write the files of a checkpoint into a folder. A tied head is not stored."""
     for name, text in asr.other_files.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(asr.net.config, indent=2))
@@ -544,7 +545,7 @@ def write_files(asr: ASR, folder, extra) -> None:
 
 
 def load(name, device="cpu", dtype=None) -> ASR:
-    """Read a checkpoint, by its directory or Hub id: a student or a Qwen3-ASR, the latter in either layout.
+    """Read a checkpoint, by directory or Hub id: a student, or a Qwen3-ASR in either of its layouts.
 
     Without a dtype, a student is fp32, whatever the file holds; a Qwen3-ASR, never trained, is bf16 on a
     GPU. Raises FileNotFoundError, and ValueError that names every weight, token or key that does not fit.
@@ -686,7 +687,7 @@ def tie_head(tensors, path) -> None:
 def load_weights(net: Student, tensors, where) -> None:
     """Put tensors, by our names, into a student built on the meta device.
 
-    Raises ValueError that says where they are from and lists all that are missing, unexpected or misshapen.
+    Raises ValueError that lists all that are missing, unexpected or misshapen. where: what they are from.
     """
     expected = net.state_dict()
     wrong = [f"missing {name}" for name in expected if name not in tensors]
@@ -704,16 +705,8 @@ def load_weights(net: Student, tensors, where) -> None:
 
 # A language as a manifest may spell it, in lower case -> its name in the prompt.
 LANGUAGE_NAMES = LANGUAGE_CODE_TO_NAME | {
-    "cmn": "Chinese",
-    "zho": "Chinese",
-    "chi": "Chinese",
-    "cn": "Chinese",
-    "mandarin": "Chinese",
-    "eng": "English",
-    "jpn": "Japanese",
-    "jp": "Japanese",
-    "kor": "Korean",
-    "tha": "Thai",
+    "cmn": "Chinese", "zho": "Chinese", "chi": "Chinese", "cn": "Chinese", "mandarin": "Chinese",
+    "eng": "English", "jpn": "Japanese", "jp": "Japanese", "kor": "Korean", "tha": "Thai",
     "tl": "Filipino",
 }
 LANGUAGE_NAMES |= {name.lower(): name for name in LANGUAGE_CODE_TO_NAME.values()}
@@ -760,7 +753,7 @@ class Qwen3ASR(ASR):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True), n_audio.to(self.device)
 
     def suffixes(self, batch: data.Batch, audio, n_audio) -> list[list[int]]:
-        """Return the ids that follow the audio in each row's prompt; audio, n_audio are from `encode`.
+        """Return the ids that follow the audio in each row's prompt; audio and n_audio are from `encode`.
 
         They name the manifest's language, or else the one that the model itself hears in the clip, asked
         once a clip. The student's text takes no part.

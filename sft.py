@@ -396,7 +396,7 @@ def extend_vocabulary(tensors, n_text, n_rows, tied) -> None:
 
 
 def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Read the encoder of a GLM-ASR, ARK-ASR or Whisper checkpoint -> whisper_config, {our name: tensor}.
+    """Read a GLM-ASR, ARK-ASR or Whisper checkpoint's encoder -> whisper_config, {our name: tensor}.
 
     Of GLM-ASR, transformers' layout is read and the original one, which is ARK-ASR's.
     """
