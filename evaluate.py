@@ -283,7 +283,7 @@ def provenance(args, device, world) -> dict:
         return facts | {"rescored": {args.rescore: sha256(args.rescore)}}
     return facts | {
         "model": args.model, "weights": {
-            f.name: sha256(f) for f in sorted(model.find(args.model).iterdir()) if f.suffix == ".safetensors" or f.name in DECISIVE},
+            f.name: sha256(f) for f in sorted(model.find_checkpoint(args.model).iterdir()) if f.suffix == ".safetensors" or f.name in DECISIVE},
         "data": {path: sha256(path) for path in args.data},
         "decoding": {"search": "greedy", "max_new_tokens": args.max_new_tokens, "batch": args.batch, "keep_going": args.keep_going},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "processes": world}

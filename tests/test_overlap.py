@@ -167,7 +167,7 @@ def test_error_states_by_hand(name):
 def test_error_states_with_a_real_tokenizer(student):
     """Byte-level tokens of the corpus: every token of a wrong unit and no other, counted from the units' own encodings."""
     ids = student.encode_text("put nine cups")
-    words = [student.plain.encode(w, add_special_tokens=False).ids for w in ("put", " nine", " cups")]
+    words = [student.plain_tokenizer.encode(w, add_special_tokens=False).ids for w in ("put", " nine", " cups")]
     assert ids == [*words[0], *words[1], *words[2], student.eos_id] and len(words[1]) > 1
     of_nine = [student.tokenizer.decode([i]) != " " for i in words[1]]  # a space of its own is no part of the word
     assert sum(of_nine) > 1
