@@ -548,7 +548,7 @@ def error_rate(counts) -> float:
     return 100.0 * sum(c.errors for c in counts) / units if units else math.nan
 
 
-def resample(numerators, denominators, n=10_000, seed=0, blocks=None) -> np.ndarray:
+def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> np.ndarray:
     """sum(numerators) / sum(denominators) of n corpora drawn with replacement, (n,): utterances (Bisani & Ney, ICASSP 2004), or,
     with one label an utterance in `blocks`, whole blocks: all utterances of a speaker share a microphone and a voice."""
     num, den = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
@@ -566,11 +566,11 @@ def resample(numerators, denominators, n=10_000, seed=0, blocks=None) -> np.ndar
 
 
 def bootstrap(numerators, denominators, n=10_000, seed=0, blocks=None) -> tuple[float, float]:
-    """95 % interval of sum(numerators) / sum(denominators), see `resample`.
+    """95 % interval of sum(numerators) / sum(denominators), see `bootstrap_rates`.
 
     Paired comparisons pass per-utterance differences of errors as numerators. Rates are fractions, not percent.
     """
-    low, high = np.percentile(resample(numerators, denominators, n, seed, blocks), [2.5, 97.5])
+    low, high = np.percentile(bootstrap_rates(numerators, denominators, n, seed, blocks), [2.5, 97.5])
     return float(low), float(high)
 
 
