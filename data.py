@@ -42,6 +42,7 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz, mono: what every model here expects
@@ -290,12 +291,12 @@ def load_batch(utterances, n_mels=128, augment=None, keep_going=True, max_sec=MA
     return Batch(kept, batch, n_frames, rejected, padded)
 
 
-def pad_rows(rows, pad_id, device=None):
-    """Lists of ids -> ids (B, R) padded on the right, mask (B, R) True on real ids."""
+def pad_rows(rows, pad_id, device=None, side="right"):
+    """Lists of ids -> ids (B, R), padded on one side, and mask (B, R), True on the ids of the lists."""
     tensors = [torch.tensor(row, device=device) for row in rows]
-    ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_id)
-    n_ids = torch.tensor([len(row) for row in rows], device=device)
-    return ids, torch.arange(ids.shape[1], device=device) < n_ids[:, None]
+    masks = [torch.ones_like(row, dtype=torch.bool) for row in tensors]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_id, padding_side=side)
+    return ids, pad_sequence(masks, batch_first=True, padding_side=side)
 
 
 class Steps(torch.utils.data.Dataset):
@@ -547,7 +548,7 @@ def error_rate(counts) -> float:
     return 100.0 * sum(c.errors for c in counts) / units if units else math.nan
 
 
-def resample(numerators, denominators, n=10_000, seed=0, blocks=None) -> np.ndarray:
+def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> np.ndarray:
     """sum(numerators) / sum(denominators) of n corpora drawn with replacement, (n,): utterances (Bisani & Ney, ICASSP 2004), or,
     with one label an utterance in `blocks`, whole blocks: all utterances of a speaker share a microphone and a voice."""
     num, den = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
@@ -565,11 +566,11 @@ def resample(numerators, denominators, n=10_000, seed=0, blocks=None) -> np.ndar
 
 
 def bootstrap(numerators, denominators, n=10_000, seed=0, blocks=None) -> tuple[float, float]:
-    """95 % interval of sum(numerators) / sum(denominators), see `resample`.
+    """95 % interval of sum(numerators) / sum(denominators), see `bootstrap_rates`.
 
     Paired comparisons pass per-utterance differences of errors as numerators. Rates are fractions, not percent.
     """
-    low, high = np.percentile(resample(numerators, denominators, n, seed, blocks), [2.5, 97.5])
+    low, high = np.percentile(bootstrap_rates(numerators, denominators, n, seed, blocks), [2.5, 97.5])
     return float(low), float(high)
 
 

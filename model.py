@@ -1,29 +1,34 @@
-"""What a checkpoint *is*: the student (encoder, adapter, LM), its prompt, generation, scoring, saving and loading.
+"""What a checkpoint *is*: the student (encoder, adapter, LM), its prompt, generation, scoring, saving
+and loading. At the end: what training runs share, from processes to resuming.
 
-    waveform -> log-mel (128, 100 Hz) -> two convolutions (50 Hz) -> pre-LN encoder blocks with partial RoPE -> LayerNorm
-             -> 4 neighbouring frames side by side (12.5 Hz) -> MLP adapter -> embeddings in the prompt of a Qwen2 causal LM
+    waveform -> log-mel (128, 100 Hz) -> two convolutions (50 Hz) -> pre-LN encoder blocks with
+    partial RoPE -> LayerNorm -> 4 neighbouring frames side by side (12.5 Hz) -> MLP adapter
+    -> embeddings in the prompt of a Qwen2 causal LM
 
-    prompt     <|user|><|begin_of_audio|><|audio|> x A<|end_of_audio|>Please transcribe this audio.<|assistant|>
+    prompt     <|user|><|begin_of_audio|><|audio|> x A<|end_of_audio|>Please transcribe this audio.
+               <|assistant|>
     response   transcript<|im_end|>
 
 The other family, Qwen3-ASR, is transformers' own; it is a teacher here, never trained:
 
-    prompt     <|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|><|audio_pad|> x A<|audio_end|><|im_end|>\n
-               <|im_start|>assistant\nlanguage English<asr_text>
+    prompt     <|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|><|audio_pad|> x A
+               <|audio_end|><|im_end|>\n<|im_start|>assistant\nlanguage English<asr_text>
     response   transcript<|im_end|>
 
-Shapes: B utterances, T mel frames, A audio tokens, P prompt columns, R response columns, N response tokens packed over the batch,
-D width of the LM, V its vocabulary. Prompts are padded on the left, responses on the right, so that in every row
+Shapes: B utterances, T mel frames, A audio tokens, P prompt columns, R response columns, N response
+tokens packed over the batch, D width of the LM, V its vocabulary. Prompts are padded on the left,
+responses on the right, so that in every row
 
     column      0 ... P-1      P      P+1   ...   P+R-1
     input_ids   prompt         y_0    y_1   ...   y_{R-1} (= EOS)
     hidden[c] predicts column c+1: rows P-1 ... P+R-2 predict y_0 ... y_{R-1}
 
-Weights have the names of the published ARK-ASR checkpoints and are read from safetensors only; no code of a checkpoint is ever run.
+Weights have the names of the published ARK-ASR checkpoints and are read from safetensors only; no
+code of a checkpoint is ever run.
 
 Differs from the published model (numbers go on from distill.py):
-  [dev 6] Padding is masked after each convolution, in attention and in the merge, so that a row's output does not depend on its
-          neighbours. On a clip alone the two are the same function.
+  [dev 6] Padding is masked after each convolution, in attention and in the merge, so that a row's
+          output does not depend on its neighbours. On a clip alone the two are the same function.
 """
 
 import json
@@ -34,8 +39,8 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from datetime import timedelta
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -45,11 +50,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ASRConfig,
-                          Qwen3ASRForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM, DynamicCache)
 from tqdm import tqdm
+from transformers import (
+    DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer,
+    Qwen3ASRConfig, Qwen3ASRForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM)
 from transformers.models.qwen3_asr.processing_qwen3_asr import LANGUAGE_CODE_TO_NAME
 
 import data
@@ -62,42 +68,59 @@ SPECIAL = [PAD, EOS, AUDIO, "<|user|>", "<|begin_of_audio|>", "<|end_of_audio|>"
 # ---------------------------------------------------------------------------- audio encoder and adapter
 
 def rope_angles(n_positions, head_dim, device, theta=10_000.0):
-    """cos, sin, each (T, head_dim / 4), fp32. Half of each head is rotated: pair i of position t by the angle t theta^(-2i / rd)."""
+    """Return the cosines and sines of RoPE's angles (Su et al. 2021), each (T, head_dim / 4) in fp32.
+
+    Half of each head is rotated, rd = head_dim / 2: pair i at position t by t theta^(-2i / rd).
+    """
     rotary_dim = head_dim // 2
-    inverse = theta ** (-torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim)
-    angles = torch.arange(n_positions, device=device, dtype=torch.float32)[:, None] * inverse  # (T, rd / 2)
+    dims = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32)
+    frequencies = theta ** (-dims / rotary_dim)                    # (rd / 2,)
+    positions = torch.arange(n_positions, device=device, dtype=torch.float32)
+    angles = positions[:, None] * frequencies                      # (T, rd / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotate adjacent pairs (2i, 2i+1) of the first half of each head, pass the rest: (B, heads, T, head_dim) -> same.
+    """Rotate adjacent pairs (2i, 2i+1) of the first half of each head: (B, heads, T, head_dim) -> same.
 
-    The published layout is interleaved; transformers' glmasr pairs i with i + rd/2 instead and permutes the weights' rows.
+    The published layout is interleaved; transformers' glmasr pairs i with i + rd/2 instead and permutes
+    the weights' rows.
     """
-    n = 2 * cos.shape[-1]
-    even, odd, rest = x[..., 0:n:2], x[..., 1:n:2], x[..., n:]  # (B, heads, T, n / 2) twice, (B, heads, T, head_dim - n)
+    rotary_dim = 2 * cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-    return torch.cat([turned, rest], dim=-1)
+    even = x[..., 0:rotary_dim:2]                                  # (B, heads, T, rd / 2)
+    odd = x[..., 1:rotary_dim:2]
+    rest = x[..., rotary_dim:]                                     # (B, heads, T, head_dim - rd)
+    pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
 
 class SelfAttention(nn.Module):
+    """Multi-head self-attention with RoPE on queries and keys."""
+
     def __init__(self, d_model, heads):
         super().__init__()
         self.heads = heads
         self.q_proj = nn.Linear(d_model, d_model)
-        self.k_proj = nn.Linear(d_model, d_model, bias=False)  # as in Whisper: a bias on keys cancels in the softmax
+        self.k_proj = nn.Linear(d_model, d_model, bias=False)  # a bias on keys cancels in the softmax
         self.v_proj = nn.Linear(d_model, d_model)
         self.out_proj = nn.Linear(d_model, d_model)
 
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, T, head_dim)
+
     def forward(self, x, rope, mask):
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)             # (B, heads, T, head_dim)
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, attn_mask=mask)
-        return self.out_proj(x.transpose(1, 2).flatten(2))                               # (B, T, d_model)
+        """x (B, T, d_model), rope (cos, sin), mask (B, 1, 1, T) True on valid keys -> (B, T, d_model)."""
+        q = rotate(self.split_heads(self.q_proj(x)), *rope)
+        k = rotate(self.split_heads(self.k_proj(x)), *rope)
+        v = self.split_heads(self.v_proj(x))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, T, head_dim)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 class EncoderLayer(nn.Module):
+    """Pre-LN Transformer block."""
+
     def __init__(self, d_model, heads, ffn):
         super().__init__()
         self.self_attn_layer_norm = nn.LayerNorm(d_model)
@@ -112,96 +135,187 @@ class EncoderLayer(nn.Module):
 
 
 class WhisperEncoder(nn.Module):
-    """Whisper's encoder with RoPE in place of its position table: (B, n_mels, T) -> (B, (T + 1) // 2, d_model)."""
+    """Whisper's encoder with RoPE in place of its position table, without its last LayerNorm."""
+
     def __init__(self, n_mels, d_model, layers, heads, ffn):
         super().__init__()
+        self.head_dim = d_model // heads
         self.conv1 = nn.Conv1d(n_mels, d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(d_model, d_model, 3, stride=2, padding=1)
         self.layers = nn.ModuleList(EncoderLayer(d_model, heads, ffn) for _ in range(layers))
 
     def forward(self, mel, n_frames):
-        """-> x (B, T', d_model), valid (B, T') True on a row's own frames."""
-        own = torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None]         # (B, T)
-        x = F.gelu(self.conv1(mel)) * own[:, None]                                       # (B, d_model, T) [dev 6]
-        x = F.gelu(self.conv2(x)).transpose(1, 2)                                        # (B, T', d_model)
-        own = torch.arange(x.shape[1], device=mel.device) < (n_frames[:, None] + 1) // 2  # (B, T')
-        rope = rope_angles(x.shape[1], x.shape[-1] // self.layers[0].self_attn.heads, x.device)
+        """mel (B, n_mels, T), n_frames (B,) -> x (B, T', d_model), valid (B, T') False on padding.
+
+        T' = (T + 1) // 2: mel frames come at 100 Hz, x at 50 Hz.
+        """
+        valid = torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None]
+        x = F.gelu(self.conv1(mel)) * valid[:, None]               # (B, d_model, T) [dev 6]
+        x = F.gelu(self.conv2(x)).transpose(1, 2)                  # (B, T', d_model)
+        valid = torch.arange(x.shape[1], device=x.device) < (n_frames[:, None] + 1) // 2
+        rope = rope_angles(x.shape[1], self.head_dim, x.device)
         for layer in self.layers:
-            x = layer(x, rope, own[:, None, None])                                       # keys of padding are masked [dev 6]
-        return x, own
+            x = layer(x, rope, valid[:, None, None])               # no key is padding [dev 6]
+        return x, valid
 
 
 class AudioEncoder(nn.Module):
-    """Encoder + adapter: log-mel (B, n_mels, T) -> audio embeddings (B, A, D) and how many are a row's own (B,)."""
+    """Encoder and adapter: log-mel features in, embeddings for the prompt of the LM out.
+
+    This class and those above copy out alone: they need torch, nn and F.
+    """
+
     def __init__(self, n_mels, d_model, layers, heads, ffn, lm_width, merge=4, act=nn.GELU):
         super().__init__()
         self.merge = merge
         self.whisper = WhisperEncoder(n_mels, d_model, layers, heads, ffn)
-        self.layer_norm = nn.LayerNorm(d_model)  # takes the place of the encoder's own last LayerNorm
-        self.adapting = nn.Sequential(nn.Linear(d_model * merge, 2 * lm_width), act(), nn.Linear(2 * lm_width, lm_width))
+        self.layer_norm = nn.LayerNorm(d_model)  # takes the place of Whisper's last LayerNorm
+        self.adapting = nn.Sequential(
+            nn.Linear(merge * d_model, 2 * lm_width),
+            act(),
+            nn.Linear(2 * lm_width, lm_width),
+        )
 
     def n_tokens(self, n_frames):
-        """Audio tokens of a clip: 100 frames/s -> 50 -> 12.5 tokens/s; what is left over is dropped; at least one."""
+        """Audio tokens of clips: 100 frames/s -> 50 -> 12.5 tokens/s, rounded down, at least one."""
         return ((n_frames + 1) // 2 // self.merge).clamp(min=1)
 
     def forward(self, mel, n_frames):
-        x, own = self.whisper(mel, n_frames)
-        x = self.layer_norm(x) * own[..., None]                                          # (B, T', d_model) [dev 6]
-        n_tokens = self.n_tokens(n_frames)                                               # (B,)
-        missing = int(n_tokens.max()) * self.merge - x.shape[1]                          # > 0 only for clips under 70 ms
-        x = F.pad(x, (0, 0, 0, missing))                                                 # (B, A merge, d_model); negative: cut
-        return self.adapting(x.unflatten(1, (-1, self.merge)).flatten(2)), n_tokens      # (B, A, D)
+        """mel (B, n_mels, T), n_frames (B,) -> audio embeddings (B, A, D), n_tokens (B,).
 
+        n_tokens: how many embeddings of a row are not padding.
+        """
+        x, valid = self.whisper(mel, n_frames)
+        x = self.layer_norm(x) * valid[..., None]                  # (B, T', d_model) [dev 6]
+        n_tokens = self.n_tokens(n_frames)
+        # Below 0, F.pad cuts off what does not fill a token; above 0 only if all clips are under 70 ms.
+        n_missing = int(n_tokens.max()) * self.merge - x.shape[1]
+        x = F.pad(x, (0, 0, 0, n_missing))                         # (B, A * merge, d_model)
+        x = x.unflatten(1, (-1, self.merge)).flatten(2)            # (B, A, merge * d_model)
+        return self.adapting(x), n_tokens
+
+
+# ---------------------------------------------------------------------------- student
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "selu": nn.SELU}
 LANGUAGE_MODELS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
+# Keys of a student's config.json that are not handed on to the LM's config as they are.
+NOT_OF_THE_LM = """
+architectures auto_map model_type lm_type dtype torch_dtype rope_theta rope_scaling attn_implementation
+whisper_config max_whisper_length use_rope spec_aug
+adapter_type mlp_adapter_act merge_factor audio_token_id
+""".split()
+
 
 class Student(nn.Module):
-    """Audio encoder and causal LM, built from a published-style config.json (a dict). `head` is tied to the embeddings.
+    """Audio encoder and causal LM, built from a published-style config.json (a dict).
 
-    One key more than the published ones: lm_type "qwen3" for an LM with norms on queries and keys (absent: qwen2).
+    One key more than the published ones: lm_type "qwen3", for an LM with norms on queries and keys.
+    Raises ValueError for a config that asks for another kind of encoder or LM.
     """
+
     def __init__(self, config: dict):
         super().__init__()
-        self.config = config = {"tie_word_embeddings": True} | config
-        audio, act, lm_type = config["whisper_config"], config.get("mlp_adapter_act", "gelu"), config.get("lm_type", "qwen2")
-        if config.get("adapter_type", "mlp") != "mlp" or not config.get("use_rope", True):
-            raise ValueError("only the published encoder is written out here: use_rope=true, adapter_type='mlp'")
-        for key, value, known in (("mlp_adapter_act", act, ACTIVATIONS), ("lm_type", lm_type, LANGUAGE_MODELS)):
-            if value not in known:
-                raise ValueError(f"{key} {value!r}: expected one of {', '.join(known)}")
-        ours = {"whisper_config", "merge_factor", "use_rope", "adapter_type", "mlp_adapter_act", "audio_token_id", "spec_aug",
-                "max_whisper_length", "architectures", "auto_map", "model_type", "rope_theta", "dtype", "torch_dtype", "lm_type"}
-        # Private keys stay out: _attn_implementation could name code on the Hub, which transformers would fetch and run.
-        lm_config = {k: v for k, v in config.items() if k not in ours and k != "attn_implementation" and not k.startswith("_")}
-        if lm_config.pop("rope_scaling", None):
-            raise ValueError(f"rope_scaling {config['rope_scaling']} in config.json: not written out here")
-        lm_config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)} | (lm_config.get("rope_parameters") or {})
-        make_config, make_lm = LANGUAGE_MODELS[lm_type]
-        self.lm = make_lm(make_config(**lm_config, attn_implementation="sdpa"))
-        if set(self.lm.config.layer_types) != {"full_attention"}:
-            raise ValueError("the LM of config.json has sliding-window layers: not written out here")
-        self.audio_encoder = AudioEncoder(audio["num_mel_bins"], audio["d_model"], audio["encoder_layers"],
-                                          audio["encoder_attention_heads"], audio["encoder_ffn_dim"],
-                                          config["hidden_size"], config.get("merge_factor", 4), ACTIVATIONS[act])
+        self.config = {"tie_word_embeddings": True} | config
+        self.lm = build_language_model(self.config)
+        self.audio_encoder = build_audio_encoder(self.config)
+
+
+def build_language_model(config):
+    """Return the causal LM of a student's config.json, with random weights."""
+    lm_type = config.get("lm_type", "qwen2")
+    check_choice("lm_type", lm_type, LANGUAGE_MODELS)
+    if config.get("rope_scaling"):
+        raise ValueError(f"rope_scaling {config['rope_scaling']} in config.json: not written out here")
+    lm_config = {}
+    for key, value in config.items():
+        # Private keys stay out: transformers would fetch and run the code that _attn_implementation names.
+        if key not in NOT_OF_THE_LM and not key.startswith("_"):
+            lm_config[key] = value
+    rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)}
+    lm_config["rope_parameters"] = rope | (config.get("rope_parameters") or {})
+    config_class, lm_class = LANGUAGE_MODELS[lm_type]
+    lm = lm_class(config_class(**lm_config, attn_implementation="sdpa"))
+    if set(lm.config.layer_types) != {"full_attention"}:
+        raise ValueError("the LM of config.json has sliding-window layers: not written out here")
+    return lm
+
+
+def build_audio_encoder(config) -> AudioEncoder:
+    """Return the encoder and adapter of a student's config.json, with random weights."""
+    if config.get("adapter_type", "mlp") != "mlp" or not config.get("use_rope", True):
+        raise ValueError("only the published encoder is written out here: "
+                         "use_rope=true, adapter_type='mlp'")
+    act = config.get("mlp_adapter_act", "gelu")
+    check_choice("mlp_adapter_act", act, ACTIVATIONS)
+    audio = config["whisper_config"]
+    return AudioEncoder(
+        n_mels=audio["num_mel_bins"],
+        d_model=audio["d_model"],
+        layers=audio["encoder_layers"],
+        heads=audio["encoder_attention_heads"],
+        ffn=audio["encoder_ffn_dim"],
+        lm_width=config["hidden_size"],
+        merge=config.get("merge_factor", 4),
+        act=ACTIVATIONS[act],
+    )
+
+
+def check_choice(key, value, choices) -> None:
+    """Raise ValueError if the value of a key of config.json is not one that is written out here."""
+    if value not in choices:
+        raise ValueError(f"{key} {value!r}: expected one of {', '.join(choices)}")
+
+
+def empty_student(config) -> Student:
+    """Return a student on the meta device: no memory and no random numbers for weights yet to be read."""
+    with torch.device("meta"):
+        net = Student(config)
+    # The LM's RoPE angles stand in no checkpoint, so they are computed now.
+    net.lm.model.rotary_emb = type(net.lm.model.rotary_emb)(config=net.lm.config)
+    return net
+
+
+def student_config(lm_config, whisper_config, ids, n_rows) -> dict:
+    """Return config.json in the published layout.
+
+    lm_config: the LM's keys, by transformers' names. whisper_config: the encoder's five sizes.
+    ids: {token: id} of SPECIAL. n_rows: rows of the embedding table, V.
+    """
+    return lm_config | {
+        "architectures": ["ArkasrForConditionalGeneration"],
+        "model_type": "arkasr",
+        "vocab_size": n_rows,
+        "whisper_config": whisper_config | {"max_source_positions": 1500},
+        "max_whisper_length": 1500,
+        "use_rope": True,
+        "spec_aug": False,
+        "adapter_type": "mlp",
+        "mlp_adapter_act": "gelu",
+        "merge_factor": 4,
+        "audio_token_id": ids[AUDIO],
+        "bos_token_id": ids[PAD],
+        "eos_token_id": ids[EOS],
+        "pad_token_id": ids[PAD],
+    }
 
 
 # ---------------------------------------------------------------------------- a model with its tokenizer
 
 @dataclass
 class ASR:
-    """A recogniser: what every script needs to run a model without knowing its family. This one is a student."""
+    """A recogniser: what is needed to run a model without knowing its family. This one is a student."""
     net: nn.Module
     tokenizer: PreTrainedTokenizerFast
     prefix_ids: list[int]     # prompt before the audio
     suffix_ids: list[int]     # prompt after the audio
     eos_id: int
     pad_id: int
-    audio_id: int
-    stop: torch.Tensor        # (V,) True for ids that end a transcript: EOS, and what else the checkpoint ends at
-    blocked: torch.Tensor     # (V,) True for ids that no transcript may contain: special tokens, padded tail of the vocabulary
-    companions: dict[str, str] = field(default_factory=dict)  # further text files of the checkpoint, for its publisher's own code
+    audio_id: int             # placeholder in the prompt, one for each audio embedding
+    stop: torch.Tensor        # (V,) True for ids that end a transcript; see stop_and_blocked
+    blocked: torch.Tensor     # (V,) True for ids that no transcript may contain
+    other_files: dict[str, str] = field(default_factory=dict)  # name -> text; see read_other_files
 
     @property
     def device(self):
@@ -212,109 +326,53 @@ class ASR:
         return self.net.config["whisper_config"]["num_mel_bins"]
 
     @property
-    def body(self):           # inputs_embeds -> last hidden state (B, columns, D)
+    def body(self):
+        """The LM without its head: embeddings (B, columns, D) -> hidden states (B, columns, D)."""
         return self.net.lm.model
 
     @property
-    def head(self):           # hidden (N, D) -> logits (N, V)
+    def head(self):
+        """The linear layer from hidden rows (N, D) to logits (N, V)."""
         return self.net.lm.lm_head
 
-    def logits(self, hidden):
-        """Hidden rows (N, D) -> logits (N, V), fp32."""
-        return logits(hidden, self.head.weight)
-
-    def hear(self, batch: data.Batch):
-        """-> audio embeddings (B, A, D), how many are a row's own (B,)."""
-        return self.net.audio_encoder(batch.mel.to(self.device, self.head.weight.dtype), batch.n_frames.to(self.device))
+    def encode(self, batch: data.Batch):
+        """Return audio embeddings (B, A, D), and how many of each row are not padding (B,)."""
+        mel = batch.mel.to(self.device, self.head.weight.dtype)
+        return self.net.audio_encoder(mel, batch.n_frames.to(self.device))
 
     def suffixes(self, batch: data.Batch, audio, n_audio) -> list[list[int]]:
-        """What follows the audio in each row's prompt."""
+        """Return the ids that follow the audio in each row's prompt, here the same for all."""
         return [self.suffix_ids] * len(batch.utterances)
 
     def prompt_ids(self, n_audio, suffix) -> list[int]:
-        """One row's prompt, a placeholder for each of its n_audio audio embeddings."""
-        return [*self.prefix_ids, *[self.audio_id] * n_audio, *suffix]
+        """Return the ids of one row's prompt, with a placeholder for each audio embedding."""
+        return self.prefix_ids + [self.audio_id] * n_audio + suffix
+
+    def logits(self, hidden):
+        """Return the logits (N, V) of hidden rows (N, D), in fp32."""
+        return logits(hidden, self.head.weight)
 
     @cached_property
-    def plain(self) -> Tokenizer:
+    def plain_tokenizer(self) -> Tokenizer:
         """The tokenizer without its added tokens: whatever a text looks like, it stays text."""
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
 
     def encode_text(self, text: str) -> list[int]:
-        """Transcript -> ids of the response, EOS included. No text can inject a special token."""
-        return self.plain.encode(text, add_special_tokens=False).ids + [self.eos_id]
+        """Return the ids of a response, EOS included. No text can inject a special token."""
+        return self.plain_tokenizer.encode(text, add_special_tokens=False).ids + [self.eos_id]
 
     def decode(self, ids, mask) -> list[str]:
-        """Response ids and mask (B, R) -> transcripts, without what ended them."""
-        keep = mask & ~self.stop[ids]
-        return [self.tokenizer.decode([i for i, k in zip(row, own) if k]) for row, own in zip(ids.tolist(), keep.tolist())]
-
-
-@dataclass
-class Qwen3ASR(ASR):
-    """A Qwen3-ASR checkpoint in transformers' native classes. Its prompt names the language of the audio."""
-    languages: dict = field(default_factory=dict)  # clip -> ids of "language X<asr_text>" that the model itself wrote
-
-    @property
-    def n_mels(self):
-        return self.net.config.audio_config.num_mel_bins
-
-    @property
-    def body(self):
-        return self.net.model.language_model
-
-    @property
-    def head(self):
-        return self.net.lm_head
-
-    def hear(self, batch):
-        """The audio tower takes whole seconds of 100 frames, zeros behind a clip's own; clips below half a second are padded before."""
-        chunk = 2 * self.net.config.audio_config.n_window
-        n_frames = torch.tensor([batch.padded[i].shape[1] if i in batch.padded else n for i, n in enumerate(batch.n_frames.tolist())])
-        mel = batch.mel.new_zeros(len(n_frames), self.n_mels, -(-int(n_frames.max()) // chunk) * chunk)         # (B, n_mels, T)
-        mel[:, :, :batch.mel.shape[2]] = batch.mel
-        for i, features in batch.padded.items():
-            mel[i, :, :features.shape[1]] = features
-        own = torch.arange(mel.shape[2]) < n_frames[:, None]                                                     # (B, T)
-        packed = self.net.get_audio_features(mel.to(self.device, self.head.weight.dtype), own.long().to(self.device)).pooler_output
-        r = n_frames % chunk  # a whole second gives 13 tokens, the rest goes through three convolutions of stride 2
-        n_audio = n_frames // chunk * 13 + ((((r + 1) // 2) + 1) // 2 + 1) // 2
-        return nn.utils.rnn.pad_sequence(packed.split(n_audio.tolist()), batch_first=True), n_audio.to(self.device)
-
-    def suffixes(self, batch, audio, n_audio):
-        """The manifest's language, else the one the model itself hears in the clip (asked once a clip). Never the student's text."""
-        key = lambda u: (u.audio, u.start_sec, u.duration_sec)
-        unknown = [i for i, u in enumerate(batch.utterances) if not u.language and key(u) not in self.languages]
-        if unknown:
-            tag = self.tokenizer.convert_tokens_to_ids("<asr_text>")
-            only_tag = torch.arange(len(self.stop), device=self.device) == tag
-            listener = replace(self, stop=only_tag, blocked=(self.blocked | self.stop) & ~only_tag)
-            prompt = insert_audio(self, [self.prompt_ids(n, self.suffix_ids) for n in n_audio[unknown].tolist()], audio[unknown], n_audio[unknown])
-            ids, mask = roll_out(listener, prompt, max_new_tokens=12)
-            for i, row, own in zip(unknown, ids.tolist(), mask.tolist()):
-                written = [t for t, m in zip(row, own) if m]
-                if written[-1] != tag:
-                    raise ValueError(f"{batch.utterances[i].line}: the teacher wrote {self.tokenizer.decode(written)!r} where it should name "
-                                     f"the language of {batch.utterances[i].audio}; give it in the manifest's field `language`")
-                self.languages[key(batch.utterances[i])] = written
-        return [self.suffix_ids + (self.language_ids(u) if u.language else self.languages[key(u)]) for u in batch.utterances]
-
-    def language_ids(self, utterance: data.Utterance) -> list[int]:
-        """Ids of "language X<asr_text>" for the manifest's code or name. Raises ValueError for a language the model doesn't know."""
-        spelled, code = utterance.language.lower(), re.split("[-_]", utterance.language.lower())[0]
-        aliases = dict.fromkeys(("cmn", "zho", "chi", "cn", "mandarin"), "Chinese") | dict.fromkeys(("jpn", "jp"), "Japanese") | {
-            "eng": "English", "kor": "Korean", "tha": "Thai", "tl": "Filipino"}
-        names = LANGUAGE_CODE_TO_NAME | aliases | {name.lower(): name for name in LANGUAGE_CODE_TO_NAME.values()}
-        name = names.get(spelled) or names.get(code)
-        if name is None:
-            raise ValueError(f"{utterance.line}: language {utterance.language!r} is not one of Qwen3-ASR's: "
-                             f"{', '.join(f'{c} {n}' for c, n in LANGUAGE_CODE_TO_NAME.items())}")
-        return self.plain.encode(f"language {name}").ids + [self.tokenizer.convert_tokens_to_ids("<asr_text>")]
+        """Return the transcripts of ids and mask (B, R), without the tokens that ended them."""
+        is_text = (mask & ~self.stop[ids]).cpu()
+        return [self.tokenizer.decode(row[kept].tolist()) for row, kept in zip(ids.cpu(), is_text)]
 
 
 def special_ids(tokenizer, tokens, n_rows) -> dict[str, int]:
-    """Ids of the prompt's special tokens. Raises ValueError naming the one that the tokenizer lacks or the embeddings don't reach."""
+    """Return {token: id} of the prompt's special tokens.
+
+    Raises ValueError naming the one that the tokenizer lacks or that lies beyond the n_rows embeddings.
+    """
     vocabulary = tokenizer.get_vocab()
     ids = {token: vocabulary.get(token) for token in tokens}
     for token, i in ids.items():
@@ -324,346 +382,136 @@ def special_ids(tokenizer, tokens, n_rows) -> dict[str, int]:
 
 
 def stop_and_blocked(tokenizer, stop_ids, n_rows, device):
-    """-> stop, blocked, each (V,) bool: ids that end a transcript; ids that can't stand in one.
+    """Return two (n_rows,) bool masks: ids that end a transcript, and ids that no transcript may contain.
 
-    Blocked are the special tokens, every added token spelled <...> and what lies past the tokenizer, but for those that stop.
+    Blocked are the special tokens, added tokens spelled <...>, and the padded tail of the vocabulary, but
+    not those that stop.
     """
-    stop, blocked = torch.zeros(2, n_rows, dtype=torch.bool)
-    stop[[i for i in stop_ids if i < n_rows]] = True  # Qwen3-ASR's original config has none: transformers' defaults are the real vocabulary's
+    stop = torch.zeros(n_rows, dtype=torch.bool)
+    for i in stop_ids:
+        # Qwen3-ASR's original config names none; transformers' defaults lie past a small vocabulary.
+        if i < n_rows:
+            stop[i] = True
+    blocked = torch.zeros(n_rows, dtype=torch.bool)
     blocked[len(tokenizer):] = True
-    added = [i for token, i in tokenizer.get_added_vocab().items() if re.fullmatch(r"<.*>", token)]
-    blocked[[i for i in {*added, *tokenizer.all_special_ids} if i < n_rows]] = True
+    markup = [i for token, i in tokenizer.get_added_vocab().items() if re.fullmatch(r"<.*>", token)]
+    for i in markup + tokenizer.all_special_ids:
+        if i < n_rows:
+            blocked[i] = True
     return stop.to(device), (blocked & ~stop).to(device)
 
 
-def as_set(ids) -> set[int]:
-    """eos_token_id of a config, None, a number or a list -> set."""
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+def id_set(value) -> set[int]:
+    """Return a token id of a config, which may be None, a number or a list, as a set."""
+    if value is None:
+        return set()
+    if isinstance(value, int):
+        return {value}
+    return set(value)
 
 
-def assemble(net: Student, tokenizer, device, companions=None) -> ASR:
-    """Join network and tokenizer; check that every token of the prompt is what the config says. Raises ValueError naming the token.
+def assemble(net: Student, tokenizer, device, other_files=None) -> ASR:
+    """Join network and tokenizer.
 
-    The network is in eval mode, in training too: a rollout and its scoring must be the same function, and no published config drops out.
+    The network is in eval mode, in training too: a rollout and its scoring must be the same function, and
+    no published config drops out. Raises ValueError naming the token that has another id in config.json.
     """
+    other_files = other_files or {}
     n_rows = net.config["vocab_size"]
     ids = special_ids(tokenizer, SPECIAL, n_rows)
-    stop_ids = as_set(net.config.get("eos_token_id")) | as_set(json.loads((companions or {}).get("generation_config.json", "{}")).get("eos_token_id"))
-    for token, key, said in ((AUDIO, "audio_token_id", as_set(net.config.get("audio_token_id"))), (EOS, "eos_token_id", stop_ids),
-                             (PAD, "pad_token_id", as_set(net.config.get("pad_token_id")))):
-        if ids[token] not in said:
-            raise ValueError(f"config.json says {key} = {net.config.get(key)}, but the tokenizer has {token!r} at {ids[token]}")
+    generation_config = json.loads(other_files.get("generation_config.json", "{}"))
+    stop_ids = id_set(net.config.get("eos_token_id")) | id_set(generation_config.get("eos_token_id"))
+    for key, token in (("audio_token_id", AUDIO), ("eos_token_id", EOS), ("pad_token_id", PAD)):
+        accepted = stop_ids if token == EOS else id_set(net.config.get(key))
+        if ids[token] not in accepted:
+            raise ValueError(f"config.json says {key} = {net.config.get(key)}, "
+                             f"but the tokenizer has {token!r} at {ids[token]}")
     stop, blocked = stop_and_blocked(tokenizer, stop_ids, n_rows, device)
     instruction = tokenizer.encode(INSTRUCTION, add_special_tokens=False)
-    return ASR(net.eval().to(device), tokenizer, prefix_ids=[ids["<|user|>"], ids["<|begin_of_audio|>"]],
-               suffix_ids=[ids["<|end_of_audio|>"], *instruction, ids["<|assistant|>"]], eos_id=ids[EOS], pad_id=ids[PAD],
-               audio_id=ids[AUDIO], stop=stop, blocked=blocked, companions=companions or {})
+    return ASR(
+        net=net.eval().to(device),
+        tokenizer=tokenizer,
+        prefix_ids=[ids["<|user|>"], ids["<|begin_of_audio|>"]],
+        suffix_ids=[ids["<|end_of_audio|>"], *instruction, ids["<|assistant|>"]],
+        eos_id=ids[EOS],
+        pad_id=ids[PAD],
+        audio_id=ids[AUDIO],
+        stop=stop,
+        blocked=blocked,
+        other_files=other_files,
+    )
+
+
+# How Qwen's tokenizers cut a text into words before byte pairs are merged.
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def train_tokenizer(texts, vocab_size) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Qwen's pre-tokenisation, trained on `texts`: any UTF-8 can be written, nothing is unknown."""
+    """Train a byte-level BPE with Qwen's pre-tokenisation on texts. It can write any UTF-8."""
     tokenizer = Tokenizer(models.BPE())
-    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(words, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
     tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     texts = list(texts)
     # The instruction stands in every prompt: seen often enough, it becomes a few tokens.
-    tokenizer.train_from_iterator(texts + [INSTRUCTION] * (len(texts) // 10 + 1), trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    texts += [INSTRUCTION] * (len(texts) // 10 + 1)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device="cpu") -> ASR:
-    """A fresh student of any size: one width for encoder and LM. Initialised from torch's global generator."""
-    vocabulary = tokenizer.get_vocab()
+    """Return a student of any size, its weights drawn from torch's global generator.
+
+    Encoder and LM have one width and one number of heads. Raises ValueError if these do not fit.
+    """
     if d_model % (4 * heads):
-        raise ValueError(f"d_model {d_model} must be a multiple of 4 x heads = {4 * heads}: RoPE turns pairs in half of each head")
-    config = {
-        "architectures": ["ArkasrForConditionalGeneration"], "model_type": "arkasr", "hidden_size": d_model,
-        "intermediate_size": 2 * d_model, "num_hidden_layers": lm_layers, "num_attention_heads": heads, "num_key_value_heads": heads,
-        "vocab_size": -(-(len(tokenizer) + 1) // 64) * 64,  # rounded up past the tokenizer, as published vocabularies are
-        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        raise ValueError(f"d_model {d_model} must be a multiple of 4 x heads = {4 * heads}: "
+                         "RoPE turns pairs in half of each head")
+    lm_config = {
+        "hidden_size": d_model,
+        "intermediate_size": 2 * d_model,
+        "num_hidden_layers": lm_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
         "initializer_range": d_model ** -0.5 / 2,
-        "whisper_config": {"d_model": d_model, "encoder_layers": encoder_layers, "encoder_attention_heads": heads,
-                           "encoder_ffn_dim": 2 * d_model, "num_mel_bins": 128, "max_source_positions": 1500},
-        "adapter_type": "mlp", "merge_factor": 4, "use_rope": True, "mlp_adapter_act": "gelu", "spec_aug": False,
-        "max_whisper_length": 1500, "audio_token_id": vocabulary[AUDIO], "bos_token_id": vocabulary[PAD],
-        "eos_token_id": vocabulary[EOS], "pad_token_id": vocabulary[PAD]}
-    student = Student(config)
-    # Log-mel has a standard deviation of 0.3; brought to about 1 here, training leaves its first plateau in fewer updates.
-    student.audio_encoder.whisper.conv1.weight.data.mul_(4.0)
-    return assemble(student, tokenizer, device)
-
-
-# ---------------------------------------------------------------------------- save and load
-
-def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
-    """Write a checkpoint directory in the published layout: config.json, model.safetensors (fp32), tokenizer files, and what other
-    text files the checkpoint came with (its publisher's code and settings: carried along, never run).
-
-    Written to a temporary folder first. A new directory then appears whole, by one rename; in an existing one the files are swapped
-    in one by one, weights last (of one run only the weights ever change). extra: {"name.json" or "name.safetensors": dict}.
-    """
-    path = Path(path).absolute()
-    temporary = path / ".tmp" if path.exists() else path.with_name(path.name + ".tmp")  # on the same file system either way
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, text in asr.companions.items():
-        (temporary / name).write_text(text, encoding="utf-8")
-    (temporary / "config.json").write_text(json.dumps(asr.net.config, indent=2))
-    asr.tokenizer.save_pretrained(temporary)
-    tensors = {k.removeprefix("lm."): v.detach().cpu().contiguous() for k, v in asr.net.state_dict().items()}
-    if asr.net.config["tie_word_embeddings"]:
-        del tensors["lm_head.weight"]
-    for name, content in {**(extra or {}), "model.safetensors": tensors}.items():
-        if name.endswith(".json"):
-            (temporary / name).write_text(json.dumps(content, indent=2))
-        else:
-            save_file(content, temporary / name, metadata={"format": "pt"})
-    if not path.exists():
-        os.rename(temporary, path)
-        return
-    for file in sorted(temporary.iterdir(), key=lambda f: f.name == "model.safetensors"):
-        os.replace(file, path / file.name)
-    temporary.rmdir()
-
-
-COMPANIONS = """generation_config.json preprocessor_config.json processor_config.json chat_template.jinja added_tokens.json
-special_tokens_map.json vocab.json merges.txt""".split()
-
-
-def find(name) -> Path:
-    """A checkpoint directory, or the Hub id "owner/name" of one -> its local folder. Code files (*.py) come along and are never run."""
-    # "runs/x" beside a folder runs is a slip of the pen, not somebody's repository.
-    if Path(name).is_dir() or Path(name).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        if not (Path(name) / "config.json").exists():
-            raise FileNotFoundError(f"{name}: no config.json there, so it is not a checkpoint directory" if Path(name).exists()
-                                    else f"{name}: no such directory")
-        return Path(name)
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]))
-    except Exception as error:  # offline, unknown, gated: one line is enough
-        raise FileNotFoundError(f"{name}: no such directory, and not to be had from the Hub ({type(error).__name__}: {error})") from error
-
-
-def load_tokenizer(path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint: tokenizer.json, or Qwen's vocab.json and merges.txt."""
-    path = find(path)
-    return (PreTrainedTokenizerFast if (path / "tokenizer.json").exists() else Qwen2Tokenizer).from_pretrained(path)
-
-
-def read_weights(path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint directory: one model.safetensors, or the shards that its index lists."""
-    index = path / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if not (path / files[0]).exists() and index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    absent = [file for file in files if not (path / file).exists()]
-    if absent:
-        raise FileNotFoundError(f"{path}: {', '.join(absent)} not found; weights are read from safetensors only")
-    return {k: v for file in files for k, v in load_file(path / file).items()}
-
-
-def fill(net, tensors, where) -> None:
-    """Put tensors into a network built on the meta device. A missing, unexpected or misshapen weight is an error that lists all of them."""
-    expected = net.state_dict()
-    wrong = [f"missing {k}" for k in expected if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in expected]
-    wrong += [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}" for k, v in expected.items()
-              if k in tensors and tensors[k].shape != v.shape]
-    if wrong:
-        raise ValueError(f"{where}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
-    net.load_state_dict(tensors, assign=True)
-
-
-def empty_student(config) -> Student:
-    """A student on the meta device: no memory is taken, nothing is drawn that a checkpoint would overwrite."""
-    with torch.device("meta"):
-        net = Student(config)
-    net.lm.model.rotary_emb = type(net.lm.model.rotary_emb)(config=net.lm.config)  # its angles stand in no checkpoint
-    return net
-
-
-def load(name, device="cpu", dtype=None) -> ASR:
-    """Read a checkpoint, a directory or a Hub id: a student (ARK-ASR's layout) or a Qwen3-ASR (both of its layouts).
-
-    dtype: students are fp32, whatever the checkpoint's dtype; a Qwen3-ASR, never trained, is bf16 on a GPU. Raises FileNotFoundError,
-    and ValueError that names every weight, token or key that does not fit.
-    """
-    path = find(name)
-    config = json.loads((path / "config.json").read_text())
-    if config.get("model_type") == "qwen3_asr":
-        return load_qwen3_asr(path, config, device, dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32))
-    if config.get("model_type") != "arkasr":
-        raise ValueError(f"{path}/config.json: model_type {config.get('model_type')!r} is not known; expected 'arkasr' or 'qwen3_asr'")
-    net = empty_student(config)
-    unread = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")  # published, and used by nothing
-    tensors = {k if k.startswith("audio_encoder.") else "lm." + k: v.to(dtype or torch.float32) for k, v in read_weights(path).items()
-               if not k.startswith(unread) and not k.endswith(".num_batches_tracked")}
-    if net.config["tie_word_embeddings"] and "lm.model.embed_tokens.weight" in tensors:
-        table = tensors["lm.model.embed_tokens.weight"]
-        if not torch.equal(tensors.setdefault("lm.lm_head.weight", table), table):
-            raise ValueError(f"{path}: config.json ties lm_head.weight to the embeddings, but the stored one is another matrix")
-        tensors["lm.lm_head.weight"] = table
-    fill(net, tensors, path)
-    net.lm.tie_weights()
-    companions = {f.name: f.read_text(encoding="utf-8") for f in sorted(path.iterdir()) if f.name in COMPANIONS or f.suffix == ".py"}
-    return assemble(net, load_tokenizer(path), device, companions)
-
-
-def load_student(name, device) -> ASR:
-    """A checkpoint to train. Raises ValueError if it is not a student."""
-    asr = load(name, device)
-    if not isinstance(asr.net, Student):
-        raise ValueError(f"{name} is a Qwen3-ASR checkpoint: it can teach and be evaluated, but only students (model_type 'arkasr') are trained")
-    return asr
-
-
-def load_teacher(name, device) -> ASR:
-    """A frozen checkpoint of either family: in bf16 on a GPU, in fp32 on a CPU."""
-    asr = load(name, device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    asr.net.requires_grad_(False)
-    return asr
-
-
-# ---------------------------------------------------------------------------- Qwen3-ASR
-
-# The original repositories' names -> transformers' names.
-QWEN3_ASR_KEYS = {
-    r"^thinker\.model\.": "model.language_model.", r"^thinker\.lm_head\.": "lm_head.",
-    r"^thinker\.audio_tower\.proj1\.": "model.multi_modal_projector.linear_1.",
-    r"^thinker\.audio_tower\.proj2\.": "model.multi_modal_projector.linear_2.", r"^thinker\.audio_tower\.": "model.audio_tower."}
-
-
-def qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
-    """config.json of either layout -> transformers' config. The original one nests everything in thinker_config."""
-    if "thinker_config" not in config:
-        if not {"audio_config", "text_config"} <= config.keys():  # transformers would take defaults: random weights of the 1.7B size
-            raise ValueError(f"config.json of a Qwen3-ASR has audio_config and text_config, or thinker_config; this one has {', '.join(config)}")
-        return Qwen3ASRConfig(**{k: v for k, v in config.items() if k not in ("model_type", "architectures", "transformers_version")})
-    thinker = config["thinker_config"]
-    known = lambda section, cls: {k: v for k, v in thinker[section].items() if k in cls.__dataclass_fields__ and k != "model_type"}
-    native = Qwen3ASRConfig()
-    text = known("text_config", Qwen3Config)
-    theta = thinker["text_config"].get("rope_theta") or (thinker["text_config"].get("rope_parameters") or {})["rope_theta"]
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}  # its M-RoPE gives all three axes the same position
-    tied = thinker["text_config"].get("tie_word_embeddings", thinker.get("tie_word_embeddings", True))
-    return Qwen3ASRConfig(
-        audio_config={"model_type": "qwen3_asr_encoder"} | known("audio_config", type(native.audio_config)),
-        text_config={"model_type": "qwen3"} | text, audio_token_id=thinker.get("audio_token_id", native.audio_token_id),
-        tie_word_embeddings=tied)
-
-
-def load_qwen3_asr(path, config, device, dtype) -> Qwen3ASR:
-    """Read a Qwen3-ASR directory. transformers would fill what it doesn't find with random numbers: here that is an error."""
-    net, report = Qwen3ASRForConditionalGeneration.from_pretrained(
-        path, config=qwen3_asr_config(config), key_mapping=QWEN3_ASR_KEYS if "thinker_config" in config else None, dtype=dtype,
-        attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
-        ignore_mismatched_sizes=True)  # not ignored, but reported with the rest below
-    wrong = [f"{kind.removesuffix('_keys')} {key}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-             for key in sorted(map(str, report[kind]))]
-    if wrong:
-        raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
-    return assemble_qwen3_asr(net.eval(), load_tokenizer(path), device)
-
-
-def assemble_qwen3_asr(net, tokenizer, device) -> Qwen3ASR:
-    """Join network and tokenizer, as `assemble` does for a student."""
-    n_rows = net.config.text_config.vocab_size
-    tokens = ["<|im_start|>", EOS, "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>", "<asr_text>"]
-    start, eos, audio_start, audio_pad, audio_end, _ = special_ids(tokenizer, tokens, n_rows).values()
-    if net.config.audio_token_id != audio_pad:
-        raise ValueError(f"config.json says audio_token_id = {net.config.audio_token_id}, but the tokenizer has '<|audio_pad|>' at {audio_pad}")
-    text = lambda words: tokenizer.encode(words, add_special_tokens=False)
-    turn = lambda role: [start, *text(role + "\n")]
-    stop, blocked = stop_and_blocked(tokenizer, {eos} | as_set(net.config.eos_token_id), n_rows, device)
-    return Qwen3ASR(net.to(device), tokenizer, prefix_ids=[*turn("system"), eos, *text("\n"), *turn("user"), audio_start],
-                    suffix_ids=[audio_end, eos, *text("\n"), *turn("assistant")], eos_id=eos, pad_id=eos, audio_id=audio_pad,
-                    stop=stop, blocked=blocked)
-
-
-# ---------------------------------------------------------------------------- a student from parts
-
-def interleave_rope(weight, heads):
-    """Undo transformers' row order of q and k: of each head's rows, first half [0, 2, .., 1, 3, ..] -> [0, 1, 2, 3, ..]; weight or bias."""
-    rows = weight.unflatten(0, (heads, -1)).clone()                                       # (heads, head_dim, ...)
-    n = rows.shape[1] // 2
-    rows[:, 0:n:2], rows[:, 1:n:2] = rows[:, :n // 2].clone(), rows[:, n // 2:n].clone()
-    return rows.flatten(0, 1)
-
-
-def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Encoder of a GLM-ASR (transformers' or its original layout), ARK-ASR or Whisper checkpoint -> whisper_config, weights by our names.
-
-    Whisper adds a table of positions where this encoder turns queries and keys: its weights fit, and the positions have to be learnt anew.
-    """
-    path = find(name)
-    config, tensors = json.loads((path / "config.json").read_text()), read_weights(path)
-    if config.get("model_type") == "glmasr":
-        audio = config["audio_config"]
-        shape = dict(d_model=audio["hidden_size"], encoder_layers=audio["num_hidden_layers"], encoder_attention_heads=audio["num_attention_heads"],
-                     encoder_ffn_dim=audio["intermediate_size"], num_mel_bins=audio.get("num_mel_bins", 128))
-        rope = audio.get("rope_parameters") or {}
-        if (rope.get("rope_theta", 1e4), rope.get("partial_rotary_factor", 0.5)) != (1e4, 0.5):
-            raise ValueError(f"{path}/config.json: rope_parameters {rope}; expected theta 10000 on half of each head")
-        prefix = next((p for p in ("audio_tower.", "model.audio_tower.") if p + "conv1.weight" in tensors), "audio_tower.")  # on disk, in memory
-        new_names = {
-            ".o_proj.": ".out_proj.", ".input_layernorm.": ".self_attn_layer_norm.", ".post_attention_layernorm.": ".final_layer_norm.",
-            ".mlp.fc": ".fc", "whisper.norm.": "layer_norm."}
-    else:
-        prefix = next((p for p in ("audio_encoder.whisper.", "model.encoder.", "encoder.") if p + "conv1.weight" in tensors), None)
-        if prefix is None:
-            raise ValueError(f"{path}: no Whisper-shaped encoder among its weights, such as {sorted(tensors)[:3]}")
-        shape = config.get("whisper_config", config)
-        shape = {k: shape[k] for k in ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins")}
-        new_names = {"whisper.layer_norm.": "layer_norm."} if prefix != "audio_encoder.whisper." else {}
-    ours = {}
-    for key, value in tensors.items():
-        if key.startswith(prefix):
-            new = "whisper." + key.removeprefix(prefix)
-            for old_part, new_part in new_names.items():
-                new = new.replace(old_part, new_part) if old_part[0] == "." or new.startswith(old_part) else new
-            turned = config.get("model_type") == "glmasr" and re.search(r"\.[qk]_proj\.", new)
-            ours[new] = interleave_rope(value, shape["encoder_attention_heads"]) if turned else value
-    ours |= {k.removeprefix("audio_encoder."): v for k, v in tensors.items() if k.startswith("audio_encoder.layer_norm.")}
-    return shape, {k: v for k, v in ours.items() if not k.startswith(("whisper.embed_positions.", "whisper.layer_norm."))}
-
-
-def student_from_parts(encoder, lm, device="cpu") -> ASR:
-    """A fresh student from a trained audio encoder and a trained Qwen2, Qwen2.5 or Qwen3 causal LM; the adapter is new (torch's generator).
-
-    Tokens of the prompt that the LM's tokenizer lacks are added; their embeddings start at the mean of the text's, with its spread.
-    """
-    path = find(lm)
-    lm_config = {"tie_word_embeddings": False} | json.loads((path / "config.json").read_text())  # transformers' default, not ARK-ASR's
-    tokenizer = load_tokenizer(path)
-    if lm_config.get("model_type") not in LANGUAGE_MODELS:
-        raise ValueError(f"{path}/config.json: model_type {lm_config.get('model_type')!r}; expected one of {', '.join(LANGUAGE_MODELS)}")
-    n_old = min(len(tokenizer), lm_config["vocab_size"])  # rows that mean a token
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL if token not in tokenizer.get_vocab()])
-    shape, encoder_tensors = read_encoder(encoder)
-    n_rows = max(lm_config["vocab_size"], -(-len(tokenizer) // 64) * 64)
+    }
+    whisper_config = {
+        "d_model": d_model,
+        "encoder_layers": encoder_layers,
+        "encoder_attention_heads": heads,
+        "encoder_ffn_dim": 2 * d_model,
+        "num_mel_bins": 128,
+    }
+    n_rows = round_up(len(tokenizer) + 1, 64)  # a padded tail, as published vocabularies have
     ids = special_ids(tokenizer, SPECIAL, n_rows)
-    net = empty_student(lm_config | {
-        "architectures": ["ArkasrForConditionalGeneration"], "model_type": "arkasr", "lm_type": lm_config["model_type"],
-        "vocab_size": n_rows, "whisper_config": shape | {"max_source_positions": 1500}, "adapter_type": "mlp", "merge_factor": 4,
-        "use_rope": True, "mlp_adapter_act": "gelu", "spec_aug": False, "max_whisper_length": 1500, "audio_token_id": ids[AUDIO],
-        "bos_token_id": ids[PAD], "eos_token_id": ids[EOS], "pad_token_id": ids[PAD]})
-    tensors = {"lm." + k: v.float() for k, v in read_weights(path).items()}
-    table = tensors["lm.model.embed_tokens.weight"]                                       # (rows, D)
-    fresh = table[:n_old].mean(0) + table[:n_old].std(0) * torch.randn(n_rows - n_old, table.shape[1])
-    table = tensors["lm.model.embed_tokens.weight"] = torch.cat([table[:n_old], fresh])
-    if net.config["tie_word_embeddings"]:
-        tensors["lm.lm_head.weight"] = table
-    else:
-        head = tensors["lm.lm_head.weight"]
-        tensors["lm.lm_head.weight"] = torch.cat([head[:n_old], head[:n_old].mean(0).expand(n_rows - n_old, -1)])
-    adapter = nn.Sequential(*(nn.Linear(m.in_features, m.out_features) if isinstance(m, nn.Linear) else m for m in net.audio_encoder.adapting))
-    tensors |= {"audio_encoder." + k: v.float() for k, v in encoder_tensors.items()}
-    fill(net, tensors | {"audio_encoder.adapting." + k: v.detach() for k, v in adapter.state_dict().items()}, f"{encoder} and {lm}")
-    net.lm.tie_weights()
+    net = Student(student_config(lm_config, whisper_config, ids, n_rows))
+    # Log-mel has a standard deviation of 0.3. Brought to about 1 here, training leaves its first plateau
+    # in fewer updates.
+    net.audio_encoder.whisper.conv1.weight.data.mul_(4.0)
     return assemble(net, tokenizer, device)
+
+
+def round_up(n, multiple) -> int:
+    """Return the smallest multiple that is not less than n."""
+    return math.ceil(n / multiple) * multiple
 
 
 # ---------------------------------------------------------------------------- prompt, scoring, generation
@@ -680,45 +528,46 @@ class Prompt:
 def encode_audio(asr: ASR, batch: data.Batch) -> Prompt:
     """Run the audio encoder once and place its output in the prompt. Differentiable."""
     with autocast(asr.device):
-        audio, n_audio = asr.hear(batch)
+        audio, n_audio = asr.encode(batch)
     suffixes = asr.suffixes(batch, audio, n_audio)
     rows = [asr.prompt_ids(n, suffix) for n, suffix in zip(n_audio.tolist(), suffixes)]
     return insert_audio(asr, rows, audio, n_audio)
 
 
 def insert_audio(asr: ASR, rows, audio, n_audio) -> Prompt:
-    """Prompt ids (a list a row) and audio embeddings (B, A, D) -> left-padded prompts with the audio in place."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[asr.pad_id] * (width - len(row)) + row for row in rows], device=asr.device)    # (B, P)
-    n_ids = torch.tensor([len(row) for row in rows], device=asr.device)                                 # (B,)
-    mask = torch.arange(width, device=asr.device) >= width - n_ids[:, None]                             # (B, P)
-    valid = torch.arange(audio.shape[1], device=asr.device) < n_audio[:, None]                          # (B, A)
-    embeds = asr.body.embed_tokens(ids)                                                                 # (B, P, D)
-    # Both sides run row by row, so the i-th placeholder of a row receives the i-th audio embedding of that row.
-    embeds = embeds.masked_scatter((ids == asr.audio_id)[..., None], audio[valid].to(embeds.dtype))
+    """Lists of prompt ids and audio embeddings (B, A, D) -> left-padded prompts with the audio in place."""
+    ids, mask = data.pad_rows(rows, asr.pad_id, asr.device, side="left")        # (B, P)
+    valid = torch.arange(audio.shape[1], device=asr.device) < n_audio[:, None]  # (B, A)
+    embeds = asr.body.embed_tokens(ids)                                         # (B, P, D)
+    # Both sides run row by row, so the i-th placeholder of a row receives its i-th audio embedding.
+    is_audio = (ids == asr.audio_id)[..., None]                                 # (B, P, 1)
+    embeds = embeds.masked_scatter(is_audio, audio[valid].to(embeds.dtype))
     return Prompt(embeds, mask, audio, n_audio)
 
 
 def autocast(device):
-    """bf16 arithmetic over fp32 weights on a GPU; nothing on a CPU."""
+    """bf16 arithmetic over fp32 weights on a GPU (untested on hardware here); nothing on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def causal_mask(key_mask):
-    """(B, K) valid columns -> (B, 1, K, K): column q sees valid columns up to itself; padding sees itself (no NaN)."""
-    n = key_mask.shape[1]
-    lower = torch.ones(n, n, dtype=torch.bool, device=key_mask.device).tril()
-    itself = torch.eye(n, dtype=torch.bool, device=key_mask.device)
-    return ((key_mask[:, None] & lower) | itself)[:, None]
+def causal_mask(valid):
+    """(B, K) valid columns -> (B, 1, K, K): a column sees the valid ones up to itself.
+
+    Padding sees itself, so that no softmax runs over nothing (NaN).
+    """
+    n = valid.shape[1]
+    lower = torch.ones(n, n, dtype=torch.bool, device=valid.device).tril()
+    itself = torch.eye(n, dtype=torch.bool, device=valid.device)
+    return ((valid[:, None] & lower) | itself)[:, None]
 
 
-def positions_of(mask):
-    """(B, K) valid columns -> position of each column in its row, padding not counted."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
+def positions_of(valid):
+    """(B, K) valid columns -> (B, K) position of each column in its row, padding not counted."""
+    return (valid.cumsum(1) - 1).clamp(min=0)
 
 
 class Logits(torch.autograd.Function):
-    """On a GPU: bf16 inputs, sums in fp32 that are never rounded to bf16 in between (not run: no GPU here)."""
+    """z = h W^T on a GPU: bf16 inputs, sums in fp32 that are not rounded to bf16 (not run here)."""
 
     @staticmethod
     def forward(ctx, hidden, weight):
@@ -728,17 +577,18 @@ class Logits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_z):
         hidden, weight = ctx.saved_tensors
-        grad_hidden = (grad_z @ weight.float()).to(hidden.dtype)                # z = h W^T, so dh = dz W
+        grad_hidden = (grad_z @ weight.float()).to(hidden.dtype)                # dh = dz W
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad_z.T @ hidden.float()).to(weight.dtype)          # and dW = dz^T h
+            grad_weight = (grad_z.T @ hidden.float()).to(weight.dtype)          # dW = dz^T h
         return grad_hidden, grad_weight
 
 
 def logits(hidden, weight):
-    """The LM head: hidden (N, D), weight (V, D) -> logits (N, V), fp32. Every head site calls it, so all of them round alike.
+    """The LM head: hidden (N, D), weight (V, D) -> logits (N, V) in fp32.
 
-    bf16 logits would be wrong in the third digit: that moves the gradient of a KL between two of them by 4 to 29 %.
+    Every head site calls it, so that rollout, student and teacher round alike. Logits that were
+    rounded to bf16 in between would move the gradient of a KL by 4 to 29 %.
     """
     if hidden.is_cuda:
         return Logits.apply(hidden, weight)
@@ -746,75 +596,85 @@ def logits(hidden, weight):
 
 
 def response_hidden(body, embeds, prompt_mask, ids, mask) -> torch.Tensor:
-    """Teacher forcing: the hidden rows that predict the response tokens, packed -> (N, D), row-major order of mask.
+    """Teacher forcing -> (N, D): the hidden rows that predict the response tokens, packed row by row.
 
-    body: an LM without its head; embeds (B, P, D) and prompt_mask (B, P): prompts, padded on the left; ids and mask (B, R): responses,
-    padded on the right. The caller applies the head to these N rows only: no logits are made for prompt or padding.
+    body: an LM without its head. embeds (B, P, D), prompt_mask (B, P): prompts, padded on the left.
+    ids, mask (B, R): responses, padded on the right. The caller applies the head to these N rows
+    alone: no logits are made for prompt or padding.
     """
-    n_prompt = prompt_mask.shape[1]
     # The last column predicts nothing that is scored, so it is not fed; see the drawing at the top.
-    columns = torch.cat([embeds, body.embed_tokens(ids[:, :-1])], dim=1)                    # (B, P+R-1, D)
-    valid = torch.cat([prompt_mask, mask[:, :-1]], dim=1)                                   # (B, P+R-1)
+    n_prompt = prompt_mask.shape[1]
+    columns = torch.cat([embeds, body.embed_tokens(ids[:, :-1])], dim=1)        # (B, P+R-1, D)
+    valid = torch.cat([prompt_mask, mask[:, :-1]], dim=1)                       # (B, P+R-1)
     with autocast(embeds.device):
-        hidden = body(inputs_embeds=columns, attention_mask={"full_attention": causal_mask(valid)},
-                      position_ids=positions_of(valid), use_cache=False).last_hidden_state  # (B, P+R-1, D)
-    return hidden[:, n_prompt - 1:][mask]                                                   # (N, D)
+        output = body(inputs_embeds=columns, position_ids=positions_of(valid), use_cache=False,
+                      attention_mask={"full_attention": causal_mask(valid)})
+    return output.last_hidden_state[:, n_prompt - 1:][mask]                     # (N, D)
 
 
 def draw(z, temperature, uniform):
-    """One id a row from softmax(z / temperature) by inverse CDF: logits (B, V), uniform (B,) in [0, 1) -> (B,).
+    """One id a row from softmax(z / temperature) by inverse CDF -> (B,). temperature 0 is argmax.
 
-    temperature 0 is argmax. One uniform a row comes from the caller, so the draw does not depend on the rest of the batch.
+    z (B, V): logits; uniform (B,) in [0, 1): one a row, from the caller, so that a draw does not
+    depend on the rest of the batch.
     """
     if temperature == 0:
         return z.argmax(-1)
-    cdf = (z / temperature).softmax(-1).cumsum(-1)                                          # (B, V)
-    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 2e-5, and kept below it: the id found has p > 0.
-    # (On a GPU cumsum is a parallel scan and need not rise to the last bit: there an id of p = 0 has a chance of about 1e-7.)
+    cdf = (z / temperature).softmax(-1).cumsum(-1)                              # (B, V)
+    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 2e-5, and kept below it, so that
+    # the id found has p > 0. (On a GPU cumsum is a parallel scan and need not rise to the last bit:
+    # there an id of p = 0 has a chance of about 1e-7.)
     last = cdf[:, -1]
-    point = torch.minimum(uniform * last, torch.nextafter(last, torch.zeros_like(last)))    # (B,)
+    below = torch.nextafter(last, torch.zeros_like(last))
+    point = torch.minimum(uniform * last, below)                                # (B,)
     return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
 
 
 @torch.no_grad()
-def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_new_tokens, temperature=0.0, uniforms=None):
-    """Write one response a row, greedy (temperature 0) or sampled -> ids (B, R), mask (B, R): True on emitted tokens, EOS included.
+def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_new_tokens,
+             temperature=0.0, uniforms=None):
+    """Write one response a row, greedy (temperature 0) or sampled -> ids (B, R), mask (B, R).
 
-    body, weight: an LM and its head (V, D); embeds (B, P, D), prompt_mask (B, P): prompts, padded on the left; stop, blocked (V,): ids
-    that end a response, ids that none may contain; uniforms (B, max_new_tokens) in [0, 1): see data.keyed_uniforms. A row without a
-    stop id was cut at max_new_tokens. Finished rows are frozen, and once a quarter of the rows are done the others go on alone.
-    There is no collective, and the host asks the device how many rows are left at every token on a CPU, at every eighth on a GPU.
+    body, weight: an LM and its head's weight (V, D). embeds (B, P, D), prompt_mask (B, P): prompts,
+    padded on the left. stop, blocked (V,): ids that end a response, ids that none may contain.
+    uniforms (B, max_new_tokens) in [0, 1): see data.keyed_uniforms. mask is True on emitted tokens,
+    the stop id included; a row without one was cut at max_new_tokens.
+
+    Finished rows are frozen; when a quarter of the rows are done the others go on alone. There is no
+    collective, and the host asks the device how many rows are left at every token on a CPU, at every
+    eighth on a GPU.
     """
-    n_rows = len(embeds)
     device = embeds.device
     ask_every = 1 if device.type == "cpu" else 8
     if temperature > 0:
         uniforms = torch.as_tensor(uniforms, device=device)
-    ids = torch.full((n_rows, max_new_tokens), pad_id, device=device)           # (B, R)
+    ids = torch.full((len(embeds), max_new_tokens), pad_id, device=device)      # (B, R)
     mask = torch.zeros_like(ids, dtype=torch.bool)                              # (B, R)
-    rows = torch.arange(n_rows, device=device)                                  # (b,) rows that are still written
-    unfinished = torch.ones(n_rows, dtype=torch.bool, device=device)            # (b,)
+    rows = torch.arange(len(embeds), device=device)                             # (b,) still written
+    unfinished = torch.ones_like(rows, dtype=torch.bool)                        # (b,)
     cache = DynamicCache(config=body.config)
-    valid = prompt_mask                                                         # (b, P+t) columns to attend to
+    valid = prompt_mask                                                         # (b, P+t) columns
     attend = causal_mask(prompt_mask)                                           # (b, 1, queries, P+t)
     positions = positions_of(prompt_mask)                                       # (b, queries)
-    with autocast(device):  # around the whole loop: weights are cast to bf16 once, not at every token
+    with autocast(device):  # around the loop: weights are cast to bf16 once, not at every token
         for t in range(max_new_tokens):
-            hidden = body(inputs_embeds=embeds, attention_mask={"full_attention": attend}, position_ids=positions,
-                          past_key_values=cache, use_cache=True).last_hidden_state[:, -1]       # (b, D)
-            z = logits(hidden, weight).masked_fill(blocked, -math.inf)                          # (b, V)
-            token = draw(z, temperature, None if uniforms is None else uniforms[rows, t])       # (b,)
+            output = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
+                          attention_mask={"full_attention": attend}, use_cache=True)
+            z = logits(output.last_hidden_state[:, -1], weight)                 # (b, V)
+            z = z.masked_fill(blocked, -math.inf)
+            uniform = None if temperature == 0 else uniforms[rows, t]           # (b,)
+            token = draw(z, temperature, uniform)                               # (b,)
             token = torch.where(unfinished, token, pad_id)
             ids[rows, t] = token
             mask[rows, t] = unfinished
-            valid = torch.cat([valid, unfinished[:, None]], dim=1)                              # (b, P+t+1)
-            positions = positions[:, -1:] + 1                                                   # (b, 1)
+            valid = torch.cat([valid, unfinished[:, None]], dim=1)              # (b, P+t+1)
+            positions = positions[:, -1:] + 1                                   # (b, 1)
             unfinished = unfinished & ~stop[token]
             if t % ask_every == ask_every - 1:
                 n_left = int(unfinished.sum())
                 if n_left == 0:
                     break
-                if 4 * n_left <= 3 * len(rows):  # a quarter done: measured faster than at half, as fast as at every row
+                if 4 * n_left <= 3 * len(rows):  # measured: faster than at half, as fast as at each
                     left = unfinished.nonzero()[:, 0]
                     cache.batch_select_indices(left)
                     rows = rows[left]
@@ -822,147 +682,538 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
                     valid = valid[left]
                     positions = positions[left]
                     unfinished = unfinished[left]
-            embeds = body.embed_tokens(token[:, None])                                          # (b, 1, D)
-            attend = valid[:, None, None]                                                       # (b, 1, 1, P+t+1)
+            embeds = body.embed_tokens(token[:, None])                          # (b, 1, D)
+            attend = valid[:, None, None]                                       # (b, 1, 1, P+t+1)
     n_columns = int(mask.any(0).sum())
     return ids[:, :n_columns], mask[:, :n_columns]
 
 
 def roll_out(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms=None):
     """`generate` with a recogniser's parts -> ids (B, R), mask (B, R)."""
-    return generate(asr.body, asr.head.weight, prompt.embeds, prompt.mask, stop=asr.stop, blocked=asr.blocked, pad_id=asr.pad_id,
+    return generate(asr.body, asr.head.weight, prompt.embeds, prompt.mask,
+                    stop=asr.stop, blocked=asr.blocked, pad_id=asr.pad_id,
                     max_new_tokens=max_new_tokens, temperature=temperature, uniforms=uniforms)
 
 
-def transcribe(asr: ASR, utterances, rank=0, world=1, micro_batch=16, max_new_tokens=128, progress=None) -> dict[str, dict]:
-    """Greedy transcripts of this rank's share -> {id: {"hyp", "stopped", "n_tokens"}}. A clip that can't be decoded raises.
+@torch.no_grad()
+def transcribe(asr: ASR, utterances, rank=0, world=1, micro_batch=16, max_new_tokens=128,
+               progress=None) -> dict[str, dict]:
+    """Greedy transcripts of this rank's share -> {id: {"hyp", "stopped", "n_tokens"}}.
 
-    Rows of similar length go together, whatever the order of `utterances`; results are keyed by id. progress(n): n clips done.
+    Clips of similar length go together, whatever the order of `utterances`. progress(n) is called
+    when n more clips are done. A clip that can't be decoded raises data.AudioError.
     """
     durations = data.measure(utterances)
     order = sorted(range(len(utterances)), key=durations.__getitem__)
     results = {}
     for start in range(rank * micro_batch, len(order), world * micro_batch):
-        chosen = [utterances[i] for i in order[start:start + micro_batch]]
-        batch = data.load_batch(chosen, asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC)
-        with torch.no_grad():
-            prompt = encode_audio(asr, batch)
-        ids, mask = roll_out(asr, prompt, max_new_tokens)                       # (B, R)
+        clips = [utterances[i] for i in order[start:start + micro_batch]]
+        batch = data.load_batch(clips, asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC)
+        ids, mask = roll_out(asr, encode_audio(asr, batch), max_new_tokens)     # (B, R)
         stopped = (asr.stop[ids] & mask).any(1).tolist()
         n_tokens = mask.sum(1).tolist()
         for i, hyp in enumerate(asr.decode(ids, mask)):
-            results[chosen[i].id] = {"hyp": hyp.strip(), "stopped": stopped[i], "n_tokens": n_tokens[i]}
+            results[clips[i].id] = {"hyp": hyp.strip(), "stopped": stopped[i], "n_tokens": n_tokens[i]}
         if progress:
-            progress(len(chosen))
+            progress(len(clips))
     return results
 
 
 # ---------------------------------------------------------------------------- two vocabularies
 
 def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
-    """(V,) long: the teacher's id of each student id with an equal token string; -1 where there is none.
+    """(V,) long: the teacher's id of each student id with an equal token string; -1 where it has none.
 
-    EOS maps to EOS whatever it is called. Ids blocked on either side are -1: no transcript contains them.
+    EOS maps to EOS whatever it is called. Ids blocked on either side are -1: no transcript has them.
     """
     teacher_ids = teacher.tokenizer.get_vocab()
-    blocked_s = student.blocked.tolist()
-    blocked_t = teacher.blocked.tolist()
-    to_teacher = torch.full((len(blocked_s),), -1, dtype=torch.long)
+    usable_s = (~student.blocked).tolist()
+    usable_t = (~teacher.blocked).tolist()
+    to_teacher = torch.full((len(usable_s),), -1, dtype=torch.long)
     for token, i in student.tokenizer.get_vocab().items():
-        j = teacher_ids.get(token)
-        if j is None or i >= len(blocked_s) or j >= len(blocked_t):
-            continue
-        if not blocked_s[i] and not blocked_t[j]:
+        j = teacher_ids.get(token, len(usable_t))
+        if i < len(usable_s) and j < len(usable_t) and usable_s[i] and usable_t[j]:
             to_teacher[i] = j
     to_teacher[student.eos_id] = teacher.eos_id
     return to_teacher.to(student.device)
 
 
 def map_logits(z_t, to_teacher):
-    """(N, V_teacher) teacher logits -> (N, V): column i is the teacher's logit of student id i, -inf where it has none."""
-    return z_t.index_select(-1, to_teacher.clamp(min=0)).masked_fill_(to_teacher < 0, -math.inf)
+    """Teacher logits (N, V_t) -> (N, V): column i is that of student id i, -inf where it has none."""
+    z_t = z_t.index_select(-1, to_teacher.clamp(min=0))
+    return z_t.masked_fill_(to_teacher < 0, -math.inf)
 
 
 def readable_prefix(ids, mask, to_teacher):
-    """(B, R) ids and mask -> (B, R) mask, cut at the first id that the teacher's vocabulary lacks.
+    """Rollouts ids, mask (B, R) -> the mask up to the first id that the teacher's vocabulary lacks.
 
-    The teacher can't read that token, so neither it nor anything behind it in the row can be scored.
+    The teacher can't read that token, so neither it nor what follows in the row can be scored.
     """
     return mask & (to_teacher[ids] >= 0).cumprod(1).bool()
 
 
-# ---------------------------------------------------------------------------- what a distillation logs
+# ---------------------------------------------------------------------------- save and load
 
-def rollout_health(ids, mask, stop) -> dict[str, torch.Tensor]:
-    """(B, R) rollouts, their mask, (V,) ids that end one -> how many there are, were cut off, are EOS alone, repeat themselves."""
-    ended = (stop[ids] & mask).any(1)                                               # (B,)
-    return {"clips": len(ids), "truncated": (~ended).sum(), "empty": stop[ids[:, 0]].sum(), "repeats": repeats(ids, mask).sum()}
+def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
+    """Write a checkpoint directory in the published layout.
 
-
-def repeats(ids, mask, n=3):
-    """(B, R) rollouts -> (B,) bool: does some n-gram of emitted tokens come twice? The first sign of a loop."""
-    if ids.shape[1] <= n:
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    grams = ids.unfold(1, n, 1)                                                     # (B, G, n) with G = R - n + 1
-    emitted = mask.unfold(1, n, 1).all(-1)                                          # (B, G)
-    same = (grams[:, :, None] == grams[:, None]).all(-1)                            # (B, G, G)
-    same = same & emitted[:, :, None] & emitted[:, None]
-    return same.triu(1).flatten(1).any(1)
-
-
-@torch.no_grad()
-def agreement(hidden, student, teacher, to_teacher, k, chunk) -> dict[str, float]:
-    """How student and teacher stand to each other at these states, means over the states of all ranks.
-
-    hidden: [hidden_s (N, D), hidden_t (N, D_t)], or None on a rank that has no clip. Of the k most probable ids of either:
-      top1_agreement              do both put the same id first?
-      overlap                     share of ids that both sets have
-      mass_student, mass_teacher  probability that each puts on those shared ids
-      entropy, entropy_teacher    nats
-    overlap.py has more, and takes its sets before ids without a counterpart are removed, as the paper does; here they are gone already.
+    It is written to a temporary folder first. A new directory then appears whole, by one rename. In an
+    existing one the files are swapped in one by one, weights last: of one run only they ever change.
+    extra: further files, {"name.json" or "name.safetensors": dict}.
     """
-    names = ("top1_agreement", "overlap", "mass_student", "mass_teacher", "entropy", "entropy_teacher")
-    sums = dict.fromkeys((*names, "states"), 0.0)
-    hidden_s, hidden_t = hidden or ([], [])
-    for i in range(0, len(hidden_s), chunk):
-        z_s = student.logits(hidden_s[i:i + chunk]).masked_fill(to_teacher < 0, -math.inf)      # (C, V)
-        z_t = map_logits(teacher.logits(hidden_t[i:i + chunk]), to_teacher)                     # (C, V)
-        logp_s = z_s.log_softmax(-1)                                                            # (C, V)
-        logp_t = z_t.log_softmax(-1)                                                            # (C, V)
-        top_s = logp_s.topk(min(k, logp_s.shape[-1]))                                           # (C, k)
-        top_t = logp_t.topk(min(k, logp_t.shape[-1]))                                           # (C, k)
-        same = top_s.indices[:, :, None] == top_t.indices[:, None]                              # (C, k, k)
-        same = same & torch.isfinite(top_s.values)[:, :, None]
-        sums["top1_agreement"] += same[:, 0, 0].sum()
-        sums["overlap"] += same.sum() / same.shape[-1]
-        sums["mass_student"] += (top_s.values.exp() * same.any(2)).sum()
-        sums["mass_teacher"] += (top_t.values.exp() * same.any(1)).sum()
-        sums["entropy"] += torch.special.entr(logp_s.exp()).sum()
-        sums["entropy_teacher"] += torch.special.entr(logp_t.exp()).sum()
-        sums["states"] += len(z_s)
-    sums = all_sum(sums, student.device)
-    if not sums["states"]:
-        return {}
-    return {name: sums[name] / sums["states"] for name in names}
+    path = Path(path).absolute()
+    # Either folder is on the same file system as path.
+    temporary = path / ".tmp" if path.exists() else path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_files(asr, temporary, extra or {})
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    weights_last = sorted(temporary.iterdir(), key=lambda file: file.name == "model.safetensors")
+    for file in weights_last:
+        os.replace(file, path / file.name)
+    temporary.rmdir()
 
 
-# ---------------------------------------------------------------------------- training runs: processes, log, resume
+def write_files(asr: ASR, folder, extra) -> None:
+    """Write the files of a checkpoint into a folder. A tied head is not stored."""
+    for name, text in asr.other_files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(asr.net.config, indent=2))
+    asr.tokenizer.save_pretrained(folder)
+    for name, content in extra.items():
+        if name.endswith(".json"):
+            (folder / name).write_text(json.dumps(content, indent=2))
+        else:
+            save_file(content, folder / name, metadata={"format": "pt"})
+    tensors = {}
+    for name, tensor in asr.net.state_dict().items():
+        tensors[name.removeprefix("lm.")] = tensor.detach().cpu().contiguous()
+    if asr.net.config["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(name, device="cpu", dtype=None) -> ASR:
+    """Read a checkpoint, by directory or Hub id: a student, or a Qwen3-ASR in either of its layouts.
+
+    Without a dtype, a student is fp32, whatever the file holds; a Qwen3-ASR, never trained, is bf16 on a
+    GPU. Raises FileNotFoundError, and ValueError that names every weight, token or key that does not fit.
+    """
+    path = find_checkpoint(name)
+    config = json.loads((path / "config.json").read_text())
+    model_type = config.get("model_type")
+    if model_type == "arkasr":
+        return load_arkasr(path, config, device, dtype or torch.float32)
+    if model_type == "qwen3_asr":
+        return load_qwen3_asr(path, config, device, dtype or inference_dtype(device))
+    raise ValueError(f"{path}/config.json: model_type {model_type!r} is not known; "
+                     "expected 'arkasr' or 'qwen3_asr'")
+
+
+def inference_dtype(device):
+    """The dtype of a checkpoint that is not trained: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def load_student(name, device) -> ASR:
+    """Read a checkpoint to train. Raises ValueError if it is not a student."""
+    asr = load(name, device)
+    if not isinstance(asr.net, Student):
+        raise ValueError(f"{name} is a Qwen3-ASR checkpoint: it can teach and be evaluated, "
+                         "but only students (model_type 'arkasr') are trained")
+    return asr
+
+
+def load_teacher(name, device) -> ASR:
+    """Read a frozen checkpoint of either family: in bf16 on a GPU, in fp32 on a CPU."""
+    asr = load(name, device, inference_dtype(device))
+    asr.net.requires_grad_(False)
+    return asr
+
+
+def find_checkpoint(name) -> Path:
+    """Return the local folder of a checkpoint: a directory, or a Hub id "owner/name", then downloaded.
+
+    Code files (*.py) come along and are never run. Raises FileNotFoundError.
+    """
+    path = Path(name)
+    # "runs/x" beside a folder runs is a slip of the pen, not somebody's repository.
+    is_local = path.is_dir() or path.parent.is_dir()
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not is_local:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]
+        try:
+            return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+        except Exception as error:  # offline, unknown, gated: one line is enough
+            raise FileNotFoundError(f"{name}: no such directory, and not to be had from the Hub "
+                                    f"({type(error).__name__}: {error})") from error
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: no such directory")
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"{name}: no config.json there, so it is not a checkpoint directory")
+    return path
+
+
+def load_tokenizer(name) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of a checkpoint: tokenizer.json, or Qwen's vocab.json and merges.txt."""
+    path = find_checkpoint(name)
+    if (path / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    return Qwen2Tokenizer.from_pretrained(path)
+
+
+OTHER_FILES = """
+generation_config.json preprocessor_config.json processor_config.json chat_template.jinja
+special_tokens_map.json added_tokens.json vocab.json merges.txt
+""".split()
+
+
+def read_other_files(path) -> dict[str, str]:
+    """Read the publisher's code, and the files that it wants beside the weights -> {name: text}.
+
+    `save` carries them along. They are text to us and never run; of generation_config.json, `assemble`
+    reads the ids that end a transcript.
+    """
+    files = {}
+    for file in sorted(path.iterdir()):
+        if file.name in OTHER_FILES or file.suffix == ".py":
+            files[file.name] = file.read_text(encoding="utf-8")
+    return files
+
+
+def read_weights(path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a directory, by name: model.safetensors, or the shards that its index lists.
+
+    Raises FileNotFoundError naming the files that are missing.
+    """
+    names = ["model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    if not (path / "model.safetensors").exists() and index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (path / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{path}: {', '.join(missing)} not found; "
+                                "weights are read from safetensors only")
+    tensors = {}
+    for name in names:
+        tensors |= load_file(path / name)
+    return tensors
+
+
+# Weights of published checkpoints that nothing reads: RoPE takes the place of Whisper's table of positions,
+# and the LayerNorm before the adapter that of Whisper's last one.
+UNUSED_WEIGHTS = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")
+
+
+def load_arkasr(path, config, device, dtype) -> ASR:
+    """Read a student's directory."""
+    net = empty_student(config)
+    tensors = {}
+    for name, tensor in read_weights(path).items():
+        if name.startswith(UNUSED_WEIGHTS) or name.endswith(".num_batches_tracked"):
+            continue
+        ours = name if name.startswith("audio_encoder.") else "lm." + name
+        tensors[ours] = tensor.to(dtype)
+    if net.config["tie_word_embeddings"]:
+        tie_head(tensors, path)
+    load_weights(net, tensors, path)
+    return assemble(net, load_tokenizer(path), device, read_other_files(path))
+
+
+def tie_head(tensors, path) -> None:
+    """Make the LM's head the embedding table itself, in a dict of weights by our names.
+
+    Raises ValueError if the stored head is another matrix: one of the two would be lost.
+    """
+    table = tensors.get("lm.model.embed_tokens.weight")
+    if table is None:
+        return  # load_weights lists it as missing
+    if not torch.equal(tensors.get("lm.lm_head.weight", table), table):
+        raise ValueError(f"{path}/config.json ties lm_head.weight to the embeddings, "
+                         "but the stored one is another matrix")
+    tensors["lm.lm_head.weight"] = table
+
+
+def load_weights(net: Student, tensors, where) -> None:
+    """Put tensors, by our names, into a student built on the meta device.
+
+    Raises ValueError that lists all that are missing, unexpected or misshapen. where: what they are from.
+    """
+    expected = net.state_dict()
+    wrong = [f"missing {name}" for name in expected if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in expected]
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+    if wrong:
+        raise ValueError(f"{where}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
+    net.load_state_dict(tensors, assign=True)
+    net.lm.tie_weights()
+
+
+def load_pair(student, teacher, device) -> tuple[ASR, ASR]:
+    """A checkpoint to train and one to score with, frozen. Raises ValueError unless both read the
+    same features."""
+    student = load_student(student, device)
+    teacher = load_teacher(teacher, device)
+    if student.n_mels != teacher.n_mels:
+        raise ValueError("student and teacher read the same features, but take "
+                         f"{student.n_mels} and {teacher.n_mels} mel bins")
+    return student, teacher
+
+
+# ---------------------------------------------------------------------------- Qwen3-ASR
+
+# A language as a manifest may spell it, in lower case -> its name in the prompt.
+LANGUAGE_NAMES = LANGUAGE_CODE_TO_NAME | {
+    "cmn": "Chinese", "zho": "Chinese", "chi": "Chinese", "cn": "Chinese", "mandarin": "Chinese",
+    "eng": "English", "jpn": "Japanese", "jp": "Japanese", "kor": "Korean", "tha": "Thai",
+    "tl": "Filipino",
+}
+LANGUAGE_NAMES |= {name.lower(): name for name in LANGUAGE_CODE_TO_NAME.values()}
+
+
+@dataclass
+class Qwen3ASR(ASR):
+    """A Qwen3-ASR checkpoint in transformers' classes. Its prompt names the language of the audio."""
+    # clip_key -> ids of "language X<asr_text>" that the model itself wrote
+    heard_languages: dict[tuple, list[int]] = field(default_factory=dict)
+
+    @property
+    def n_mels(self):
+        return self.net.config.audio_config.num_mel_bins
+
+    @property
+    def body(self):
+        return self.net.model.language_model
+
+    @property
+    def head(self):
+        return self.net.lm_head
+
+    def encode(self, batch: data.Batch):
+        """Return audio embeddings (B, A, D), and how many of each row are not padding (B,).
+
+        The audio tower takes whole seconds of 100 frames, zeros after a clip's end. Clips below half a
+        second were padded with silence before their features were computed: those are in batch.padded.
+        """
+        chunk = 2 * self.net.config.audio_config.n_window  # 100 frames
+        n_frames = batch.n_frames.clone()
+        for i, features in batch.padded.items():
+            n_frames[i] = features.shape[1]
+        n_columns = round_up(int(n_frames.max()), chunk)
+        mel = batch.mel.new_zeros(len(n_frames), self.n_mels, n_columns)
+        mel[:, :, :batch.mel.shape[2]] = batch.mel
+        for i, features in batch.padded.items():
+            mel[i, :, :features.shape[1]] = features
+        valid = torch.arange(n_columns) < n_frames[:, None]        # (B, T)
+        mel = mel.to(self.device, self.head.weight.dtype)          # (B, n_mels, T)
+        packed = self.net.get_audio_features(mel, valid.long().to(self.device)).pooler_output
+        n_audio = count_qwen3_asr_tokens(n_frames, chunk)
+        rows = packed.split(n_audio.tolist())                      # B times (n_audio of the row, D)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True), n_audio.to(self.device)
+
+    def suffixes(self, batch: data.Batch, audio, n_audio) -> list[list[int]]:
+        """Return the ids that follow the audio in each row's prompt; audio and n_audio are from `encode`.
+
+        They name the manifest's language, or else the one that the model itself hears in the clip, asked
+        once a clip. The student's text takes no part.
+        """
+        self.hear_languages(batch, audio, n_audio)
+        rows = []
+        for utterance in batch.utterances:
+            if utterance.language:
+                language = self.language_ids(utterance)
+            else:
+                language = self.heard_languages[clip_key(utterance)]
+            rows.append(self.suffix_ids + language)
+        return rows
+
+    def hear_languages(self, batch: data.Batch, audio, n_audio) -> None:
+        """Add to heard_languages the clips of a batch for which the manifest gives no language.
+
+        Raises ValueError naming the clip if the model does not name a language.
+        """
+        unknown = []
+        for i, utterance in enumerate(batch.utterances):
+            if not utterance.language and clip_key(utterance) not in self.heard_languages:
+                unknown.append(i)
+        if not unknown:
+            return
+        written = self.write_languages(audio[unknown], n_audio[unknown])
+        for i, ids in zip(unknown, written):
+            utterance = batch.utterances[i]
+            if ids[-1] != self.asr_text_id:
+                raise ValueError(f"{utterance.line}: the teacher wrote {self.tokenizer.decode(ids)!r} "
+                                 f"where it should name the language of {utterance.audio}; "
+                                 "give it in the manifest's field `language`")
+            self.heard_languages[clip_key(utterance)] = ids
+
+    def write_languages(self, audio, n_audio) -> list[list[int]]:
+        """Return what the model greedily writes for each row without a language: ids up to <asr_text>."""
+        stop = torch.zeros_like(self.stop)
+        stop[self.asr_text_id] = True
+        asr = replace(self, stop=stop, blocked=(self.blocked | self.stop) & ~stop)
+        prompt_rows = [self.prompt_ids(n, self.suffix_ids) for n in n_audio.tolist()]
+        prompt = insert_audio(asr, prompt_rows, audio, n_audio)
+        ids, mask = roll_out(asr, prompt, max_new_tokens=12)  # enough for every language that it knows
+        return [row[valid].tolist() for row, valid in zip(ids.cpu(), mask.cpu())]
+
+    @property
+    def asr_text_id(self):
+        return self.tokenizer.convert_tokens_to_ids("<asr_text>")
+
+    def language_ids(self, utterance: data.Utterance) -> list[int]:
+        """Return the ids of "language X<asr_text>" for the manifest's code or name of the language.
+
+        Raises ValueError naming line and value for a language that the model does not know.
+        """
+        spelled = utterance.language.lower()
+        code = re.split("[-_]", spelled)[0]  # "en-us" -> "en"
+        name = LANGUAGE_NAMES.get(spelled) or LANGUAGE_NAMES.get(code)
+        if name is None:
+            known = ", ".join(map(" ".join, LANGUAGE_CODE_TO_NAME.items()))
+            raise ValueError(f"{utterance.line}: language {utterance.language!r} "
+                             f"is not one of Qwen3-ASR's: {known}")
+        return self.plain_tokenizer.encode(f"language {name}").ids + [self.asr_text_id]
+
+
+def clip_key(utterance: data.Utterance) -> tuple:
+    """What tells one clip's audio from another's: segments of one file are different clips."""
+    return utterance.audio, utterance.start_sec, utterance.duration_sec
+
+
+def count_qwen3_asr_tokens(n_frames, chunk):
+    """Return the audio tokens (B,) of clips of n_frames (B,): a second of `chunk` frames gives 13."""
+    rest = n_frames % chunk
+    for _ in range(3):  # three convolutions of stride 2
+        rest = (rest + 1) // 2
+    return n_frames // chunk * 13 + rest
+
+
+# The original repositories' names of weights, as regular expressions -> transformers' names.
+QWEN3_ASR_KEYS = {
+    r"^thinker\.model\.": "model.language_model.",
+    r"^thinker\.lm_head\.": "lm_head.",
+    r"^thinker\.audio_tower\.proj1\.": "model.multi_modal_projector.linear_1.",
+    r"^thinker\.audio_tower\.proj2\.": "model.multi_modal_projector.linear_2.",
+    r"^thinker\.audio_tower\.": "model.audio_tower.",
+}
+
+
+def load_qwen3_asr(path, config, device, dtype) -> Qwen3ASR:
+    """Read a Qwen3-ASR directory of either layout; the original one nests everything in thinker_config.
+
+    transformers would fill what it does not find with random numbers: here that is a ValueError.
+    """
+    if "thinker_config" in config:
+        net_config = original_qwen3_asr_config(config["thinker_config"])
+        key_mapping = QWEN3_ASR_KEYS
+    else:
+        net_config = native_qwen3_asr_config(config)
+        key_mapping = None
+    net, report = Qwen3ASRForConditionalGeneration.from_pretrained(
+        path,
+        config=net_config,
+        key_mapping=key_mapping,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # not ignored, but reported with the rest below
+    )
+    wrong = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        wrong += [f"{kind} {key}" for key in sorted(map(str, report[f"{kind}_keys"]))]
+    if wrong:
+        raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
+    return assemble_qwen3_asr(net, load_tokenizer(path), device)
+
+
+def native_qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
+    """Return transformers' config from a config.json in transformers' layout."""
+    # Without these, transformers would take its defaults: the 1.7B size.
+    if "audio_config" not in config or "text_config" not in config:
+        raise ValueError("config.json of a Qwen3-ASR has audio_config and text_config, "
+                         f"or thinker_config; this one has {', '.join(config)}")
+    not_settings = ("model_type", "architectures", "transformers_version")
+    return Qwen3ASRConfig(**{key: value for key, value in config.items() if key not in not_settings})
+
+
+def original_qwen3_asr_config(thinker: dict) -> Qwen3ASRConfig:
+    """Return transformers' config from the thinker_config of the original layout."""
+    native = Qwen3ASRConfig()
+    text = thinker["text_config"]
+    rope = text.get("rope_parameters") or {}
+    theta = text.get("rope_theta") or rope["rope_theta"]
+    text_config = known_keys(text, Qwen3Config)
+    text_config["model_type"] = "qwen3"
+    # Its M-RoPE gives all three axes the same position, so it is the default RoPE.
+    text_config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    audio_config = known_keys(thinker["audio_config"], type(native.audio_config))
+    audio_config["model_type"] = "qwen3_asr_encoder"
+    return Qwen3ASRConfig(
+        audio_config=audio_config,
+        text_config=text_config,
+        audio_token_id=thinker.get("audio_token_id", native.audio_token_id),
+        tie_word_embeddings=text.get("tie_word_embeddings", thinker.get("tie_word_embeddings", True)),
+    )
+
+
+def known_keys(section: dict, config_class) -> dict:
+    """Return the part of a config's section that transformers' class knows; the original has more keys."""
+    return {key: value for key, value in section.items() if key in config_class.__dataclass_fields__}
+
+
+def assemble_qwen3_asr(net, tokenizer, device) -> Qwen3ASR:
+    """Join network and tokenizer, as `assemble` does for a student.
+
+    Raises ValueError naming the token that the tokenizer lacks or that has another id in config.json.
+    """
+    n_rows = net.config.text_config.vocab_size
+    tokens = ["<|im_start|>", EOS, "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>", "<asr_text>"]
+    ids = special_ids(tokenizer, tokens, n_rows)
+    audio_id = ids["<|audio_pad|>"]
+    if net.config.audio_token_id != audio_id:
+        raise ValueError(f"config.json says audio_token_id = {net.config.audio_token_id}, "
+                         f"but the tokenizer has '<|audio_pad|>' at {audio_id}")
+    stop_ids = {ids[EOS]} | id_set(net.config.eos_token_id)
+    stop, blocked = stop_and_blocked(tokenizer, stop_ids, n_rows, device)
+    prefix = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|>"
+    suffix = "<|audio_end|><|im_end|>\n<|im_start|>assistant\n"
+    return Qwen3ASR(
+        net=net.eval().to(device),
+        tokenizer=tokenizer,
+        prefix_ids=tokenizer.encode(prefix, add_special_tokens=False),
+        suffix_ids=tokenizer.encode(suffix, add_special_tokens=False),
+        eos_id=ids[EOS],
+        pad_id=ids[EOS],
+        audio_id=audio_id,
+        stop=stop,
+        blocked=blocked,
+    )
+
+
+# ---------------------------------------------------------------------------- processes
 
 def setup(args):
-    """Join the processes that torchrun started, if any -> rank, world, device, and a list that SIGTERM makes non-empty."""
+    """Join the processes that torchrun started, if any -> rank, world, device, and a list that
+    SIGTERM makes non-empty."""
     rank, world, device = find_place(args.device)
     if world > 1:
-        # Hours: the others wait while rank 0 saves. NCCL's own limit is ten minutes.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12),
-                                device_id=device if device.type == "cuda" else None)
-    torch.manual_seed(args.seed)  # for random initial weights; every later draw is keyed on (seed, step, utterance)
+        # Hours, since the others wait while rank 0 saves; NCCL's own limit is ten minutes.
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12),
+            device_id=device if device.type == "cuda" else None)
+    torch.manual_seed(args.seed)  # for initial weights; later draws are keyed on (seed, step, clip)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     return rank, world, device, stop
 
 
 def setup_scoring(args):
-    """As `setup`, for scripts whose ranks exchange finished results as Python objects and no tensor -> rank, world, device."""
+    """As `setup`, for scripts whose ranks exchange results as Python objects -> rank, world, device."""
     rank, world, device = find_place(args.device)
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -970,7 +1221,7 @@ def setup_scoring(args):
 
 
 def find_place(kind):
-    """--device (auto, cpu, cuda) and torchrun's environment -> rank, world, device."""
+    """--device (auto, cpu or cuda) and torchrun's environment -> rank, world, device."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if kind == "auto":
@@ -990,7 +1241,7 @@ def finish() -> None:
 
 
 def all_sum(values: dict, device) -> dict[str, float]:
-    """Sum numbers (the same keys on every rank) over all ranks, in one collective."""
+    """Sum numbers over all ranks, in one collective. Every rank has the same keys."""
     total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -998,56 +1249,53 @@ def all_sum(values: dict, device) -> dict[str, float]:
 
 
 def progress(total, name, unit, rank, initial=0):
-    """A progress bar with rate and ETA on rank 0; a line every 20 s where it is written to a file."""
+    """A progress bar with rate and ETA on rank 0; in a file, a line every 20 s."""
     return tqdm(total=total, initial=initial, desc=name, unit=unit, disable=rank > 0,
                 mininterval=0.5 if sys.stderr.isatty() else 20)
 
 
-def load_pair(student, teacher, device):
-    """Checkpoints to train and to score with -> student, frozen teacher. Raises ValueError unless they read the same features."""
-    student = load_student(student, device)
-    teacher = load_teacher(teacher, device)
-    if student.n_mels != teacher.n_mels:
-        raise ValueError(f"student and teacher read the same features, but take {student.n_mels} and {teacher.n_mels} mel bins")
-    return student, teacher
-
-
-def dev_error(asr, utterances, args, rank, world) -> dict[str, float]:
-    """Greedy errors on dev, languages pooled, ranks share the clips -> {"dev_error": percent, "dev_length": units written / in reference}."""
-    hyps = transcribe(asr, utterances, rank, world, args.eval_batch, args.max_new_tokens)
-    sums = {"errors": 0, "units": 0, "longer": 0}
-    for u in utterances:
-        if u.id in hyps:
-            counts = data.edit_counts(u.text, hyps[u.id]["hyp"], u.language)
-            sums["errors"] += counts.errors
-            sums["units"] += counts.units
-            sums["longer"] += counts.insertions - counts.deletions
-    sums = all_sum(sums, asr.device)
-    if not sums["units"]:
-        return {"dev_error": math.nan, "dev_length": math.nan}
-    return {"dev_error": 100 * sums["errors"] / sums["units"], "dev_length": 1 + sums["longer"] / sums["units"]}
-
+# ---------------------------------------------------------------------------- what a training run logs
 
 class Log:
-    """metrics.jsonl, the progress bar and the rejected clips of a training run; files and bar on rank 0 only."""
+    """metrics.jsonl, progress bar, sums between two records, and rejected clips of a training run."""
 
     def __init__(self, args, rank, start):
         self.path = Path(args.out) / "metrics.jsonl"
         self.rank = rank
+        self.sums = Counter()
         self.rejected = Counter()  # reason: clips left out since this process started
         self.first = {}            # reason: message of the first of them
         self.bar = progress(args.steps, Path(args.out).name, "step", rank, start)
-        if rank == 0 and self.path.exists():  # what was logged after the restored step is about to be made again
-            data.write_jsonl(self.path, [row for row in read_log(self.path) if before(row, start)])
+        if rank == 0 and self.path.exists():
+            # What was logged after the restored step is about to be made again; its dev error too.
+            rows = [row for row in read_metrics(self.path)
+                    if row["step"] < start or (row["step"] == start and "dev_error" not in row)]
+            data.write_jsonl(self.path, rows)
+
+    def say(self, text) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
 
     def write(self, record) -> None:
-        """Append a record and print it."""
+        """Append a record and print it, on rank 0."""
         if self.rank > 0:
             return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()]
         self.bar.write("  ".join(shown))
+
+    def add(self, sums) -> None:
+        """Add {name: number}."""
+        self.sums.update(sums)
+
+    def take_sums(self, names, device) -> dict[str, float]:
+        """What was added since the last call, summed over ranks; `rejected`: since the start."""
+        self.sums["rejected"] = self.rejected.total()
+        sums = all_sum({name: self.sums[name] for name in names}, device)
+        self.sums.clear()
+        return sums
 
     def reject(self, rejected) -> None:
         """Count clips that could not be used: (reason, message) pairs."""
@@ -1060,7 +1308,7 @@ class Log:
         return next(iter(self.first.values()), "on another process")
 
     def close(self) -> None:
-        """Draw metrics.png, say what was left out."""
+        """Draw metrics.png; say which clips were left out, and why."""
         self.bar.close()
         if self.rank == 0:
             draw_metrics(self.path)
@@ -1068,26 +1316,17 @@ class Log:
             print(f"rank {self.rank}: {n} clips rejected: {reason} (first: {self.first[reason]})")
 
 
-def n_parameters(asr) -> int:
-    return sum(p.numel() for p in asr.net.parameters())
-
-
-def read_log(path) -> list[dict]:
+def read_metrics(path) -> list[dict]:
     """Records of a metrics.jsonl; a killed run may leave half a line at its end."""
     return [json.loads(line) for line in path.open() if line.endswith("}\n")]
 
 
-def before(row, start) -> bool:
-    """Was this record made before a run resumes at step `start`? Its dev error is measured again first."""
-    return row["step"] < start or (row["step"] == start and "dev_error" not in row)
-
-
-PANELS = [
-    ("loss, nats per token", ["loss", "ctc"]),
-    ("dev error, %", ["dev_error"]),
-    ("agreement with the teacher", ["overlap", "top1_agreement", "mass_student", "mass_teacher"]),
-    ("share of rollouts", ["truncated", "empty", "repeats"]),
-]
+PANELS = {
+    "loss, nats per token": ["loss", "ctc"],
+    "dev error, %": ["dev_error"],
+    "agreement with the teacher": ["overlap", "top1_agreement", "mass_student", "mass_teacher"],
+    "share of rollouts": ["truncated", "empty", "repeats"],
+}
 
 
 def draw_metrics(path) -> None:
@@ -1095,17 +1334,16 @@ def draw_metrics(path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    records = read_log(path)
-    curves = {}  # title: {key: [(step, value)]}
-    for title, keys in PANELS:
-        for key in keys:
+    records = read_metrics(path)
+    logged = {key for record in records for key in record}
+    titles = [title for title, keys in PANELS.items() if logged & set(keys)]
+    width = max(1, len(titles))
+    figure, axes = pyplot.subplots(1, width, figsize=(3.6 * width, 3), layout="constrained", squeeze=False)
+    for axis, title in zip(axes[0], titles):
+        for key in PANELS[title]:
             points = [(r["step"], r[key]) for r in records if key in r]
             if points:
-                curves.setdefault(title, {})[key] = points
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.6 * len(curves), 3), layout="constrained", squeeze=False)
-    for axis, (title, panel) in zip(axes[0], curves.items()):
-        for key, points in panel.items():
-            axis.plot(*zip(*points), "o-" if len(points) < 12 else "-", markersize=3, label=key)
+                axis.plot(*zip(*points), "o-" if len(points) < 12 else "-", markersize=3, label=key)
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize="small")
@@ -1113,32 +1351,122 @@ def draw_metrics(path) -> None:
     pyplot.close(figure)
 
 
-def start_run(args, asr, optimizer, modules, rank) -> tuple[int, float]:
-    """Make --out, restore its newest state if --resume -> step to go on at, best dev error so far.
+def n_parameters(asr) -> int:
+    return sum(p.numel() for p in asr.net.parameters())
 
-    Raises FileExistsError if --out holds an earlier run and --resume is not given; RuntimeError if ranks see different states.
+
+def dev_error(asr, utterances, args, rank, world) -> dict[str, float]:
+    """Greedy errors on dev, languages pooled; the ranks share the clips.
+
+    -> {"dev_error": percent, "dev_length": units written / units in the references}
+    """
+    results = transcribe(asr, utterances, rank, world, args.eval_batch, args.max_new_tokens)
+    sums = Counter(errors=0, units=0, longer=0)
+    for u in utterances:
+        if u.id in results:
+            counts = data.edit_counts(u.text, results[u.id]["hyp"], u.language)
+            sums["errors"] += counts.errors
+            sums["units"] += counts.units
+            sums["longer"] += counts.insertions - counts.deletions
+    sums = all_sum(sums, asr.device)
+    if not sums["units"]:
+        return {"dev_error": math.nan, "dev_length": math.nan}
+    return {"dev_error": 100 * sums["errors"] / sums["units"],
+            "dev_length": 1 + sums["longer"] / sums["units"]}
+
+
+def rollout_health(ids, mask, stop) -> dict[str, torch.Tensor]:
+    """Rollouts ids, mask (B, R), stop (V,) -> how many there are, were cut, are empty, repeat."""
+    ended = (stop[ids] & mask).any(1)                                           # (B,)
+    return {"clips": len(ids), "truncated": (~ended).sum(), "empty": stop[ids[:, 0]].sum(),
+            "repeats": repeats(ids, mask).sum()}
+
+
+def repeats(ids, mask, n=3):
+    """Rollouts (B, R) -> (B,) bool: does some n-gram come twice? The first sign of a loop."""
+    if ids.shape[1] <= n:
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    grams = ids.unfold(1, n, 1)                                                 # (B, G, n)
+    emitted = mask.unfold(1, n, 1).all(-1)                                      # (B, G)
+    same = (grams[:, :, None] == grams[:, None]).all(-1)                        # (B, G, G)
+    same = same & emitted[:, :, None] & emitted[:, None]
+    return same.triu(1).flatten(1).any(1)
+
+
+AGREEMENT = ("top1_agreement", "overlap", "mass_student", "mass_teacher", "entropy", "entropy_teacher")
+
+
+@torch.no_grad()
+def agreement(hidden, student, teacher, to_teacher, k, chunk) -> dict[str, float]:
+    """How student and teacher stand to each other at some states, means over those of all ranks.
+
+    hidden: (hidden_s (N, D), hidden_t (N, D_t)), or None on a rank without a clip. Of the k most
+    probable ids of either, after ids that only one vocabulary has were removed (overlap.py removes
+    them later, as the paper does, and has more):
+      top1_agreement              do both put the same id first?
+      overlap                     share of the k ids that both sets have
+      mass_student, mass_teacher  probability that each puts on those shared ids
+      entropy, entropy_teacher    nats
+    """
+    sums = dict.fromkeys((*AGREEMENT, "states"), 0.0)
+    hidden_s, hidden_t = hidden or ((), ())
+    for i in range(0, len(hidden_s), chunk):
+        z_s = student.logits(hidden_s[i:i + chunk]).masked_fill(to_teacher < 0, -math.inf)
+        z_t = map_logits(teacher.logits(hidden_t[i:i + chunk]), to_teacher)     # (C, V)
+        logp_s = z_s.log_softmax(-1)                                            # (C, V)
+        logp_t = z_t.log_softmax(-1)                                            # (C, V)
+        top_s = logp_s.topk(min(k, logp_s.shape[-1]))                           # (C, k)
+        top_t = logp_t.topk(min(k, logp_t.shape[-1]))                           # (C, k)
+        same = top_s.indices[:, :, None] == top_t.indices[:, None]              # (C, k, k)
+        same = same & torch.isfinite(top_s.values)[:, :, None]
+        sums["top1_agreement"] += same[:, 0, 0].sum()
+        sums["overlap"] += same.sum() / same.shape[-1]
+        sums["mass_student"] += (top_s.values.exp() * same.any(2)).sum()
+        sums["mass_teacher"] += (top_t.values.exp() * same.any(1)).sum()
+        sums["entropy"] += torch.special.entr(logp_s.exp()).sum()
+        sums["entropy_teacher"] += torch.special.entr(logp_t.exp()).sum()
+        sums["states"] += len(z_s)
+    sums = all_sum(sums, student.device)
+    if not sums["states"]:
+        return {}
+    return {name: sums[name] / sums["states"] for name in AGREEMENT}
+
+
+# ---------------------------------------------------------------------------- training state, resume
+
+def start_run(args, asr, optimizer, modules, rank) -> tuple[int, float]:
+    """Make --out; with --resume, restore its newest state -> step to go on at, best dev error so far.
+
+    Raises FileExistsError if --out holds an earlier run and --resume is not given, RuntimeError if
+    ranks see different states.
     """
     out = Path(args.out)
     if not args.resume and any((out / name).exists() for name in ("metrics.jsonl", "state")):
-        raise FileExistsError(f"{out} holds an earlier run: continue it with --resume, or choose another --out")
+        raise FileExistsError(f"{out} holds an earlier run: continue it with --resume, "
+                              "or choose another --out")
     if dist.is_initialized():
-        dist.barrier()  # all ranks have looked before rank 0 writes
+        dist.barrier()  # every rank has looked before one of them writes
     out.mkdir(parents=True, exist_ok=True)
     info = load_training(out, asr, optimizer, modules) if args.resume else None
-    start = info["step"] if info else 0
-    starts = [start]
+    step = info["step"] if info else 0
     if dist.is_initialized():
-        starts = [None] * dist.get_world_size()
-        dist.all_gather_object(starts, start)
-    if len(set(starts)) > 1:
-        raise RuntimeError(f"ranks find different steps in {out}/state: {starts} in order of rank. Do all nodes share --out?")
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise RuntimeError(f"ranks find different steps in {out}/state: {steps}, in order of rank. "
+                               "Do all nodes share --out?")
     if info is None:
         return 0, math.inf
-    flags = kept_flags(args)
-    for name, value in flags.items():
-        if rank == 0 and info["flags"].get(name) != value:
-            print(f"resumed with another --{name} than before: {info['flags'].get(name)} -> {value}")
-    return start, info["best"]
+    for name, value in kept_flags(args).items():
+        before = info["flags"].get(name)
+        if rank == 0 and before != value:
+            print(f"resumed with another --{name} than before: {before} -> {value}")
+    return step, info["best"]
+
+
+def kept_flags(args) -> dict:
+    """The flags that decide a run's result, as they are kept in its state."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "workers")}
 
 
 def keep_best(asr, out, error, best, rank) -> float:
@@ -1148,14 +1476,10 @@ def keep_best(asr, out, error, best, rank) -> float:
     return min(error, best)
 
 
-def kept_flags(args) -> dict:
-    """Flags that decide the result of a run, for its training state."""
-    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "workers")}
-
-
 def save_training(out, step, asr, optimizer, modules=None, info=None) -> None:
-    """Write OUT/state/step-N: a full checkpoint plus what a resumed run needs (optimiser, further modules, info); then drop older ones.
+    """Write OUT/state/step-N, then drop older ones: a full checkpoint plus what a resumed run needs.
 
+    modules: {name: module} trained beside the network; info: what load_training gives back.
     There is no RNG and no data position to save: every draw and every batch is a function of (seed, step).
     """
     folder = Path(out) / "state"
@@ -1176,9 +1500,9 @@ def save_training(out, step, asr, optimizer, modules=None, info=None) -> None:
 
 @torch.no_grad()
 def load_training(out, asr, optimizer, modules=None) -> dict | None:
-    """Restore the newest OUT/state/step-N in place and return its info; None if there is none. Half-written ones end in .tmp.
+    """Restore the newest OUT/state/step-N in place -> its info; None if there is none.
 
-    Tensors are read one at a time: none lies in memory twice.
+    Half-written ones end in .tmp. Tensors are read one at a time: none lies in memory twice.
     """
     saved = sorted(p for p in (Path(out) / "state").glob("step-*") if p.suffix != ".tmp")
     if not saved:

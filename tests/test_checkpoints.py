@@ -467,7 +467,7 @@ def encoder_output(asr, mel):
 @torch.no_grad()
 def test_glmasr_encoder_becomes_the_students(parts):
     """transformers' layout pairs RoPE's rows split-half, ours are interleaved: a wrong permutation changes every output."""
-    asr, mel = model.student_from_parts(parts[0] / "glmasr", parts[0] / "qwen2"), mel_batch([96]).mel
+    asr, mel = sft.student_from_parts(parts[0] / "glmasr", parts[0] / "qwen2"), mel_batch([96]).mel
     expected = parts[1]["glmasr"].model.audio_tower(mel).last_hidden_state[0]
     assert expected.std() > 0.1
     close(encoder_output(asr, mel), expected)
@@ -477,7 +477,7 @@ def test_glmasr_encoder_becomes_the_students(parts):
 @torch.no_grad()
 def test_whisper_encoder_becomes_the_students(parts):
     """Weights as they are, its last LayerNorm in the adapter's place; its table of positions has no place here."""
-    asr, theirs = model.student_from_parts(parts[0] / "whisper", parts[0] / "qwen2"), parts[1]["whisper"].model.encoder.state_dict()
+    asr, theirs = sft.student_from_parts(parts[0] / "whisper", parts[0] / "qwen2"), parts[1]["whisper"].model.encoder.state_dict()
     encoder = asr.net.audio_encoder
     expected = {k: v for k, v in theirs.items() if not k.startswith(("embed_positions.", "layer_norm."))}
     ours = encoder.whisper.state_dict()
@@ -496,7 +496,7 @@ def test_encoder_of_an_ark_or_original_glm_checkpoint_becomes_the_students(parts
         save_file(kept, published / "model.safetensors")
         change_config(published, model_type="Glmasr", architectures=["GlmasrModel"], hidden_size=None, vocab_size=None)
     tensors = load_file(published / "model.safetensors")
-    asr = model.student_from_parts(published, parts[0] / "qwen3")
+    asr = sft.student_from_parts(published, parts[0] / "qwen3")
     for k, v in asr.net.audio_encoder.state_dict().items():
         if not k.startswith("adapting."):
             assert torch.equal(v, tensors["audio_encoder." + k].float()), k
@@ -505,7 +505,7 @@ def test_encoder_of_an_ark_or_original_glm_checkpoint_becomes_the_students(parts
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen2-untied", "qwen3-full"])
 @torch.no_grad()
 def test_text_lm_goes_on_as_it_was(parts, lm_tokenizer, name):
-    asr, lm = model.student_from_parts(parts[0] / "glmasr", parts[0] / name), parts[1][name]
+    asr, lm = sft.student_from_parts(parts[0] / "glmasr", parts[0] / name), parts[1][name]
     n_old, vocabulary = len(lm_tokenizer), asr.tokenizer.get_vocab()
     old = lm_tokenizer.get_vocab()
     assert all(vocabulary[token] == i for token, i in old.items())  # old ids keep their meaning
@@ -536,14 +536,14 @@ def test_lm_with_the_config_of_older_releases(parts, lm_tokenizer, tmp_path, nam
     (folder / "config.json").write_text(json.dumps(config | {
         "rope_theta": 3e5, "rope_scaling": None, "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 1, "torch_dtype": "bfloat16",
         "use_mrope": False, "transformers_version": "4.40.1"}))
-    asr, text = model.student_from_parts(parts[0] / "whisper", folder), torch.tensor([lm_tokenizer.encode("oscar has four pencils 打开红色台灯")])
+    asr, text = sft.student_from_parts(parts[0] / "whisper", folder), torch.tensor([lm_tokenizer.encode("oscar has four pencils 打开红色台灯")])
     close(asr.net.lm(text).logits[..., :len(lm_tokenizer)], parts[1][name](text).logits[..., :len(lm_tokenizer)])
     model.save(asr, tmp_path / "saved")
     close(model.load(tmp_path / "saved").net.lm(text).logits, asr.net.lm(text).logits)
 
 
 def test_a_student_from_parts_is_a_checkpoint(parts, tmp_path):
-    asr = model.student_from_parts(parts[0] / "glmasr", parts[0] / "qwen3-full")
+    asr = sft.student_from_parts(parts[0] / "glmasr", parts[0] / "qwen3-full")
     model.save(asr, tmp_path / "m")
     again = model.load(tmp_path / "m")
     assert same_weights(asr.net, again.net) and again.tokenizer.get_vocab() == asr.tokenizer.get_vocab()
@@ -555,11 +555,31 @@ def test_a_student_from_parts_is_a_checkpoint(parts, tmp_path):
 
 def test_parts_of_another_kind_are_refused(parts, tmp_path):
     with pytest.raises(ValueError, match="no Whisper-shaped encoder"):
-        model.student_from_parts(parts[0] / "qwen2", parts[0] / "qwen2")
+        sft.student_from_parts(parts[0] / "qwen2", parts[0] / "qwen2")
     other = shutil.copytree(parts[0] / "qwen2", tmp_path / "llama")
     change_config(other, model_type="llama")
     with pytest.raises(ValueError, match="model_type 'llama'"):
-        model.student_from_parts(parts[0] / "whisper", other)
+        sft.student_from_parts(parts[0] / "whisper", other)
+
+
+def test_a_head_that_the_lm_ties_and_stores_otherwise_is_refused(parts, tmp_path):
+    """transformers would take either of the two; the student would be trained with the wrong one."""
+    lm = shutil.copytree(parts[0] / "qwen2", tmp_path / "lm")
+    tensors = load_file(lm / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": table.clone()}, lm / "model.safetensors")  # a copy is no harm
+    assert sft.student_from_parts(parts[0] / "whisper", lm).net.config["tie_word_embeddings"]
+    save_file(tensors | {"lm_head.weight": table + 1}, lm / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{re.escape(str(lm))}/config.json ties lm_head.weight .* another matrix"):
+        sft.student_from_parts(parts[0] / "whisper", lm)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_an_lm_without_embeddings_or_head_is_refused(parts, tmp_path, name):
+    lm = shutil.copytree(parts[0] / "qwen2-untied", tmp_path / "lm")
+    rewrite(lm, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=f"{re.escape(str(lm))}: its weights lack {name}"):
+        sft.student_from_parts(parts[0] / "whisper", lm)
 
 
 @pytest.mark.parametrize("encoder, lm", [("glmasr", "qwen2"), ("whisper", "qwen3-full")])
@@ -717,7 +737,7 @@ def test_both_layouts_hold_the_same_teacher(qwen, listener, native):
         assert (asr.prefix_ids, asr.suffix_ids, asr.audio_id, asr.eos_id) == (listener.prefix_ids, listener.suffix_ids, listener.audio_id, listener.eos_id)
         assert asr.tokenizer.get_vocab() == native.processor.tokenizer.get_vocab() and torch.equal(asr.blocked, listener.blocked | asr.blocked)
         for text in [*TEXTS["en"], *TEXTS["zh"], "language English"]:
-            assert asr.plain.encode(text).ids == native.processor.tokenizer.encode(text, add_special_tokens=False)
+            assert asr.plain_tokenizer.encode(text).ids == native.processor.tokenizer.encode(text, add_special_tokens=False)
 
 
 @torch.no_grad()
@@ -781,7 +801,7 @@ def test_prompt_is_the_processors(listener, native, clips, language, said):
     utterances, waves = pick(clips, 2, 11)
     utterances = [dataclasses.replace(u, language=language) for u in utterances]
     batch = data.load_batch(utterances)
-    audio, n_audio = listener.hear(batch)
+    audio, n_audio = listener.encode(batch)
     for n, suffix, wave in zip(n_audio.tolist(), listener.suffixes(batch, audio, n_audio), waves):
         assert listener.prompt_ids(n, suffix) == native.request(wave, said)["input_ids"][0].tolist()
 
@@ -797,7 +817,7 @@ def test_audio_of_a_padded_batch_is_that_of_each_clip_alone(listener, native, cl
     """Native features of a batch are not those of its clips (another frame, silence for zeros), and short clips are padded to half a second."""
     utterances, waves = clips
     for order in (range(len(waves)), [0, 5, 2], [3], [15, 0]):
-        audio, n_audio = listener.hear(data.load_batch([utterances[i] for i in order]))
+        audio, n_audio = listener.encode(data.load_batch([utterances[i] for i in order]))
         for row, i in enumerate(order):
             inputs = native.processor.feature_extractor(waves[i], sampling_rate=16_000, padding=True, return_attention_mask=True)
             expected = native.net.get_audio_features(inputs["input_features"], inputs["attention_mask"]).pooler_output
@@ -889,7 +909,7 @@ def test_language_is_the_teachers_own_greedy_prefix(qwen, native, clips, monkeyp
     utterances = [dataclasses.replace(clips[0][i], language="en" if i == order[2] else None) for i in order]
     def prompts(utterances):
         batch = data.load_batch(utterances)
-        audio, n_audio = asr.hear(batch)
+        audio, n_audio = asr.encode(batch)
         return asr.suffixes(batch, audio, n_audio)
     suffixes = prompts(utterances)
     assert calls == [5]
@@ -911,7 +931,7 @@ def test_a_teacher_that_names_no_language_is_an_error_that_names_the_clip(qwen, 
 
 def test_segments_of_one_file_are_asked_one_by_one(qwen, clips):
     asr, tag = outspoken(qwen, 8.0)
-    asr.languages = {(clips[0][15].audio, 0.0, None): [1, tag]}
+    asr.heard_languages = {(clips[0][15].audio, 0.0, None): [1, tag]}
     batch = data.load_batch([dataclasses.replace(clips[0][15], language=None)])
     assert asr.suffixes(batch, None, None) == [asr.suffix_ids + [1, tag]]
     other = data.load_batch([dataclasses.replace(clips[0][15], language=None, start_sec=1.0, duration_sec=2.0)])

@@ -5,6 +5,7 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -170,6 +171,22 @@ def test_audio_token_count_is_what_comes_out(student):
     for n_frames in range(1, 60):
         audio, n = student.net.audio_encoder(*(lambda b: (b.mel, b.n_frames))(mel_batch([n_frames])))
         assert audio.shape[1] == n.item() == max((n_frames + 1) // 2 // 4, 1)
+
+
+@torch.no_grad()
+def test_encoder_copies_out_alone(student):
+    """Its sources run where there is nothing but torch, and make the same function."""
+    namespace = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+    for part in (model.rope_angles, model.rotate, model.SelfAttention, model.EncoderLayer, model.WhisperEncoder, model.AudioEncoder):
+        exec(inspect.getsource(part), namespace)
+    sizes = student.net.config["whisper_config"]
+    copied = namespace["AudioEncoder"](128, sizes["d_model"], sizes["encoder_layers"], sizes["encoder_attention_heads"],
+                                       sizes["encoder_ffn_dim"], student.net.config["hidden_size"])
+    copied.load_state_dict(student.net.audio_encoder.state_dict())
+    batch = mel_batch()
+    expected, n_expected = student.net.audio_encoder(batch.mel, batch.n_frames)
+    audio, n_audio = copied(batch.mel, batch.n_frames)
+    assert torch.equal(audio, expected) and torch.equal(n_audio, n_expected)
 
 
 # ---------------------------------------------------------------------------- prompt and teacher forcing
