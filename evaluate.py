@@ -231,7 +231,7 @@ def compare(path_a, path_b) -> list[dict]:
     print(f"A {path_a}\nB {path_b}\n{'':16} {'utts':>6} {'units':>8} {'A, %':>7} {'B, %':>7}   A - B, points [95 % interval]   P(B better)")
     for name, ids in groups.items():
         units, blocks = sum(a[i]["units"] for i in ids), speakers([a[i] for i in ids])
-        draws = 100 * data.resample([errors(a[i]) - errors(b[i]) for i in ids], [a[i]["units"] for i in ids], blocks=blocks)
+        draws = 100 * data.bootstrap_rates([errors(a[i]) - errors(b[i]) for i in ids], [a[i]["units"] for i in ids], blocks=blocks)
         rate = lambda rows: 100 * sum(errors(rows[i]) for i in ids) / units if units else float("nan")
         low, high = np.percentile(draws, [2.5, 97.5]).tolist()
         e = {"set": name, "utterances": len(ids), "units": units, "a": rate(a), "b": rate(b), "difference": rate(a) - rate(b),
