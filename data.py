@@ -75,11 +75,11 @@ class Utterance:
 
 
 NUMBER = (int, float)
-KEYS = {  # that are read, and the type of their values; null is as good as no value
+MANIFEST_KEYS = {  # the keys that are read, and the types of their values
     "id": str, "audio": str, "text": str, "language": str, "speaker": str,
     "start": NUMBER, "duration": NUMBER,
-    "audio_filepath": str, "offset": NUMBER, "lang": str,  # NeMo
-    "begin_time": NUMBER, "end_time": NUMBER}              # open-audio-opd; -1: the file's
+    "audio_filepath": str, "offset": NUMBER, "lang": str,  # as NeMo spells them
+    "begin_time": NUMBER, "end_time": NUMBER}              # open-audio-opd's; negative: the file's
 
 
 def read_manifest(path) -> list[Utterance]:
@@ -113,9 +113,7 @@ def _parse_line(line, folder, where) -> Utterance:
         raise ValueError(f"{where}: not JSON ({error}): {line[:80]!r}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {line[:80]!r}")
-    for key in row.keys() & KEYS.keys():
-        _check_type(row, key, where)
-
+    _check_types(row, where)
     audio = row.get("audio") or row.get("audio_filepath")
     if not audio:
         raise ValueError(f"{where}: no 'audio'; keys found: {sorted(row)}")
@@ -133,11 +131,14 @@ def _parse_line(line, folder, where) -> Utterance:
         line=where)
 
 
-def _check_type(row, key, where) -> None:
-    value = row[key]
-    is_nan = value != value
-    if value is not None and (not isinstance(value, KEYS[key]) or isinstance(value, bool) or is_nan):
-        raise ValueError(f"{where}: {key!r} has the wrong type or value: {value!r}")
+def _check_types(row, where) -> None:
+    for key, types in MANIFEST_KEYS.items():
+        value = row.get(key)
+        if value is None:  # null is as good as no value
+            continue
+        is_nan = value != value
+        if not isinstance(value, types) or isinstance(value, bool) or is_nan:
+            raise ValueError(f"{where}: {key!r} has the wrong type or value: {value!r}")
 
 
 def _segment(row, where):
@@ -224,13 +225,14 @@ def _decode(utterance, max_sec) -> tuple[np.ndarray, int]:
         # A manifest may give a file's length rounded to 10 ms; more than that missing is an error.
         tolerance = 0.01 * rate
         if first >= file.frames or first + count > file.frames + tolerance:
-            ends = f"segment ends at {(first + count) / rate:.2f} s, file at {file.frames / rate:.2f} s"
-            raise AudioError(utterance, "past_end", ends)
+            end, file_end = (first + count) / rate, file.frames / rate
+            detail = f"segment ends at {end:.2f} s, file at {file_end:.2f} s"
+            raise AudioError(utterance, "past_end", detail)
         seconds = count / rate
-        if seconds < MIN_SEC:
-            raise AudioError(utterance, "too_short", f"{seconds:.2f} s, shorter than {MIN_SEC} s")
-        if seconds > max_sec:
-            raise AudioError(utterance, "too_long", f"{seconds:.2f} s, longer than {max_sec} s")
+        if not MIN_SEC <= seconds <= max_sec:
+            reason = "too_short" if seconds < MIN_SEC else "too_long"
+            detail = f"{seconds:.2f} s is outside {MIN_SEC} to {max_sec} s"
+            raise AudioError(utterance, reason, detail)
 
         file.seek(first)
         audio = file.read(count, dtype="float32", always_2d=True)  # (n, channels)
@@ -302,7 +304,8 @@ def load_batch(utterances, n_mels=128, augment=None, keep_going=True, max_sec=MA
     augment: optional function (mel (n_mels, T), utterance) -> mel.
     keep_going: a clip that can't be used is reported in `rejected`; else its AudioError is raised.
     """
-    kept, mels, rejected, padded = [], [], [], {}
+    kept, mels = [], []
+    rejected, padded = [], {}
     for utterance in utterances:
         try:
             audio = load_audio(utterance, max_sec)
@@ -321,11 +324,10 @@ def load_batch(utterances, n_mels=128, augment=None, keep_going=True, max_sec=MA
         mels.append(mel)
 
     n_frames = torch.tensor([mel.shape[1] for mel in mels], dtype=torch.long)
+    frames = torch.zeros(0, 0, n_mels)  # if every clip was rejected
     if mels:
-        batch = pad_sequence([mel.T for mel in mels], batch_first=True)  # (B, T, n_mels)
-    else:
-        batch = torch.zeros(0, 0, n_mels)
-    return Batch(kept, batch.mT.contiguous(), n_frames, rejected, padded)
+        frames = pad_sequence([mel.T for mel in mels], batch_first=True)  # (B, T, n_mels)
+    return Batch(kept, frames.mT.contiguous(), n_frames, rejected, padded)
 
 
 def pad_rows(rows, pad_id) -> tuple[torch.Tensor, torch.Tensor]:
@@ -352,7 +354,7 @@ class Plan:
         self.global_batch = global_batch
         self.seed = seed
         self.steps_per_epoch = math.ceil(len(self.durations) / global_batch)
-        self._number = None   # of the epoch that is kept, since steps ask for the same one again
+        self._number = None   # of the epoch that is kept: the next step asks for the same one
         self._batches = None
 
     def __getitem__(self, step) -> list[int]:
@@ -361,22 +363,19 @@ class Plan:
 
     def epoch(self, number) -> list[list[int]]:
         """Batches of indices of one epoch."""
-        if number != self._number:
-            self._number = number
-            self._batches = self._shuffle(number)
-        return self._batches
-
-    def _shuffle(self, number):
+        if number == self._number:
+            return self._batches
         order = list(range(len(self.durations)))
         random.Random(f"{self.seed}/{number}").shuffle(order)
         batches = []
         for first in range(0, len(order), self.global_batch):
             batch = order[first:first + self.global_batch]
             batches.append(sorted(batch, key=self.durations.__getitem__))
+        self._number, self._batches = number, batches
         return batches
 
 
-@dataclass(eq=False)
+@dataclass
 class Steps(torch.utils.data.Dataset):
     """Item s = this rank's micro-batches of optimiser step s, made by a worker of the loader.
 
@@ -462,6 +461,7 @@ ENGLISH = {"en", "eng", "english"}
 # Thai, CJK and kana, hangul: the inside of a regular expression's [...].
 ONE_CHARACTER = "\u0e00-\u0e7f\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4`", "'"))
+FRACTION = "[\u00bc-\u00be\u2150-\u215e]"
 INVISIBLE = "[\u00ad\u200b\u2060\ufeff\u20e3\ufe00-\ufe0f]"  # soft hyphen, zero width, variation
 
 
@@ -492,15 +492,15 @@ def normalize(text: str, language: str) -> str:
     character of CJK, kana, hangul, Thai and one a run of anything else.
     Text with a letter or a digit in it never becomes empty.
 
-    >>> normalize("Don\u2019t  STOP\u2014it\u2019s 3.5%!", "en")
+    >>> normalize("Don’t  STOP—it’s 3.5%!", "en")
     'do not stop it is 3.5%'
-    >>> normalize("\u8bf7\uff0c\u6253\u5f00 A\u706f\u3002", "zh")
-    '\u8bf7 \u6253 \u5f00 a \u706f'
+    >>> normalize("请，打开 A灯。", "zh")
+    '请 打 开 a 灯'
     """
     parts = _parts(language)
     unit = metric(language)
     text = re.sub(INVISIBLE, "", text)  # what can't be seen is no unit and parts no word
-    text = re.sub(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # NFKC: 3\u00bd to 31/2
+    text = re.sub(rf"(?<=\d)(?={FRACTION})", " ", text)  # or NFKC would make 31/2 of 3½
     text = text.translate(APOSTROPHES)  # before NFKC, which takes some of them apart
     text = unicodedata.normalize("NFKC", text).lower()
     if unit == "WER" and parts[0] in ENGLISH:
@@ -553,7 +553,7 @@ def english(text: str) -> str:
     text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
     text = re.sub(r"(?<=\d),(?!\d{3}(?!\d))", " ", text)
     text = re.sub(r"(?<=\d)\s+(?=%)|(?<=[$£€¢])\s+(?=\d)", "", text)
-    # Digits that Whisper's must not read as a number pass through it as letters of private use.
+    # A number that begins with 0 passes through Whisper's as characters of private use.
     text = re.sub(r"(?<![\d.,])0\d+(?!\d|\.\d)", lambda number: number[0].translate(HIDE), text)
     text = _whisper_normalizer()(text).translate(UNHIDE)
     return " ".join(word for word in text.split() if any(map(str.isalnum, word)))
@@ -652,7 +652,7 @@ def cardinal(digits: str) -> str:
     return said or "零"
 
 
-KINDS = {"equal": "equal", "substitute": "sub", "delete": "del", "insert": "ins"}  # jiwer -> ours
+KINDS = {"equal": "equal", "substitute": "sub", "delete": "del", "insert": "ins"}  # jiwer's: ours
 
 
 class Counts(NamedTuple):
@@ -922,7 +922,9 @@ def _why_left_out(row) -> str | None:
         return row["left_out"]
     if not os.path.isfile(row["audio"]):
         return "no audio file"
-    if "text" in row and not (isinstance(row["text"], str) and row["text"].strip()):
+    text = row.get("text")
+    has_text = isinstance(text, str) and text.strip() != ""
+    if "text" in row and not has_text:
         return "no transcript"
     if "duration" not in row:
         try:
@@ -951,7 +953,8 @@ def _summary(kept, left_out) -> str:
 
 
 def _count_by_reason(left_out) -> str:
-    return "; ".join(f"{len(files)} {reason} (first: {files[0]})" for reason, files in left_out.items())
+    items = left_out.items()
+    return "; ".join(f"{len(files)} {reason} (first: {files[0]})" for reason, files in items)
 
 
 # --------------------------------------------------------------------------------- 7. demo corpus
@@ -959,8 +962,8 @@ def _count_by_reason(left_out) -> str:
 # Clips of each split, half of them English, half Mandarin. Made in this order, so that what the
 # others hold does not depend on the size of the pool.
 SIZES = {"test": 500, "dev": 100, "train": 1000, "teacher": 4500, "pool": 500}
-# Whose sentences a split does not repeat: dev's and test's stand nowhere else, and the teacher was
-# not taught what the student was.
+# Whose sentences a split may not repeat: dev's and test's stand nowhere else, and the teacher's
+# corpus has none of train's.
 AVOIDS = {"test": [], "dev": ["test"], "train": ["test", "dev"],
           "teacher": ["test", "dev", "train"], "pool": ["test", "dev"]}
 
@@ -1063,7 +1066,8 @@ def cast() -> dict[str, list[str]]:
     """Who speaks in each split. dev's and test's voices are heard nowhere else."""
     variants = random.Random("demo/0").sample(VARIANTS, len(VARIANTS))  # the same for every seed
     pool, unseen, further = variants[:13], variants[13:19], variants[19:31]
-    return {"test": unseen, "dev": unseen, "train": pool[:6], "teacher": pool + further, "pool": pool}
+    return {"test": unseen, "dev": unseen, "train": pool[:6],
+            "teacher": pool + further, "pool": pool}
 
 
 def compose(language, rng) -> str:
@@ -1078,7 +1082,7 @@ def compose(language, rng) -> str:
 
 
 def add_noise(audio, rng) -> np.ndarray:
-    """Clean speech -> with noise 25 to 40 dB below it, at a peak of -16 to -6 dBFS, by rng."""
+    """Clean speech -> a clip with noise 25 to 40 dB below the speech and a peak of -16 to -6 dBFS."""
     noise_rng = np.random.default_rng(rng.getrandbits(32))
     noise = noise_rng.standard_normal(len(audio)).astype(np.float32)
     width = rng.choice([1, 2, 4, 8])  # of a moving average: white to dull
@@ -1089,7 +1093,7 @@ def add_noise(audio, rng) -> np.ndarray:
 
 
 class Espeak:
-    """espeak-ng through ctypes. One engine a process, which all objects of this class share."""
+    """espeak-ng through ctypes. One global engine a process."""
     def __init__(self):
         import espeakng_loader  # only the demo needs it
         self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
@@ -1133,17 +1137,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    """Flags -> namespace."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(
         dest="corpus", required=True, metavar="NAME",
         help=f"demo, {', '.join(CORPORA)}; NAME --help says more")
     for name, function in {"demo": make_demo, **CORPORA}.items():
         command = commands.add_parser(
-            name, description=function.__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+            name, description=function.__doc__, allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if name == "demo":
             command.add_argument("--out", default="runs/data", help="folder for manifests and audio")
             command.add_argument("--seed", type=int, default=0, help="of sentences, voices and noise")
-            command.add_argument("--pool", type=int, default=SIZES["pool"], help="clips in pool, an even number")
+            command.add_argument("--pool", type=int, default=SIZES["pool"], help="clips in the pool")
         else:
             command.add_argument("root", metavar="ROOT", help="where the corpus lies")
             command.add_argument("out", metavar="OUT", help="folder for the manifests")
