@@ -745,6 +745,8 @@ def parse_args(argv=None):
     if given not in modes:
         parser.error("one of these is needed: --model --data --out, --model --audio, "
                      "--rescore --out, --compare, --compare --out")
+    if args.compare and len(set(args.compare)) < max(2, len(args.compare)):
+        parser.error("--compare wants two or more different files")
     if args.max_wer is not None and not args.as_manifest:
         parser.error("--max_wer filters --as_manifest")
     return args

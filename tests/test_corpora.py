@@ -239,30 +239,24 @@ def test_a_segment_of_an_opus_file_is_that_part_of_it_and_nothing_else_is_decode
         assert max(np.corrcoef(clip[40:-40], original[40 + k:len(original) - 40 + k])[0, 1] for k in (-40, -20, 20, 40)) < 0.9
 
 
-@pytest.mark.parametrize("chunk", [300, 1000, 1 << 22])
 @pytest.mark.parametrize("indent", [None, 4])
-def test_wenetspeech_is_read_in_pieces(wenet, monkeypatch, chunk, indent):
+def test_wenetspeech_audios_are_as_json_loads_them(wenet, indent):
     path = wenet[0] / "WenetSpeech.json"
     meta = json.loads(path.read_text(encoding="utf-8"))
-    meta["audios"] = meta["audios"] * 5 + [{"aid": "brackets ] } , and \" \\ in a string", "n": [[], {}]}]
+    meta["audios"] += [{"aid": "brackets ] } , and \" \\ in a string", "n": [[], {}, 1, 1.0, 0.1, -2e-3, None, True]}]
     text(path, json.dumps(meta, ensure_ascii=indent is None, indent=indent))
-    assert list(data._wenetspeech_audios(path, chunk)) == meta["audios"]
+    read = list(data._wenetspeech_audios(path))
+    assert read == meta["audios"] and repr(read) == repr(meta["audios"])  # repr: 1 stays 1, 1.0 stays 1.0
 
 
-def test_wenetspeech_stops_soon_at_a_broken_place(tmp_path):
+def test_wenetspeech_is_read_in_pieces(tmp_path):
+    # The json has 6 GB: the first audios come out before the end, here a broken one, is read.
     path = tmp_path / "WenetSpeech.json"
-    text(path, '{"audios": [{"aid": "a"}, {"aid": oops}, ' + '{"aid": "b"}, ' * 9999 + "]}")
-    tell = []
-    class File:
-        def __init__(self, file): self.file = file
-        def __enter__(self): return self
-        def __exit__(self, *_): self.file.close()
-        def read(self, n): return tell.append(n) or self.file.read(n)
-    plain = open
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="WenetSpeech.json: cut off or not JSON.*oops"):
-        patch.setattr(data, "open", lambda *a, **kw: File(plain(*a, **kw)), raising=False)
-        list(data._wenetspeech_audios(path, 100))
-    assert len(tell) < 6  # of 1,400 pieces
+    text(path, '{"audios": [' + '{"aid": "b"}, ' * 99_999 + '{"aid": oops}]}')
+    audios = data._wenetspeech_audios(path)
+    assert next(audios) == {"aid": "b"}
+    with pytest.raises(ValueError, match="WenetSpeech.json: cut off or not JSON.*oops"):
+        list(audios)
 
 
 def test_wenetspeech_leaves_out_by_reason(wenet, tmp_path, capsys):
@@ -286,16 +280,17 @@ def test_wenetspeech_errors(wenet, tmp_path):
     for cut in (len(whole) // 2, len(whole) - 4):  # inside an object; after the last one
         text(path, whole[:cut].rstrip("]} \n"))
         assert f"{path}: cut off" in fails("wenetspeech", root, out)
-    for broken in ("[]", '{"audio": []}', "", "not json"):
+    for broken in ("[]", '{"audio": []}', '{"audios": []}'):
         text(path, broken)
         assert f'{path}: expected {{"audios": [...]}}' in fails("wenetspeech", root, out)
+    for broken in ("", "not json"):
+        text(path, broken)
+        assert f"{path}: cut off or not JSON" in fails("wenetspeech", root, out)
     for key, broken in (("'path'", '{"aid": "Y17"}'), ("'sid'", '{"aid": "Y17", "path": "a.opus", "segments": [{"begin_time": 0, "end_time": 1}]}'),
                         ("str", '{"aid": "Y17", "path": "a.opus", "segments": [{"begin_time": "0", "end_time": "1"}]}'), ("", '"Y17"')):
         text(path, f'{{"audios": [{broken}]}}')
         message = fails("wenetspeech", root, out)
         assert f"{path}: expected path, segments" in message and key in message and "Y17" in message
-    text(path, '{"audios": []}')
-    assert "no utterance is left" in fails("wenetspeech", root, out)
     again = segment("twice", 0, 1, "DEV")
     text(path, json.dumps({"audios": [{"path": "audio/dev/third_party/B00000/DEV_T0000000000.opus", "segments": [again, again]}]}))
     assert "'twice'" in fails("wenetspeech", root, out)
@@ -381,14 +376,14 @@ def test_what_the_command_line_refuses(capsys, words, shows):
     assert stopped.value.code == 2 and shows in capsys.readouterr().err
 
 
-def test_demo_is_called_as_before(monkeypatch, tmp_path):
+def test_flags_of_the_demo(monkeypatch, capsys):
     made = []
-    def make_demo(out, seed):
-        made.append((out, seed))
-        for split in ("train", "pool", "dev", "test"):
-            data.write_jsonl(Path(out) / f"{split}.jsonl", [{"audio": "a.wav", "duration": 60, "language": "en", "speaker": "x"}])
-    monkeypatch.setattr(data, "make_demo", make_demo)
-    run("demo", "--out", tmp_path, "--seed", 3)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "make_demo", lambda *arguments: made.append(arguments))
+    run("demo", "--out", "somewhere", "--seed", 3, "--pool", 40)
     run("demo")
-    assert made == [(str(tmp_path), 3), ("runs/data", 0)]
+    assert made == [("somewhere", 3, data.SIZES | {"pool": 40}), ("runs/data", 0, data.SIZES)]
+    assert list(data.SIZES)[-1] == "pool"  # made last: what the other splits hold does not depend on its size
+    for bad in (0, -2, 7):
+        with pytest.raises(SystemExit):
+            data.parse_args(["demo", "--pool", str(bad)])
+        assert "--pool" in (message := capsys.readouterr().err) and str(bad) in message

@@ -249,6 +249,12 @@ def test_log_mel_of_80_bins():
     np.testing.assert_allclose(data.log_mel(audio, 80).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_mels", [80, 128])
+def test_mel_filters_are_whispers_to_the_last_bit(n_mels):
+    expected = WhisperFeatureExtractor(feature_size=n_mels).mel_filters
+    assert torch.equal(data._mel_filters(n_mels), torch.from_numpy(expected).float())
+
+
 # ---------------------------------------------------------------------------- batches
 
 def some_durations(n=1000, seed=0):
@@ -363,6 +369,13 @@ def test_load_batch_pads_with_zeros_and_reports_rejections(corpus, tmp_path):
     assert empty.utterances == [] and empty.mel.shape[0] == 0 and len(empty.rejected) == 1
 
 
+def test_pad_rows_pads_on_the_right():
+    ids, mask = data.pad_rows([[5, 6, 7], [], [8]], pad_id=9)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 9], [8, 9, 9]] and ids.dtype == torch.long
+    assert mask.tolist() == [[True] * 3, [False] * 3, [True, False, False]] and mask.dtype == torch.bool
+    assert data.pad_rows([[9, 1], [9]], pad_id=9)[1].tolist() == [[True, True], [True, False]]  # an id may be pad_id
+
+
 @pytest.mark.parametrize("missing", ["text", "language"])
 def test_check_labelled_names_the_line(corpus, missing):
     utterances = data.read_manifest(corpus / "train.jsonl")
@@ -448,13 +461,6 @@ def test_normalize(text, language, expected):
     assert data.normalize(result, language) == result or "." in result  # scoring what was written as normalised changes nothing
 
 
-@pytest.mark.parametrize("language, characters", [
-    ("en", False), ("de", False), ("en-US", False), ("English", False), ("zh", True), ("ZH", True), ("zh-TW", True), ("cmn", True), ("yue", True),
-    ("ja", True), ("ko", True), ("th", True), ("Chinese", True), ("Cantonese", True)])
-def test_unit_of_the_error_rate(language, characters):
-    assert data.counts_characters(language) is characters
-
-
 @pytest.mark.parametrize("language", [None, ""])
 def test_no_language_is_an_error(language):
     with pytest.raises(ValueError, match="language"):
@@ -481,6 +487,12 @@ def test_edit_counts_are_optimal(language, alphabet, glue):
         counts = data.edit_counts(glue.join(ref), glue.join(hyp), language)
         assert tuple(counts[:3]) in optimal_counts(tuple(ref), tuple(hyp))
         assert counts.units == len(ref) and counts.errors == sum(counts[:3])
+
+
+def test_align_spells_out_what_edit_counts_counts():
+    assert data.align("a b c d", "a x c", "en") == [("equal", "a", "a"), ("sub", "b", "x"), ("equal", "c", "c"), ("del", "d", "")]
+    assert data.align("灯", "灯桌", "zh") == [("equal", "灯", "灯"), ("ins", "", "桌")]
+    assert data.align("", "", "en") == []
 
 
 def test_edit_counts_normalise_both_sides():
@@ -532,44 +544,68 @@ def test_bootstrap_of_a_difference_can_be_negative():
 
 # ---------------------------------------------------------------------------- demo corpus
 
+SMALL = {"test": 6, "dev": 4, "train": 6, "teacher": 8, "pool": 4}
+
+
+def make_demo(folder, sizes):
+    code = "import data, json, sys; data.make_demo(sys.argv[1], 0, json.loads(sys.argv[2]))"
+    subprocess.run([sys.executable, "-c", code, folder, json.dumps(sizes)], cwd=ROOT, check=True, capture_output=True)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory):
-    """The same demo corpus made by two processes."""
-    folders = [tmp_path_factory.mktemp("demo") for _ in range(2)]
-    code = "import data, sys; data.make_demo(sys.argv[1], 0, (6, 10, 4, 6))"
-    for folder in folders:
-        subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=True, capture_output=True)
-    return folders
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    make_demo(folder, SMALL)
+    return folder
 
 
-def test_demo_has_the_same_bytes_twice(demos):
-    one, two = ({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()} for folder in demos)
-    assert len(one) == 26 + 4 and one == two
+def test_demo_has_the_same_bytes_twice_and_a_larger_pool_changes_the_pool_alone(demo, tmp_path):
+    make_demo(tmp_path, SMALL | {"pool": 10})
+    small, large = contents(demo), contents(tmp_path)
+    assert len(small) == sum(SMALL.values()) + 5
+    changed = {name for name in small if small[name] != large[name]}
+    assert changed == {"pool.jsonl"} and small["pool.jsonl"] == b"".join(large["pool.jsonl"].splitlines(True)[:4])
+    assert {name.split("/")[1].split("-")[0] for name in large.keys() - small.keys()} == {"pool"}
 
 
-def test_demo_keeps_test_and_dev_apart(demos):
-    splits = {s: data.read_manifest(demos[0] / f"{s}.jsonl") for s in ("train", "pool", "dev", "test")}
-    assert {s: len(rows) for s, rows in splits.items()} == {"train": 6, "pool": 10, "dev": 4, "test": 6}
-    variant = lambda s: {u.speaker.split("+")[1] for u in splits[s]}
-    text = lambda s: {u.text for u in splits[s]}
-    assert not (variant("dev") | variant("test")) & (variant("train") | variant("pool"))
-    assert not (text("dev") | text("test")) & (text("train") | text("pool")) and not text("dev") & text("test")
-    for rows in splits.values():
+def test_demo_splits(demo):
+    splits = {name: data.read_manifest(demo / f"{name}.jsonl") for name in SMALL}
+    assert {name: len(rows) for name, rows in splits.items()} == SMALL
+    cast = data.cast()
+    for name, rows in splits.items():
         assert [u.language for u in rows] == ["en", "zh"] * (len(rows) // 2)
         for u in rows:
-            assert soundfile.info(u.audio).duration == pytest.approx(u.duration_sec, abs=1e-3) and len(data.load_audio(u))  # nothing is rejected
+            assert u.speaker.split("+")[1] in cast[name]
+            seconds = soundfile.info(u.audio).duration
+            assert seconds == pytest.approx(u.duration_sec, abs=1e-3) and len(data.load_audio(u))  # nothing is rejected
             assert data.normalize(u.text, u.language)
 
 
+def test_voices_of_test_and_dev_are_heard_nowhere_else():
+    cast = {split: set(voices) for split, voices in data.cast().items()}
+    assert {split: len(voices) for split, voices in cast.items()} == {"test": 6, "dev": 6, "train": 6, "teacher": 25, "pool": 13}
+    assert cast["test"] == cast["dev"] and not cast["test"] & (cast["train"] | cast["teacher"] | cast["pool"])
+    assert cast["train"] < cast["pool"] < cast["teacher"]
+
+
 def test_demo_sentences_stay_apart_when_they_run_short(tmp_path, monkeypatch):
-    # With 8 sentences in all, most draws collide: only the check on `said` keeps the splits apart.
+    # With 40 sentences in all, most draws collide: only the check on what was said keeps the splits apart.
     class Mute:
         rate = RATE
-        def say(self, *_):
+        def say(self, *_, **__):
             return sound(np.random.default_rng(0), 0.3)
     monkeypatch.setattr(data, "Espeak", Mute)
-    monkeypatch.setattr(data, "compose", lambda language, rng: f"{language} {rng.randrange(12)}")
+    monkeypatch.setattr(data, "compose", lambda language, rng: f"{language} {rng.randrange(40)}")
     (tmp_path / "wav").mkdir()
-    rows = data.speak_language("en", tmp_path, 0, {"train": 6, "pool": 40, "dev": 8, "test": 8}, (2, 4, 2))
+    sizes = {"test": 16, "dev": 16, "train": 20, "teacher": 200, "pool": 200}
+    rows = data.speak_language("en", tmp_path, 0, sizes)
+    assert {split: len(rows[split]) for split in rows} == {split: size // 2 for split, size in sizes.items()}
     text = {split: {row["text"] for row in rows[split]} for split in rows}
-    assert not text["test"] & (text["dev"] | text["pool"] | text["train"]) and not text["dev"] & (text["pool"] | text["train"])
+    assert not text["test"] & (text["dev"] | text["train"] | text["teacher"] | text["pool"])
+    assert not text["dev"] & (text["train"] | text["teacher"] | text["pool"])
+    assert not text["teacher"] & text["train"]
+    assert text["pool"] & text["train"] and text["pool"] & text["teacher"]  # the pool is new audio, not new sentences

@@ -338,20 +338,29 @@ def test_compare(tmp_path, monkeypatch, capsys):
         data.write_jsonl(tmp_path / f"{name}.jsonl", rows)
     a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
 
-    (e,) = run("--compare", a, b)
-    assert (e["a"], e["b"], e["difference"]) == pytest.approx((10, 2.5, 7.5))
+    first, e, even = run("--compare", a, b, c)
+    assert [row["system"] for row in (first, e, even)] == [str(a), str(b), str(c)]
+    assert (first["rate"], e["rate"], e["difference"]) == pytest.approx((10, 2.5, 7.5))
     assert (e["units"], e["utterances"], e["p_improvement"]) == (2000, 200, 1.0)
     half = 1.96 * (np.array(errors_a) - errors_b).std() / np.sqrt(200) * 10
-    assert (e["low"], e["high"]) == pytest.approx((7.5 - half, 7.5 + half), abs=0.1)
+    gain = pytest.approx((7.5 - half, 7.5 + half), abs=0.1)
+    assert (e["difference_low"], e["difference_high"]) == gain
     shown = capsys.readouterr().out
     assert "+7.50" in shown and "200 utterances" in shown
-    (back,) = run("--compare", b, a)
-    assert back["difference"] == pytest.approx(-7.5) and back["p_improvement"] == 0.0
-    (same,) = run("--compare", a, a)  # a draw in which both are equal speaks for neither
-    assert same["low"] == same["high"] == 0 and same["p_improvement"] == 0.5
-    (even,) = run("--compare", a, c)
-    assert even["difference"] == 0 and even["low"] < 0 < even["high"]
+    # A draw in which both are equal speaks for neither.
+    assert first["difference_low"] == first["difference_high"] == 0 and first["p_improvement"] == 0.5
+    assert even["difference"] == 0 and even["difference_low"] < 0 < even["difference_high"]
     assert 0.4 < even["p_improvement"] < 0.6
+    _, back = run("--compare", b, a)
+    assert back["difference"] == pytest.approx(-7.5) and back["p_improvement"] == 0.0
+
+
+def test_systems_are_called_by_their_folders_where_these_differ(tmp_path):
+    rows = [{"id": "u0", "text": "red", "language": "en", "hyp": "bed"}]
+    for name in ("base", "opd"):
+        data.write_jsonl(tmp_path / name / "hyps.jsonl", rows)
+    paths = [tmp_path / name / "hyps.jsonl" for name in ("base", "opd")]
+    assert [e["system"] for e in run("--compare", *paths)] == ["base", "opd"]
 
 
 @pytest.mark.parametrize("change", [
@@ -375,14 +384,14 @@ def test_compare_pools_resamples_speakers_and_writes_what_it_prints(tmp_path, ca
     data.write_jsonl(tmp_path / "a.jsonl", a)
     data.write_jsonl(tmp_path / "b.jsonl", b)
     entries = run("--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path / "new" / "out")
-    assert [e["set"] for e in entries] == ["a en", "a zh", "all, pooled"]
+    assert [(e["set"], e["language"]) for e in entries[::2]] == [("a", "en"), ("a", "zh"), ("all", "pooled")]
+    assert [e["metric"] for e in entries[::2]] == ["WER", "CER", "pooled"]
     assert {(e["resampled"], e["blocks"]) for e in entries} == {("speakers", 7)}
-    assert [e["difference"] for e in entries] == [100] * 3
-    assert [e["utterances"] for e in entries] == [35, 35, 70]
-    assert "over 7 speakers: too few" in capsys.readouterr().out
+    assert [e["difference"] for e in entries] == [0, 100] * 3
+    assert [e["utterances"] for e in entries[::2]] == [35, 35, 70]
+    assert "7 speakers: too few" in capsys.readouterr().out
     assert json.loads((tmp_path / "new" / "out" / "compare.json").read_text()) == entries
-    assert list(entries[0]) == ("set a b difference low high p_improvement utterances units "
-                                "resampled blocks").split()
+    assert (tmp_path / "new" / "out" / "compare.png").stat().st_size > 5000
 
 
 # ---------------------------------------------------------------------------- summary.json, errors.html
@@ -526,7 +535,7 @@ def test_files_are_printed(corpus, checkpoints, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("words", [
     "--model m", "--model m --data d", "--data d --out o", "--model m --rescore h --out o", "--rescore h",
-    "--compare a", "--compare a b --model m", "--model m --data d --audio a --out o",
+    "--compare a", "--compare a a", "--compare a b --model m", "--model m --data d --audio a --out o",
     "--model m --data d --out o --max_wer 10", "--out o"])
 def test_flags_that_do_not_go_together(words, capsys):
     with pytest.raises(SystemExit) as stopped:
