@@ -231,7 +231,7 @@ def run(workplace, name, arguments):
 
 
 @pytest.mark.parametrize("name, arguments", COMMANDS, ids=[f"{i} {name}" for i, (name, _) in enumerate(COMMANDS)])
-def test_commands_of_the_readme_run(workplace, monkeypatch, capsys, name, arguments):
+def test_commands_of_the_readme_run(workplace, monkeypatch, name, arguments):
     """In order, in one folder: what one writes, the next reads."""
     if name not in SCRIPTS:
         assert list(ROOT.glob(f"{name}.py")), f"the README runs {name}.py"
