@@ -118,7 +118,8 @@ def recompute(h_s, h_t, weight_s, weight_t, chunk):
 
 
 def published(h_s, h_t, weight_s, weight_t, lengths, k=32):
-    """hidden (B, P + cap, D): logits everywhere, rows cut out afterwards, lists, a loop over union elements."""
+    """hidden (B, P + cap, D): logits everywhere, rows cut out afterwards, lists, a loop over union
+    elements."""
     z_s = (h_s @ weight_s.to(h_s.dtype).T)[:, N_PROMPT - 1:-1].float()              # (B, cap, V)
     with torch.no_grad():
         z_t = (h_t @ weight_t.to(h_t.dtype).T).float()                              # (B, P + cap, V)

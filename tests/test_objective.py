@@ -23,7 +23,8 @@ from conftest import twins
 INF = math.inf
 
 
-# ---------------------------------------------------------------------------- oracles: floats, loops and sets, no tensor operation
+# ---------------------------------------------------------------------------- oracles
+# Floats, loops and sets; no tensor operation.
 
 def probabilities(scores, tau=1.0):
     """softmax(scores / tau) of a {token: score}; a score of -inf has probability 0."""
@@ -58,7 +59,8 @@ def divergence_of_row(row_s, row_t, divergence, support, top_k, tau):
 
 
 def paper_eq_1(rows_s, rows_t, k, tau):
-    """Section 3.3, sentence by sentence: mean over T of tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)) on U_t."""
+    """Section 3.3, sentence by sentence: mean over T of tau^2 KL(softmax(z_T / tau) || softmax(z_S
+    / tau)) on U_t."""
     losses = []
     for z_s, z_t in zip(rows_s, rows_t):
         teachers = top(dict(enumerate(z_t)), k)      # "the teacher contributes its top-k tokens"
@@ -103,7 +105,9 @@ whole_grid = pytest.mark.parametrize("divergence, support_of_k, tau, blocked", G
 @some_blocked
 def test_each_kl_equals_its_formula(name, blocked):
     z_s, z_t = random_logits(blocked=blocked)
-    slow = [divergence_of_row(s, t, name, "full", None, 1.0) for s, t in zip(z_s.tolist(), z_t.tolist())]
+    slow = []
+    for s, t in zip(z_s.tolist(), z_t.tolist()):
+        slow.append(divergence_of_row(s, t, name, "full", None, 1.0))
     ours = KLS[name](z_s, z_t)
     torch.testing.assert_close(ours, torch.tensor(slow, dtype=torch.float64), rtol=1e-12, atol=1e-13)
 
@@ -111,7 +115,9 @@ def test_each_kl_equals_its_formula(name, blocked):
 @whole_grid
 def test_token_divergence_equals_the_formula(divergence, support_of_k, tau, blocked):
     z_s, z_t = random_logits(blocked=blocked)
-    slow = [divergence_of_row(s, t, divergence, *support_of_k, tau) for s, t in zip(z_s.tolist(), z_t.tolist())]
+    slow = []
+    for s, t in zip(z_s.tolist(), z_t.tolist()):
+        slow.append(divergence_of_row(s, t, divergence, *support_of_k, tau))
     ours = distill.token_divergence(z_s, z_t, None, divergence, *support_of_k, tau)
     torch.testing.assert_close(ours, torch.tensor(slow, dtype=torch.float64), rtol=1e-12, atol=1e-13)
 
@@ -136,7 +142,8 @@ def test_the_gradient_equals_finite_differences_of_the_loops(divergence, support
 
 @some_blocked
 def test_the_gradient_has_its_closed_form(blocked):
-    """dD/dz_S = p_S (log p_S - log p_T - D) for reverse, p_S - p_T for forward; 0 for ids that are ruled out."""
+    """dD/dz_S = p_S (log p_S - log p_T - D) for reverse, p_S - p_T for forward; 0 for ids that are
+    ruled out."""
     z_s, z_t = random_logits(seed=4, blocked=blocked)
     p_s = z_s.softmax(-1)
     p_t = z_t.softmax(-1)
@@ -169,12 +176,14 @@ def test_probabilities_that_underflow_are_zero_and_not_nan(name):
 
 
 def test_the_directions_by_hand():
-    """p_S = (1/2, 1/2), p_T = (3/4, 1/4): KL(S||T) = ln(4/3) / 2 = 0.1438, KL(T||S) = 3/4 ln(3/2) - 1/4 ln 2 = 0.1308."""
+    """p_S = (1/2, 1/2), p_T = (3/4, 1/4): KL(S||T) = ln(4/3) / 2 = 0.1438, KL(T||S) = 3/4 ln(3/2) -
+    1/4 ln 2 = 0.1308."""
     z_s = torch.tensor([[0.5, 0.5]]).double().log()
     z_t = torch.tensor([[0.75, 0.25]]).double().log()
     assert distill.reverse_kl(z_s, z_t).item() == pytest.approx(0.14384103622589)
     assert distill.forward_kl(z_s, z_t).item() == pytest.approx(0.13081203594113697)
-    assert distill.token_divergence(z_s, z_t, None).item() == pytest.approx(0.14384103622589)  # reverse is the default
+    default = distill.token_divergence(z_s, z_t, None)
+    assert default.item() == pytest.approx(0.14384103622589), "reverse is the default"
 
 
 # ---------------------------------------------------------------------------- the union support
@@ -197,7 +206,8 @@ def test_k_of_the_whole_vocabulary_is_the_full_divergence(name, k):
 
 
 def test_a_token_in_both_top_k_sets_is_counted_once():
-    """Top-2 sets {0, 1} and {1, 2} share token 1. By hand on {0, 1, 2}: S = (10, 6, 3) / 19, T = (1, 10, 6) / 17."""
+    """Top-2 sets {0, 1} and {1, 2} share token 1. By hand on {0, 1, 2}: S = (10, 6, 3) / 19, T =
+    (1, 10, 6) / 17."""
     p_s = torch.tensor([[0.50, 0.30, 0.15, 0.05]]).double()
     p_t = torch.tensor([[0.05, 0.50, 0.30, 0.15]]).double()
     once = sum(s / 19 * math.log((s / 19) / (t / 17)) for s, t in ((10, 1), (6, 10), (3, 6)))
@@ -233,7 +243,8 @@ def test_k_1_with_equal_arg_max_is_zero():
 # ---------------------------------------------------------------------------- the sampled estimator
 
 def test_sampled_kl_is_reverse_kl_in_the_mean():
-    """Summed over every y with its probability, value and gradient are those of the full reverse KL: exactly, not by sampling."""
+    """Summed over every y with its probability, value and gradient are those of the full reverse
+    KL: exactly, not by sampling."""
     z_s, z_t = random_logits(n=1, seed=9, blocked=(2,))
     p_s = z_s.softmax(-1)[0]
 
@@ -252,7 +263,9 @@ def test_sampled_kl_of_one_token_by_the_formula():
     y = torch.tensor([3, 0, 10, 3])
     minus_a = []
     for s, t, i in zip(z_s.tolist(), z_t.tolist(), y.tolist()):
-        minus_a.append(math.log(probabilities(dict(enumerate(s)))[i]) - math.log(probabilities(dict(enumerate(t)))[i]))
+        p_s = probabilities(dict(enumerate(s)))
+        p_t = probabilities(dict(enumerate(t)))
+        minus_a.append(math.log(p_s[i]) - math.log(p_t[i]))
     minus_a = torch.tensor(minus_a, dtype=torch.float64)
     for function in (distill.sampled_kl, partial(distill.token_divergence, support="sampled")):
         d, gradient = value_and_gradient(function, z_s, z_t, y)
@@ -300,12 +313,13 @@ def gradients(net):
 def same_gradients(found, expected):
     for name, gradient in found.items():
         atol = 1e-5 * float(expected[name].abs().max()) + 1e-8
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=atol, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_chunks_equal_one_shot_autograd(chunk):
-    """A body, two heads of unequal vocabularies; ids 1 and 4 of the student's 6 have no counterpart, id 0 is the teacher's 7, id 2 its 0."""
+    """A body, two heads of unequal vocabularies; ids 1 and 4 of the student's 6 have no
+    counterpart, id 0 is the teacher's 7, id 2 its 0."""
     generator = torch.Generator().manual_seed(0)
     to_teacher = torch.tensor([7, -1, 0, 3, -1, 8])
     shared = [0, 2, 3, 5]
@@ -322,7 +336,8 @@ def test_chunks_equal_one_shot_autograd(chunk):
     expected = gradients(net)
 
     y = torch.zeros(7, dtype=torch.long)
-    total = distill.backward_in_chunks(net["body"](x), hidden_t, y, net["head"], head_t, to_teacher, distill.token_divergence, chunk)
+    total = distill.backward_in_chunks(
+        net["body"](x), hidden_t, y, net["head"], head_t, to_teacher, distill.token_divergence, chunk)
     assert total.item() == pytest.approx(one_shot.item(), rel=1e-6)
     found = gradients(net)
     for name in expected:
@@ -332,12 +347,14 @@ def test_chunks_equal_one_shot_autograd(chunk):
 
 
 def test_no_row_is_no_gradient_and_no_error():
-    """No token of a micro-batch may have a counterpart: then there is nothing to learn from it, and nothing to stop for."""
+    """No token of a micro-batch may have a counterpart: then there is nothing to learn from it, and
+    nothing to stop for."""
     body = nn.Linear(4, 4)
     head = nn.Linear(4, 6)
     hidden_s = body(torch.zeros(0, 4))
     y = torch.zeros(0, dtype=torch.long)
-    total = distill.backward_in_chunks(hidden_s, torch.zeros(0, 4), y, head, head, torch.arange(6), distill.token_divergence, 2)
+    total = distill.backward_in_chunks(
+        hidden_s, torch.zeros(0, 4), y, head, head, torch.arange(6), distill.token_divergence, 2)
     assert total.item() == 0.0
     assert all((gradient == 0).all() for gradient in gradients(body).values())
 
@@ -347,11 +364,13 @@ def test_no_row_is_no_gradient_and_no_error():
 def first_rollouts(student, batch, args):
     """What step 0 writes -> ids, mask (B, R)."""
     uniforms = data.keyed_uniforms(args.seed, 0, [u.id for u in batch.utterances], args.max_new_tokens)
-    return model.roll_out(student, model.encode_audio(student, batch), args.max_new_tokens, args.temperature, uniforms)
+    prompt = model.encode_audio(student, batch)
+    return model.roll_out(student, prompt, args.max_new_tokens, args.temperature, uniforms)
 
 
 def rows_by_hand(student, teacher, pairs, batch, ids, mask):
-    """Each row of ids up to the first that `pairs` {student id: teacher id} lacks, scored by both models in the shared vocabulary.
+    """Each row of ids up to the first that `pairs` {student id: teacher id} lacks, scored by both
+    models in the shared vocabulary.
 
     -> z_s (N, shared) with its graph, z_t (N, shared), y (N,) as columns of the shared vocabulary.
     """
@@ -365,10 +384,12 @@ def rows_by_hand(student, teacher, pairs, batch, ids, mask):
             ids_t[b, r] = pairs[token]
     shared = sorted(pairs)
     prompt_s = model.encode_audio(student, batch)
-    z_s = model.response_hidden(student.body, prompt_s.embeds, prompt_s.mask, ids, read) @ student.head.weight.T
+    hidden_s = model.response_hidden(student.body, prompt_s.embeds, prompt_s.mask, ids, read)
+    z_s = hidden_s @ student.head.weight.T
     with torch.no_grad():
         prompt_t = model.encode_audio(teacher, batch)
-        z_t = model.response_hidden(teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, read) @ teacher.head.weight.T
+        hidden_t = model.response_hidden(teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, read)
+        z_t = hidden_t @ teacher.head.weight.T
     y = torch.tensor([shared.index(token) for token in ids[read].tolist()])
     return z_s[:, shared], z_t[:, [pairs[i] for i in shared]], y
 
@@ -376,7 +397,8 @@ def rows_by_hand(student, teacher, pairs, batch, ids, mask):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("foreign", [False, True], ids=["same tokenizer", "foreign tokenizer"])
 def test_one_step_equals_one_shot_autograd(student, teacher, foreign_teacher, batch, foreign, objective):
-    """Rollout, teacher, student, chunked loss: all as the script runs them, against all rows at once over the shared ids."""
+    """Rollout, teacher, student, chunked loss: all as the script runs them, against all rows at
+    once over the shared ids."""
     teacher = foreign_teacher if foreign else teacher
     pairs = twins(student, teacher)
     to_teacher = model.vocabulary_map(student, teacher)
@@ -386,7 +408,8 @@ def test_one_step_equals_one_shot_autograd(student, teacher, foreign_teacher, ba
     assert (unknown > 0) == foreign, "the case needs emitted ids without a counterpart"
 
     z_s, z_t, y = rows_by_hand(student, teacher, pairs, batch, ids, mask)
-    one_shot = distill.token_divergence(z_s, z_t, y, args.divergence, args.support, args.top_k, args.tau).sum()
+    d = distill.token_divergence(z_s, z_t, y, args.divergence, args.support, args.top_k, args.tau)
+    one_shot = d.sum()
     one_shot.backward()
     expected = gradients(student.net)
     assert expected["lm.model.embed_tokens.weight"].abs().max() > 0
@@ -402,7 +425,8 @@ def test_one_step_equals_one_shot_autograd(student, teacher, foreign_teacher, ba
 
 @pytest.mark.parametrize("case", ["the student's id 0", "the teacher's id 0"])
 def test_id_0_is_a_token_like_any_other(student, teacher, batch, case):
-    """clamp(min=0) takes care of -1, and must leave 0 alone: in what the teacher reads, and in the columns it is scored at."""
+    """clamp(min=0) takes care of -1, and must leave 0 alone: in what the teacher reads, and in the
+    columns it is scored at."""
     args = options("--temperature 20", chunk=5)  # next to uniform
     pairs = twins(student, teacher)
     allowed = torch.zeros_like(student.blocked)
@@ -434,7 +458,8 @@ def test_id_0_is_a_token_like_any_other(student, teacher, batch, case):
 @pytest.mark.parametrize("foreign", [False, True], ids=["same tokenizer", "foreign tokenizer"])
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 def test_the_papers_flags_are_equation_1(student, teacher, foreign_teacher, batch, foreign, tau):
-    """--divergence forward --support union --top_k 32 --temperature 0: value and gradient, from the command line down to the rows."""
+    """--divergence forward --support union --top_k 32 --temperature 0: value and gradient, from the
+    command line down to the rows."""
     args = options(f"--divergence forward --support union --top_k 32 --temperature 0 --tau {tau} --chunk 5")
     teacher = foreign_teacher if foreign else teacher
     ids, mask = first_rollouts(student, batch, args)
@@ -453,7 +478,8 @@ def test_the_papers_flags_are_equation_1(student, teacher, foreign_teacher, batc
 
     to_teacher = model.vocabulary_map(student, teacher)
     sums, _, _ = distill.backward_of_batch(student, teacher, to_teacher, batch, 0, args)
-    assert sums["loss"].item() / sums["tokens"] == pytest.approx(paper_eq_1(rows_s, rows_t, 32, tau), rel=1e-5)
+    loss = sums["loss"].item() / sums["tokens"]
+    assert loss == pytest.approx(paper_eq_1(rows_s, rows_t, 32, tau), rel=1e-5)
     same_gradients(gradients(student.net), expected)
 
 
@@ -463,8 +489,10 @@ def test_blocked_ids_get_no_gradient(student, foreign_teacher, batch):
     hidden_t = torch.randn(6, 48)
     to_teacher = model.vocabulary_map(student, foreign_teacher)
     y = torch.zeros(6, dtype=torch.long)
-    distill.backward_in_chunks(hidden_s, hidden_t, y, student.logits, foreign_teacher.logits, to_teacher, distill.token_divergence, 4)
-    of_head = gradients(student.net)["lm.model.embed_tokens.weight"]  # the head's weight: hidden_s did not come from the body
+    distill.backward_in_chunks(hidden_s, hidden_t, y, student.logits, foreign_teacher.logits, to_teacher,
+                               distill.token_divergence, 4)
+    # The embeddings' gradient is the head's alone: hidden_s did not come from the body.
+    of_head = gradients(student.net)["lm.model.embed_tokens.weight"]
     blocked = [i for i in range(len(of_head)) if i not in pairs]
     assert len(blocked) > 20
     assert (of_head[blocked] == 0).all()
@@ -472,7 +500,8 @@ def test_blocked_ids_get_no_gradient(student, foreign_teacher, batch):
 
 
 def test_a_student_is_its_own_perfect_teacher(student, batch):
-    sums, _, _ = distill.backward_of_batch(student, student, model.vocabulary_map(student, student), batch, 0, options())
+    to_teacher = model.vocabulary_map(student, student)
+    sums, _, _ = distill.backward_of_batch(student, student, to_teacher, batch, 0, options())
     assert abs(sums["loss"].item()) / sums["tokens"] < 1e-6
     assert max(g.abs().max() for g in gradients(student.net).values()) < 1e-3
 
@@ -484,9 +513,10 @@ def test_up_to_the_first_difference_by_hand():
     reference = torch.tensor([5, 6, 7, 2]).expand(4, -1)
     expected = [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]
     assert distill.up_to_first_difference(ids, reference).int().tolist() == expected
-    longer = torch.tensor([[5, 6, 7, 2, 0, 0], [5, 6, 7, 8, 9, 2]])  # the fourth id of the second row is the first that differs
+    longer = torch.tensor([[5, 6, 7, 2, 0, 0], [5, 6, 7, 8, 9, 2]])
     reference = torch.tensor([[5, 6, 7, 2], [5, 6, 7, 2]])
-    assert distill.up_to_first_difference(longer, reference).int().tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]
+    expected = [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]
+    assert distill.up_to_first_difference(longer, reference).int().tolist() == expected
     shorter = torch.tensor([[5, 6], [5, 7]])  # cut at --max_new_tokens
     assert distill.up_to_first_difference(shorter, reference).int().tolist() == [[1, 1], [1, 1]]
 
@@ -507,7 +537,8 @@ def test_other_states_are_rollouts(student, batch, states):
 
 
 def test_first_error_scores_up_to_the_first_wrong_token(student, teacher, batch):
-    """Transcripts that the student writes itself, but for one token: rows are scored up to there, that token included."""
+    """Transcripts that the student writes itself, but for one token: rows are scored up to there,
+    that token included."""
     args = options("--states first_error")
     ids, mask = first_rollouts(student, batch, args)
     references = []
@@ -520,7 +551,8 @@ def test_first_error_scores_up_to_the_first_wrong_token(student, teacher, batch)
     writer = dataclasses.replace(student)
     texts = {u.text: row for u, row in zip(batch.utterances, references)}
     writer.encode_text = texts.__getitem__
-    sums, _, _ = distill.backward_of_batch(writer, teacher, model.vocabulary_map(student, teacher), batch, 0, args)
+    to_teacher = model.vocabulary_map(student, teacher)
+    sums, _, _ = distill.backward_of_batch(writer, teacher, to_teacher, batch, 0, args)
     assert sums["tokens"] == counted
     assert sums["tokens"] + sums["not_scored"] == mask.sum()
 
@@ -533,15 +565,18 @@ NO_CTC = SimpleNamespace(ctc=0.0)
 def test_cross_entropy_is_minus_log_softmax():
     z, _ = random_logits(n=4)
     targets = torch.tensor([3, 0, 10, 3])
-    expected = [-math.log(probabilities(dict(enumerate(row)))[y]) for row, y in zip(z.tolist(), targets.tolist())]
-    assert sft.cross_entropy_sum(z, targets).item() == pytest.approx(sum(expected), rel=1e-12)
+    expected = 0.0
+    for row, y in zip(z.tolist(), targets.tolist()):
+        expected -= math.log(probabilities(dict(enumerate(row)))[y])
+    assert sft.cross_entropy_sum(z, targets).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_clip_alone_equals_the_language_model_run_by_hand(student, batch):
-    """No padding, no packing: transformers' own forward over prompt and response; logits[c] predict column c + 1.
+    """No padding, no packing: transformers' own forward over prompt and response; logits[c] predict
+    column c + 1.
 
-    Every token of the transcript is a target, and so is the EOS behind it; blocked ids have probability 0.
-    """
+    Every token of the transcript is a target, and so is the EOS behind it; blocked ids have
+    probability 0. """
     def embed(ids):
         return student.body.embed_tokens(torch.tensor([ids]))
 
@@ -549,7 +584,9 @@ def test_a_clip_alone_equals_the_language_model_run_by_hand(student, batch):
         alone = data.load_batch([u])
         response = student.tokenizer.encode(u.text) + [student.eos_id]
         audio, n_audio = student.net.audio_encoder(alone.mel, alone.n_frames)
-        columns = torch.cat([embed(student.prefix_ids), audio, embed(student.suffix_ids), embed(response)], dim=1)
+        before = embed(student.prefix_ids)
+        after = embed(student.suffix_ids + response)
+        columns = torch.cat([before, audio, after], dim=1)
         n_prompt = columns.shape[1] - len(response)
         assert n_prompt == len(student.prefix_ids) + int(n_audio) + len(student.suffix_ids)
         z = student.net.lm(inputs_embeds=columns).logits[0].masked_fill(student.blocked, -INF)
@@ -560,21 +597,26 @@ def test_a_clip_alone_equals_the_language_model_run_by_hand(student, batch):
 
 
 def test_a_batch_is_the_sum_of_its_clips(student, batch):
-    """Neither the prompts' left padding nor the responses' right padding is trained on or read: loss and every gradient agree."""
+    """Neither the prompts' left padding nor the responses' right padding is trained on or read:
+    loss and every gradient agree."""
     assert len({len(student.encode_text(u.text)) for u in batch.utterances}) > 2
     assert len(set(batch.n_frames.tolist())) > 2
     loss = sft.backward_of_batch(student, None, batch, NO_CTC)["loss"].item()
     together = gradients(student.net)
-    alone = [sft.backward_of_batch(student, None, data.load_batch([u]), NO_CTC)["loss"].item() for u in batch.utterances]
-    assert loss == pytest.approx(sum(alone), rel=1e-5)
+    alone = 0.0
+    for u in batch.utterances:
+        alone += sft.backward_of_batch(student, None, data.load_batch([u]), NO_CTC)["loss"].item()
+    assert loss == pytest.approx(alone, rel=1e-5)
     for name, gradient in gradients(student.net).items():
-        torch.testing.assert_close(together[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()), msg=name)
+        atol = 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(together[name], gradient, rtol=1e-3, atol=atol, msg=name)
 
 
 # ---------------------------------------------------------------------------- CTC
 
 def ctc_by_enumeration(logp, labels, blank):
-    """-log of the summed probability of all paths that collapse to `labels`: logp is a list of frames of log-probabilities."""
+    """-log of the summed probability of all paths that collapse to `labels`: logp is a list of
+    frames of log-probabilities."""
     total = 0.0
     for path in itertools.product(range(len(logp[0])), repeat=len(logp)):
         merged = [c for c, _ in itertools.groupby(path)]
@@ -584,7 +626,8 @@ def ctc_by_enumeration(logp, labels, blank):
 
 
 def test_ctc_equals_enumerated_alignments():
-    """Five clips over 3 tokens + EOS; one doesn't fit (a repeat needs a blank between), one is empty."""
+    """Five clips over 3 tokens + EOS; one doesn't fit (a repeat needs a blank between), one is
+    empty."""
     torch.manual_seed(0)
     eos = 3
     head = nn.Linear(6, 5)  # classes: tokens 0, 1, 2, EOS 3, blank 4
@@ -644,7 +687,8 @@ def test_average_gradients_divides_by_the_tokens_of_the_step(script):
 
 @both_scripts
 def test_every_gradient_is_summed_over_ranks_once(script, monkeypatch):
-    """However the gradients are put together for the wire: here a sum over ranks doubles what it is given."""
+    """However the gradients are put together for the wire: here a sum over ranks doubles what it is
+    given."""
     sizes = [(3,), (2 ** 20 + 5,), (2, 3), *[(2,)] * 130, (4,)]
     parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
     for n, p in enumerate(parameters[:-1]):
@@ -660,7 +704,8 @@ def test_every_gradient_is_summed_over_ranks_once(script, monkeypatch):
 @both_scripts
 def test_weight_decay_is_for_matrices(script, student):
     parameters = list(student.net.parameters())
-    matrices, vectors = script.make_optimizer(parameters, SimpleNamespace(lr=1.0, weight_decay=0.3)).param_groups
+    args = SimpleNamespace(lr=1.0, weight_decay=0.3)
+    matrices, vectors = script.make_optimizer(parameters, args).param_groups
     assert matrices["weight_decay"] == 0.3
     assert vectors["weight_decay"] == 0.0
     assert all(p.ndim > 1 for p in matrices["params"])
@@ -679,8 +724,8 @@ def test_spec_augment_repeats_and_leaves_most_of_the_clip(batch):
     assert torch.equal(sft.spec_augment(mel, u, 4, seed=0), first)
     assert torch.equal(mel, kept)
     assert first.shape == mel.shape
-    for changed in (sft.spec_augment(mel, u, 5, 0), sft.spec_augment(mel, u, 4, 1), sft.spec_augment(mel, other, 4, 0)):
-        assert not torch.equal(changed, first)
+    for clip, step, seed in ((u, 5, 0), (u, 4, 1), (other, 4, 0)):
+        assert not torch.equal(sft.spec_augment(mel, clip, step, seed), first)
     touched = torch.stack([sft.spec_augment(mel, u, step, 0) != mel for step in range(40)])
     share = touched.float().mean((1, 2))
     assert 0.05 < share.mean() < 0.4

@@ -1,4 +1,4 @@
-"""What holds for the scripts as files and commands: shared code, flags, the README's commands, the demo's stages.
+"""What holds for the scripts as files and commands: flags, the README's commands, the demo's stages.
 
     pytest tests/test_scripts.py
 """
@@ -148,7 +148,8 @@ PATH=
 
 
 def readme_commands():
-    """(script, [arguments]) of every command in the README's code blocks, variables and loops expanded by bash."""
+    """(script, [arguments]) of every command in the README's code blocks, variables and loops
+    expanded by bash."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = []
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
@@ -198,7 +199,8 @@ def as_list(value):
 
 
 def supply(workplace, name, args):
-    """Put a tiny checkpoint, manifest, clip or hyps.jsonl wherever a command expects one that no earlier command made."""
+    """Put a tiny checkpoint, manifest, clip or hyps.jsonl wherever a command expects one that no
+    earlier command made."""
     given = vars(args)
     folders = [given.get(flag) for flag in ("student", "teacher", "model", "tokenizer")]
     if name == "overlap":
@@ -208,14 +210,16 @@ def supply(workplace, name, args):
             kind = "teacher" if folder == given.get("teacher") else "student"
             shutil.copytree(workplace.checkpoints / kind, folder)
     for manifest in as_list(given.get("data")) + as_list(given.get("dev")):
-        if not Path(manifest).exists() or not Path(manifest).stat().st_size:  # untrained models write nothing that is kept
+        missing = not Path(manifest).exists()
+        if missing or not Path(manifest).stat().st_size:  # untrained models write nothing that is kept
             data.write_jsonl(manifest, [row | {"id": f"{manifest}: {row['id']}"} for row in workplace.rows])
     for clip in as_list(given.get("audio")):
         shutil.copy(workplace.audio, clip)
     if name == "evaluate":
         for hyps in as_list(args.compare) + as_list(args.rescore):
             if not Path(hyps).exists():
-                run(workplace, "evaluate", ["--model", "STUDENT", "--data", "clips.jsonl", "--out", str(Path(hyps).parent)])
+                out = str(Path(hyps).parent)
+                run(workplace, "evaluate", ["--model", "STUDENT", "--data", "clips.jsonl", "--out", out])
 
 
 def run(workplace, name, arguments):
@@ -274,7 +278,8 @@ def test_hyps_is_a_manifest(corpus, checkpoints, tmp_path):
 
 
 def test_transcripts_become_a_manifest_without_the_empty_and_the_cut(corpus, checkpoints, tmp_path, monkeypatch):
-    """No transcript anywhere in the pool: what the teacher-data stage starts from. Parts of files keep their place."""
+    """No transcript anywhere in the pool: what the teacher-data stage starts from. Parts of files
+    keep their place."""
     rows = []
     for i in range(5):
         rows.append({"audio": str(corpus / f"dev-{i}.wav"), "id": f"u{i}", "language": "en", "speaker": f"s{i}"})
@@ -459,7 +464,8 @@ def test_stages_run_with_as_many_processes_as_the_demo(recorder, tmp_path, monke
 
 
 def test_result_json_has_the_rates_of_every_system(checkpoints, tmp_path, monkeypatch):
-    """Four clips, two English, two Mandarin; errors by hand: base 4, OPD 1 of 16 units, the others none."""
+    """Four clips, two English, two Mandarin; errors by hand: base 4, OPD 1 of 16 units, the others
+    none."""
     references = {"e1": ("en", "clean it"), "e2": ("en", "put two cups on the shelf"), "z1": ("zh", "修理"), "z2": ("zh", "打开红色台灯")}
     wrong = {"base": {"e1": "clean", "e2": "put cups on the elf", "z2": "打开红色台"}, "opd": {"e2": "put two cups on shelf"}}
     for name in SYSTEMS:

@@ -2,7 +2,8 @@
 
     pytest tests/test_training.py
 
-Runs are of a few steps on clips of a second. Most are made in this process; torchrun and signals need real ones (some 10 s each).
+Runs are of a few steps on clips of a second. Most are made in this process; torchrun and signals
+need real ones (some 10 s each).
 """
 
 import gc
@@ -52,8 +53,8 @@ def words(flags):
     return line
 
 
-COMMON = {"device": "cpu", "workers": 0, "log_every": 1, "eval_every": 1000, "save_every": 1000, "steps": 2, "batch": 8,
-          "micro_batch": 8, "warmup": 2, "eval_batch": 4, "lr": 1e-3}
+COMMON = {"device": "cpu", "workers": 0, "log_every": 1, "eval_every": 1000, "save_every": 1000, "steps": 2,
+          "batch": 8, "micro_batch": 8, "warmup": 2, "eval_batch": 4, "lr": 1e-3}
 
 
 def sft_words(corpus, checkpoints, out, **changes):
@@ -62,8 +63,8 @@ def sft_words(corpus, checkpoints, out, **changes):
 
 
 def distil_words(corpus, checkpoints, out, **changes):
-    own = {"data": corpus / "train.jsonl", "student": checkpoints / "student", "teacher": checkpoints / "teacher", "out": out,
-           "max_new_tokens": 8}
+    own = {"data": corpus / "train.jsonl", "student": checkpoints / "student",
+           "teacher": checkpoints / "teacher", "out": out, "max_new_tokens": 8}
     return words(COMMON | own | changes)
 
 
@@ -113,7 +114,8 @@ def subset(corpus, path, n, **changes):
 
 
 def brief(corpus, path, n):
-    """The same with transcripts so short that CTC finds room for most of them in a third of a second, of unequal length all the same."""
+    """The same with transcripts so short that CTC finds room for most of them in a third of a
+    second, of unequal length all the same."""
     rows = read_rows(subset(corpus, path, n, language="en"))
     texts = ["it", "put", "the", "hide it"]
     for i, row in enumerate(rows):
@@ -126,7 +128,8 @@ def brief(corpus, path, n):
 
 @both
 def test_the_arithmetic_of_a_gpu_runs(corpus, checkpoints, tmp_path, monkeypatch, script):
-    # bf16 autocast on the CPU: no GPU here, but mixed dtypes clash in the same places (RoPE's fp32 keys in the cache, the CTC head).
+    """bf16 autocast on the CPU: no GPU here, but mixed dtypes clash in the same places (RoPE's fp32
+    keys in the cache, the CTC head)."""
     run, own = RUNS[script]
     run(corpus, checkpoints, tmp_path / "fp32", steps=1, **own)
     monkeypatch.setattr(model, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
@@ -161,7 +164,8 @@ def test_micro_batches_do_not_change_the_update(corpus, checkpoints, tmp_path, s
 
 
 def lm_logits(asr, clip, written):
-    """(V,) logits behind `written` ids: one clip, transformers' forward without cache or padding. Oracle."""
+    """(V,) logits behind `written` ids: one clip, transformers' forward without cache or padding.
+    Oracle."""
     audio, _ = asr.net.audio_encoder(clip.mel, clip.n_frames)
     before = asr.body.embed_tokens(torch.tensor([asr.prefix_ids]))
     after = asr.body.embed_tokens(torch.tensor([asr.suffix_ids + written]))
@@ -227,11 +231,13 @@ def test_first_loss_of_distill_is_the_mean_divergence_on_own_words(corpus, check
 
 @torch.no_grad()
 def test_tokens_without_a_counterpart_are_left_out_and_counted(corpus, checkpoints, student, foreign_teacher, tmp_path):
-    """A teacher with another vocabulary, asked for one prefix at a time with its own ids of the student's tokens."""
+    """A teacher with another vocabulary, asked for one prefix at a time with its own ids of the
+    student's tokens."""
     pool = subset(corpus, tmp_path / "pool.jsonl", 12)
     model.save(foreign_teacher, tmp_path / "foreign")
     with torch.enable_grad():
-        run_distil(corpus, checkpoints, tmp_path / "run", steps=1, batch=12, micro_batch=5, data=pool, teacher=tmp_path / "foreign")
+        run_distil(corpus, checkpoints, tmp_path / "run", steps=1, batch=12, micro_batch=5, data=pool,
+                   teacher=tmp_path / "foreign")
     pairs = twins(student, foreign_teacher)
     assert any(i != j for i, j in pairs.items())  # equal ids would hide a map that is not used
     ours = list(pairs)
@@ -264,9 +270,11 @@ def test_tokens_without_a_counterpart_are_left_out_and_counted(corpus, checkpoin
 def test_rollouts_are_drawn_anew_at_every_step_and_by_temperature(corpus, checkpoints, tmp_path):
     """With a learning rate of 0 and all clips in every step, nothing but the rollouts can change."""
     pool = subset(corpus, tmp_path / "pool.jsonl", 6)
+    first = {}
     for name, temperature, seed in (("greedy", 0.0, 0), ("sampled", 1.0, 0), ("again", 1.0, 0), ("other", 1.0, 1)):
-        run_distil(corpus, checkpoints, tmp_path / name, data=pool, batch=6, lr=0.0, temperature=temperature, seed=seed)
-    first = {name: [row["loss"] for row in metrics(tmp_path / name)] for name in ("greedy", "sampled", "again", "other")}
+        out = tmp_path / name
+        run_distil(corpus, checkpoints, out, data=pool, batch=6, lr=0.0, temperature=temperature, seed=seed)
+        first[name] = [row["loss"] for row in metrics(out)]
     assert first["greedy"][0] == pytest.approx(first["greedy"][1], rel=1e-5)
     assert abs(first["sampled"][0] - first["sampled"][1]) > 1e-3
     assert first["again"] == first["sampled"]
@@ -274,7 +282,8 @@ def test_rollouts_are_drawn_anew_at_every_step_and_by_temperature(corpus, checkp
 
 
 def test_the_ctc_loss_adds_its_weight_to_the_gradient(corpus, checkpoints, tmp_path, monkeypatch):
-    """g(w) = g_ce + w g_ctc, so that g(0.6) - g(0) = 2 (g(0.3) - g(0)); the LM hears of CTC only through the audio."""
+    """g(w) = g_ce + w g_ctc, so that g(0.6) - g(0) = 2 (g(0.3) - g(0)); the LM hears of CTC only
+    through the audio."""
     average = sft.average_gradients
     found = {}
 
@@ -288,7 +297,7 @@ def test_the_ctc_loss_adds_its_weight_to_the_gradient(corpus, checkpoints, tmp_p
         run_sft(corpus, checkpoints, tmp_path / str(weight), data=pool, steps=1, ctc=weight)
     assert metrics(tmp_path / "0.3")[0]["ctc"] > 0
     largest = 0.0
-    for none, once, twice in zip(found[0.0], found[0.3], found[0.6]):  # without CTC there is no CTC head: shorter
+    for none, once, twice in zip(found[0.0], found[0.3], found[0.6]):  # the CTC head's come last, and not in the first
         torch.testing.assert_close(twice - none, 2 * (once - none), rtol=1e-3, atol=1e-5)
         largest = max(largest, (once - none).abs().max().item())
     assert largest > 1e-3
@@ -299,12 +308,14 @@ def test_the_ctc_loss_adds_its_weight_to_the_gradient(corpus, checkpoints, tmp_p
 def start_processes(function, *args, world):
     """function(rank, world, *args) in `world` processes.
 
-    A server that has only imported this file forks them: no seconds of imports for each, nothing inherited from pytest's.
-    """
+    A server that has only imported this file forks them: no seconds of imports for each, nothing
+    inherited from pytest's. """
     multiprocessing.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])  # the server does not take over sys.path before Python 3.13
-        torch.multiprocessing.start_processes(function, (world, *args), nprocs=world, start_method="forkserver")
+        # The server does not take over sys.path before Python 3.13.
+        patch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+        torch.multiprocessing.start_processes(
+            function, (world, *args), nprocs=world, start_method="forkserver")
 
 
 def take_place(rank, world):
@@ -333,7 +344,8 @@ def two_forked(script, arguments, folder):
 
 def torchrun(script, arguments, _):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, ROOT / f"{script}.py", *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([*launch, ROOT / f"{script}.py", *arguments], env=ENVIRONMENT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -342,12 +354,14 @@ LOGGED = {"sft": ("ctc",), "distill": (*model.AGREEMENT, "truncated", "empty", "
 
 @both
 def test_two_processes_make_the_same_update(corpus, checkpoints, tmp_path, script):
-    """Seven clips in batches of 3, 3 and 1: ranks with two rows and one, and a rank with none. Dev is shared out, too."""
+    """Seven clips in batches of 3, 3 and 1: ranks with two rows and one, and a rank with none. Dev
+    is shared out, too."""
     make_manifest = brief if script == "sft" else subset
     arguments = sft_words if script == "sft" else distil_words
     run, own = RUNS[script]
-    own = own | {"data": make_manifest(corpus, tmp_path / "seven.jsonl", 7), "dev": corpus / "dev.jsonl", "steps": 3, "batch": 3,
-                 "micro_batch": 3, "eval_batch": 2, "max_new_tokens": 6, "lr": 1e-6}
+    seven = make_manifest(corpus, tmp_path / "seven.jsonl", 7)
+    own = own | {"data": seven, "dev": corpus / "dev.jsonl", "steps": 3, "batch": 3, "micro_batch": 3,
+                 "eval_batch": 2, "max_new_tokens": 6, "lr": 1e-6}
     launch = {"sft": two_forked, "distill": torchrun}[script]
     launch(script, arguments(corpus, checkpoints, tmp_path / "two", **own), tmp_path)
     run(corpus, checkpoints, tmp_path / "one", **own)
@@ -384,10 +398,11 @@ COMPARED = [(objective, "eight") for objective in OBJECTIVES] + [
 
 
 def first_steps(rank, world, jobs, folder):
-    """Make the first step of each job in float64 and leave what this process saw in FOLDER/<job>-<rank>.pt.
+    """Make the first step of each job in float64 and leave what this process saw in
+    FOLDER/<job>-<rank>.pt.
 
-    fp32 would blur 1e-6: its own rounding is 6e-8 a term, and another batch shape sums its terms in another order.
-    """
+    fp32 would blur 1e-6: its own rounding is 6e-8 a term, and another batch shape sums its terms in
+    another order. """
     take_place(rank, world)
     torch.Tensor.float = torch.Tensor.double  # .float() says "at least fp32" in all of this code
     load = model.load
@@ -445,7 +460,8 @@ def first_steps(rank, world, jobs, folder):
 
 
 def seed_without_overlap(student, utterances):
-    """A seed whose first batch of four leaves the second of two ranks without a token, if the first ids of its rollouts lack a counterpart.
+    """A seed whose first batch of four leaves the second of two ranks without a token, if the first
+    ids of its rollouts lack a counterpart.
 
     -> seed, those ids.
     """
@@ -454,7 +470,8 @@ def seed_without_overlap(student, utterances):
         firsts = []
         for i in data.Plan(durations, 4, seed)[0]:
             prompt = model.encode_audio(student, data.load_batch([utterances[i]]))
-            ids, _ = model.roll_out(student, prompt, 1, 1.0, data.keyed_uniforms(seed, 0, [utterances[i].id], 8))
+            uniforms = data.keyed_uniforms(seed, 0, [utterances[i].id], 8)
+            ids, _ = model.roll_out(student, prompt, 1, 1.0, uniforms)
             firsts.append(ids[0].item())
         if student.eos_id not in firsts and not set(firsts[0::2]) & set(firsts[1::2]):
             return seed, firsts[1::2]
@@ -463,7 +480,8 @@ def seed_without_overlap(student, utterances):
 
 @pytest.fixture(scope="module")
 def splits(corpus, checkpoints, student, tmp_path_factory):
-    """All first steps that the next tests compare: {(objective, case): {(world, micro_batch): (record, [what each rank saw])}}."""
+    """All first steps that the next tests compare: {(objective, case): {(world, micro_batch):
+    (record, [what each rank saw])}}."""
     folder = tmp_path_factory.mktemp("splits")
     pool = subset(corpus, folder / "eight.jsonl", 8)
     seed, lacking = seed_without_overlap(student, data.read_manifest(pool))
@@ -480,7 +498,8 @@ def splits(corpus, checkpoints, student, tmp_path_factory):
         arguments = sft_words if script == "sft" else distil_words
         for world, micro_batch in SHAPES[case]:
             name = f"{objective}-{case}-{world}-{micro_batch}".replace(" ", "_")
-            line = arguments(corpus, checkpoints, folder / name, **own, **changes, steps=1, micro_batch=micro_batch, data=pool)
+            line = arguments(corpus, checkpoints, folder / name, **own, **changes, steps=1,
+                             micro_batch=micro_batch, data=pool)
             jobs[world].append((name, script, line, holes))
             names[objective, case, world, micro_batch] = name
     for world in jobs:
@@ -494,7 +513,8 @@ def splits(corpus, checkpoints, student, tmp_path_factory):
 
 @pytest.mark.parametrize("objective, case", COMPARED)
 def test_the_first_step_does_not_depend_on_how_it_is_shared_out(splits, objective, case):
-    """The same utterances over micro-batches and over 1, 2 and 4 processes: loss and every entry of every gradient to 1e-6."""
+    """The same utterances over micro-batches and over 1, 2 and 4 processes: loss and every entry of
+    every gradient to 1e-6."""
     shapes = splits[objective, case]
     log, (one,) = shapes[SHAPES[case][0]]
     largest = max(g.abs().max().item() for g in one["gradients"])
@@ -515,7 +535,8 @@ def test_the_first_step_does_not_depend_on_how_it_is_shared_out(splits, objectiv
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_ranks_have_unequal_shares_in_these_cases(splits, case):
-    """A mean per rank would be another one; and some ranks have no clip, or clips none of whose tokens counts."""
+    """A mean per rank would be another one; and some ranks have no clip, or clips none of whose
+    tokens counts."""
     shares = {}
     for shape, (row, ranks) in splits["reverse full", case].items():
         shares[shape] = [rank["rows"] for rank in ranks]
@@ -532,12 +553,14 @@ def test_ranks_have_unequal_shares_in_these_cases(splits, case):
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_the_logged_agreement_does_not_depend_on_the_number_of_ranks(splits, case):
-    """It is that of every rank's last micro-batch: where that is all it has, all shapes log the same."""
+    """It is that of every rank's last micro-batch: where that is all it has, all shapes log the
+    same."""
     whole = [(world, micro) for world, micro in SHAPES[case] if world * micro >= {"eight": 8}.get(case, 3)]
     first = splits["reverse full", case][whole[0]][0]
     for shape in whole:
+        row, _ = splits["reverse full", case][shape]
         for key in model.AGREEMENT:
-            assert splits["reverse full", case][shape][0][key] == pytest.approx(first[key], rel=1e-6), (shape, key)
+            assert row[key] == pytest.approx(first[key], rel=1e-6), (shape, key)
 
 
 @pytest.mark.parametrize("case", SHAPES)
@@ -566,7 +589,8 @@ def resume_elsewhere(rank, world, line, folder):
 
 
 def test_ranks_that_find_different_steps_stop_and_name_them(corpus, checkpoints, tmp_path):
-    """Two nodes with an --out each: one resumes at step 1, the other would start anew, and they would wait for each other."""
+    """Two nodes with an --out each: one resumes at step 1, the other would start anew, and they
+    would wait for each other."""
     run_sft(corpus, checkpoints, tmp_path / "0", steps=1, batch=2)
     line = sft_words(corpus, checkpoints, None, steps=2, batch=2, resume=True)
     start_processes(resume_elsewhere, line, tmp_path, world=2)
@@ -575,7 +599,8 @@ def test_ranks_that_find_different_steps_stop_and_name_them(corpus, checkpoints,
 
 
 def test_rollouts_do_not_depend_on_a_resume(corpus, checkpoints, tmp_path, monkeypatch):
-    """Drawn after a resume, in other micro-batches: by utterance and step what the straight run draws. (lr 0: other sums, same weights.)"""
+    """Drawn after a resume, in other micro-batches: by utterance and step what the straight run
+    draws. (lr 0: other sums, same weights.)"""
     seen = {}
     asked = []
     roll_out = model.roll_out
@@ -627,10 +652,12 @@ def kill_after_state(monkeypatch, step):
 @both
 @pytest.mark.parametrize("killed_at", [2, 3], ids=["saved, not yet evaluated", "between evaluations"])
 def test_resume_is_bit_for_bit(corpus, checkpoints, tmp_path, monkeypatch, script, killed_at):
-    """Killed right after a save, where an evaluation of the same weights comes next (every second step) and where none does."""
+    """Killed right after a save, where an evaluation of the same weights comes next (every second
+    step) and where none does."""
     run, own = RUNS[script]
-    own = own | {"data": brief(corpus, tmp_path / "brief.jsonl", 24), "steps": 5, "save_every": 1, "batch": 5, "micro_batch": 3,
-                 "dev": subset(corpus, tmp_path / "dev.jsonl", 3), "eval_every": 2, "max_new_tokens": 6}
+    own = own | {"data": brief(corpus, tmp_path / "brief.jsonl", 24), "steps": 5, "save_every": 1, "batch": 5,
+                 "micro_batch": 3, "dev": subset(corpus, tmp_path / "dev.jsonl", 3), "eval_every": 2,
+                 "max_new_tokens": 6}
     straight = tmp_path / "straight"
     cut = tmp_path / "cut"
     run(corpus, checkpoints, straight, **own)
@@ -638,13 +665,15 @@ def test_resume_is_bit_for_bit(corpus, checkpoints, tmp_path, monkeypatch, scrip
         kill_after_state(patch, killed_at)
         run(corpus, checkpoints, cut, **own)
     assert states(cut) == [f"step-{killed_at:07d}"]
-    with (cut / "metrics.jsonl").open("a") as file:  # logged and then lost steps must not stay in the log twice
+    with (cut / "metrics.jsonl").open("a") as file:  # logged, then lost: must not stay in the log twice
         file.write('{"step": 4, "loss": 99.0}\n{"step": 4, "dev_error": 0.0}\n{"step": 5, "lo')
     run(corpus, checkpoints, cut, resume=True, **own)
     assert states(cut) == states(straight) == ["step-0000005"]
-    for file in ("model.safetensors", "state/step-0000005/model.safetensors", "state/step-0000005/training.safetensors",
-                 "state/step-0000005/training.json"):
-        assert (cut / file).read_bytes() == (straight / file).read_bytes(), file
+    assert weights(cut) == weights(straight)
+    for file in ("model.safetensors", "training.safetensors", "training.json"):
+        ours = cut / "state" / "step-0000005" / file
+        theirs = straight / "state" / "step-0000005" / file
+        assert ours.read_bytes() == theirs.read_bytes(), file
     assert steps_of(cut) == [1, 2, 3, 4, 5]
     assert steps_of(cut, "dev_error") == [2, 4, 5]
     for ours, theirs in zip(metrics(cut, "step"), metrics(straight, "step"), strict=True):
@@ -659,7 +688,8 @@ def test_resume_is_bit_for_bit(corpus, checkpoints, tmp_path, monkeypatch, scrip
 
 @both
 def test_resume_before_the_first_log_line(corpus, checkpoints, tmp_path, monkeypatch, script):
-    """States may be saved more often than lines are logged: a run that dies in between has no metrics.jsonl yet."""
+    """States may be saved more often than lines are logged: a run that dies in between has no
+    metrics.jsonl yet."""
     run, _ = RUNS[script]
     own = {"steps": 3, "save_every": 1, "log_every": 100, "batch": 2}
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -680,9 +710,10 @@ def test_resume_with_nothing_saved_starts_anew(corpus, checkpoints, tmp_path, sc
 # ---------------------------------------------------------------------------- (d) how a run ends
 
 def start(program, arguments):
-    """A process with a group of its own, as a shell starts one; signals to the group reach the loader's workers too."""
-    return subprocess.Popen([sys.executable, *program, *map(str, arguments)], env=ENVIRONMENT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    """A process with a group of its own, as a shell starts one; signals to the group reach the
+    loader's workers too."""
+    return subprocess.Popen([sys.executable, *program, *map(str, arguments)], env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def group_is_gone(process):
@@ -743,11 +774,15 @@ sft.main(sft.parse_args(sys.argv[3:]))
 """
 
 
+SAID = {"last step": "", "exception": "as out of memory", "interrupt": "KeyboardInterrupt"}
+
+
 def test_a_run_with_loader_workers_ends_by_itself(corpus, checkpoints, tmp_path):
-    """After its last step, at Ctrl-C and at an exception: within ten seconds, and no worker is left behind."""
+    """After its last step, at Ctrl-C and at an exception: within ten seconds, and no worker is left
+    behind."""
     processes = {}
     patience = time.time() + 120
-    for what in ("last step", "exception", "interrupt"):
+    for what in SAID:
         steps = 3 if what == "last step" else 100_000
         line = sft_words(corpus, checkpoints, tmp_path / what, workers=2, steps=steps, batch=4)
         processes[what] = start(["-c", HALFWAY], [tmp_path / f"{what}.moment", what, *line])
@@ -759,8 +794,7 @@ def test_a_run_with_loader_workers_ends_by_itself(corpus, checkpoints, tmp_path)
             if what == "interrupt":
                 os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             output, _ = process.communicate(timeout=10)
-            expected = {"last step": "", "exception": "as out of memory", "interrupt": "KeyboardInterrupt"}[what]
-            assert expected in output, what
+            assert SAID[what] in output, what
             assert (process.returncode == 0) == (what == "last step"), output[-3000:]
             assert group_is_gone(process), what
     finally:
@@ -803,7 +837,8 @@ def test_an_earlier_run_is_not_overwritten(corpus, checkpoints, tmp_path, script
 
 @both
 def test_an_earlier_run_that_has_logged_nothing_is_not_mixed_in(corpus, checkpoints, tmp_path, monkeypatch, script):
-    """A state of other flags left in --out would be kept in place of this run's, and be what --resume continues from."""
+    """A state of other flags left in --out would be kept in place of this run's, and be what
+    --resume continues from."""
     run, _ = RUNS[script]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after_state(patch, 1)
@@ -818,7 +853,8 @@ def test_an_earlier_run_that_has_logged_nothing_is_not_mixed_in(corpus, checkpoi
 def test_an_unreadable_clip_is_left_out_and_counted(corpus, checkpoints, tmp_path, script):
     run, _ = RUNS[script]
     (tmp_path / "broken.wav").write_bytes(b"not a wave file")
-    bad = {"id": "bad", "audio": str(tmp_path / "broken.wav"), "text": "find peter", "language": "en", "duration": 0.7}
+    bad = {"id": "bad", "audio": str(tmp_path / "broken.wav"), "text": "find peter", "language": "en",
+           "duration": 0.7}
     good = subset(corpus, tmp_path / "good.jsonl", 4)
     data.write_jsonl(tmp_path / "mixed.jsonl", [*read_rows(good), bad])
     run(corpus, checkpoints, tmp_path / "mixed", data=tmp_path / "mixed.jsonl", steps=1, batch=5)
@@ -847,7 +883,8 @@ def test_a_step_with_no_usable_clip_does_not_end_the_run(corpus, checkpoints, tm
 @both
 def test_a_run_none_of_whose_clips_can_be_used_says_why(corpus, checkpoints, tmp_path, script):
     (tmp_path / "broken.wav").write_bytes(b"not a wave file")
-    data.write_jsonl(tmp_path / "bad.jsonl", [{"audio": str(tmp_path / "broken.wav"), "text": "find peter", "language": "en"}])
+    bad = {"audio": str(tmp_path / "broken.wav"), "text": "find peter", "language": "en"}
+    data.write_jsonl(tmp_path / "bad.jsonl", [bad])
     run, _ = RUNS[script]
     with pytest.raises(ValueError, match="broken.wav"):
         run(corpus, checkpoints, tmp_path / "run", data=tmp_path / "bad.jsonl", steps=2, batch=1)
@@ -883,15 +920,17 @@ def test_distill_does_not_read_transcripts(corpus, checkpoints, tmp_path):
 # ---------------------------------------------------------------------------- (g) it learns
 
 def test_sft_learns_one_batch_by_heart(corpus, tmp_path):
-    run_sft(corpus, tmp_path, tmp_path / "run", data=subset(corpus, tmp_path / "four.jsonl", 4), student=None, init="random",
-            vocab_size=300, d_model=32, encoder_layers=1, lm_layers=1, heads=2, steps=80, batch=4, lr=1e-2, warmup=5, weight_decay=0.0)
+    four = subset(corpus, tmp_path / "four.jsonl", 4)
+    run_sft(corpus, tmp_path, tmp_path / "run", data=four, student=None, init="random", vocab_size=300, d_model=32,
+            encoder_layers=1, lm_layers=1, heads=2, steps=80, batch=4, lr=1e-2, warmup=5, weight_decay=0.0)
     losses = [row["loss"] for row in metrics(tmp_path / "run")]
     assert losses[0] > 4
     assert losses[-1] < 0.1 * losses[0]
 
 
 def test_distill_brings_the_student_closer_to_the_teacher(corpus, checkpoints, tmp_path):
-    run_distil(corpus, checkpoints, tmp_path / "run", data=subset(corpus, tmp_path / "four.jsonl", 4), steps=60, batch=4, lr=1e-2, warmup=5,
+    four = subset(corpus, tmp_path / "four.jsonl", 4)
+    run_distil(corpus, checkpoints, tmp_path / "run", data=four, steps=60, batch=4, lr=1e-2, warmup=5,
                max_new_tokens=5)
     losses = [row["loss"] for row in metrics(tmp_path / "run")]
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
@@ -904,7 +943,8 @@ SMALL_RATES = [(1e-6, 0.02), (1e-5, 0.15), (1e-4, 0.88)]
 
 @pytest.mark.parametrize("lr, share", SMALL_RATES)
 def test_adamw_on_bf16_weights_loses_most_small_updates(lr, share):
-    """Why the masters are fp32: of bf16 weights N(0, 0.02) one step of AdamW moves 2 %, 15 %, 88 %; the rest rounds back to where it was."""
+    """Why the masters are fp32: of bf16 weights N(0, 0.02) one step of AdamW moves 2 %, 15 %, 88 %;
+    the rest rounds back to where it was."""
     generator = torch.Generator().manual_seed(0)
     start = 0.02 * torch.randn(500, 400, generator=generator)
     moved = {}
@@ -922,7 +962,8 @@ def test_adamw_on_bf16_weights_loses_most_small_updates(lr, share):
 @both
 @pytest.mark.parametrize("lr", [lr for lr, _ in SMALL_RATES])
 def test_a_small_learning_rate_moves_every_weight(corpus, checkpoints, tmp_path, monkeypatch, script, lr):
-    """From a checkpoint stored in bf16: trained in fp32 all the same. Every weight that has a gradient moves, by about lr."""
+    """From a checkpoint stored in bf16: trained in fp32 all the same. Every weight that has a
+    gradient moves, by about lr."""
     module = MODULES[script]
     run, _ = RUNS[script]
     shutil.copytree(checkpoints / "student", tmp_path / "half")
@@ -943,12 +984,13 @@ def test_a_small_learning_rate_moves_every_weight(corpus, checkpoints, tmp_path,
 
     monkeypatch.setattr(model, "load_student", keep_student)
     monkeypatch.setattr(module, "average_gradients", keep_gradients)
-    run(corpus, checkpoints, tmp_path / "run", student=tmp_path / "half", steps=1, warmup=0, lr=lr, weight_decay=0.0, batch=4)
+    run(corpus, checkpoints, tmp_path / "run", student=tmp_path / "half", steps=1, warmup=0, lr=lr,
+        weight_decay=0.0, batch=4)
     before = load_student(tmp_path / "half", "cpu").net.parameters()
     n = 0
     for old, new, gradient in zip(before, loaded[0].net.parameters(), gradients, strict=True):
         assert new.dtype == torch.float32
-        # Adam's first step is lr g / (|g| + 1e-8): all of lr where g, clipped to a norm of 1, is well above 1e-8.
+        # Adam's first step is lr g / (|g| + 1e-8): all of lr where g, clipped, is well above 1e-8.
         felt = gradient.abs() > 1e-4
         assert ((new - old).abs()[felt] > 0.9 * lr - 2 ** -24 * old.abs()[felt]).all()
         n += int(felt.sum())
@@ -956,7 +998,8 @@ def test_a_small_learning_rate_moves_every_weight(corpus, checkpoints, tmp_path,
 
 
 def test_memory_does_not_grow_from_step_to_step(corpus, checkpoints, tmp_path, monkeypatch):
-    """What is alive in the midst of a step: after 10 and after 50, as many tensors, as many bytes, and a process that is no larger."""
+    """What is alive in the midst of a step: after 10 and after 50, as many tensors, as many bytes,
+    and a process that is no larger."""
     live = {}
     rate = distill.learning_rate
 
@@ -971,7 +1014,8 @@ def test_memory_does_not_grow_from_step_to_step(corpus, checkpoints, tmp_path, m
         return rate(step, args)
 
     monkeypatch.setattr(distill, "learning_rate", census)
-    run_distil(corpus, checkpoints, tmp_path / "run", data=subset(corpus, tmp_path / "four.jsonl", 4), steps=50, batch=4, micro_batch=2, log_every=7)
+    four = subset(corpus, tmp_path / "four.jsonl", 4)
+    run_distil(corpus, checkpoints, tmp_path / "run", data=four, steps=50, batch=4, micro_batch=2, log_every=7)
     n_tensors, n_bytes, resident = live[9]
     n_later, n_bytes_later, resident_later = live[49]
     assert n_later < n_tensors + 40  # one tensor a step would be 40; other tests' garbage is a few
@@ -1001,7 +1045,8 @@ def test_the_teacher_is_left_as_it_was(corpus, checkpoints, tmp_path, monkeypatc
 
 
 def test_student_and_teacher_must_read_the_same_features(checkpoints, teacher, tmp_path):
-    config = teacher.net.config | {"whisper_config": teacher.net.config["whisper_config"] | {"num_mel_bins": 80}}
+    encoder = teacher.net.config["whisper_config"] | {"num_mel_bins": 80}
+    config = teacher.net.config | {"whisper_config": encoder}
     model.save(model.assemble(model.Student(config), teacher.tokenizer, "cpu"), tmp_path / "80")
     with pytest.raises(ValueError, match="128 and 80"):
         model.load_pair(checkpoints / "student", tmp_path / "80", "cpu")
@@ -1012,14 +1057,15 @@ def test_out_is_the_best_on_dev_and_state_the_last(corpus, checkpoints, tmp_path
     run, _ = RUNS[script]
     own = {"batch": 3, "eval_every": 1, "save_every": 3, "dev": corpus / "dev.jsonl", "max_new_tokens": 4}
     seen = []  # weights at every evaluation
-    errors = iter([50.0, 20.0, 40.0, 40.0, 30.0])  # after a resume the restored weights are evaluated once more
+    errors = iter([50.0, 20.0, 40.0, 40.0, 30.0])  # restored weights are evaluated once more
 
     def scripted(asr, *_):
         seen.append({name: value.clone() for name, value in asr.net.state_dict().items()})
         return {"dev_error": next(errors), "dev_length": 1.0}
 
     def same(path, n):
-        return all(torch.equal(value, seen[n][name]) for name, value in model.load(path).net.state_dict().items())
+        stored = model.load(path).net.state_dict()
+        return all(torch.equal(value, seen[n][name]) for name, value in stored.items())
 
     monkeypatch.setattr(model, "dev_error", scripted)
     out = tmp_path / "run"
@@ -1037,7 +1083,7 @@ def test_out_is_the_best_on_dev_and_state_the_last(corpus, checkpoints, tmp_path
 
 def test_dev_error_is_the_pooled_rate_of_greedy_transcripts(corpus, student):
     dev = data.read_manifest(corpus / "dev.jsonl")
-    args = sft.parse_args(["--data", "x", "--out", "x", "--student", "x", "--eval_batch", "4", "--max_new_tokens", "8"])
+    args = sft.parse_args("--data x --out x --student x --eval_batch 4 --max_new_tokens 8".split())
     counts = []
     written = 0
     spoken = 0
@@ -1053,7 +1099,8 @@ def test_dev_error_is_the_pooled_rate_of_greedy_transcripts(corpus, student):
 @both
 def test_metrics_are_drawn(corpus, checkpoints, tmp_path, script):
     run, _ = RUNS[script]
-    run(corpus, checkpoints, tmp_path, steps=2, batch=3, eval_every=1, dev=corpus / "dev.jsonl", max_new_tokens=4)
+    run(corpus, checkpoints, tmp_path, steps=2, batch=3, eval_every=1, dev=corpus / "dev.jsonl",
+        max_new_tokens=4)
     picture = (tmp_path / "metrics.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 5000
