@@ -8,6 +8,7 @@ In reading order:
   5. metric     normalised text, edit counts, bootstrap interval   normalize, edit_counts, bootstrap
   6. corpora    manifests for corpora that lie on disk             python data.py NAME ROOT OUT
   7. demo       a bilingual corpus spoken by espeak-ng             python data.py demo --out DIR
+                                                                   --seed N --pool N
 
 NAME is librispeech, aishell1, wenetspeech or folder (any folder of audio; the transcript of x.wav
 is x.txt, where there is one; `python data.py folder ROOT OUT --language CODE`). ROOT is where the
