@@ -60,6 +60,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -179,56 +180,76 @@ def backward_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, diverg
 
 # ---------------------------------------------------------------------------- one step
 
-def backward_of_batch(student, teacher, to_teacher, batch, step, args):
-    """(1) to (4) for one micro-batch: adds the gradient of sum_t D_t to the student's.
+def backward_of_share(student, teacher, to_teacher, batches, step, args):
+    """(1) to (4) for this rank's micro-batches: adds the gradient of sum_t D_t to the student's.
 
-    -> sums for the log, hidden_s (N, D) and hidden_t (N, D_t) for model.agreement.
+    -> sums for the log; hidden_s (N, D) and hidden_t (N, D_t) of the last batch, for model.agreement.
     """
-    # (1) rollout  y ~ p_S(. | x)
-    #     The audio encoder runs once, with its graph; the rollout reads its output without. [dev 2]
-    #     An empty transcript (EOS at once) is a rollout like any other.                     [dev 5]
-    prompt_s = model.encode_audio(student, batch)                           # (B, P, D) embeddings
-    ids, mask = visit(student, prompt_s, batch, step, args)                 # (B, R)
-    scored = model.readable_prefix(ids, mask, to_teacher)                   # (B, R) mask, up to the
-    if args.states == "first_error":                                        # first id that T lacks
-        scored = scored & up_to_first_difference(ids, references(student, batch)[0])
+    # (1) rollout  y ~ p_S(. | x)                                                          [dev 2]
+    #     An empty transcript (EOS at once) is a rollout like any other.                   [dev 5]
+    rollouts = roll_out(student, batches, step, args)
 
-    # (2) teacher  z_T[t] = logits of T at (x, y_<t)
-    #     The same ids, in its own numbering, on the same audio. Its head follows in (4).    [dev 3]
-    with torch.no_grad():
-        prompt_t = model.encode_audio(teacher, batch)
-        ids_t = to_teacher[ids].clamp(min=0)                                # (B, R)
-        hidden_t = model.response_hidden(                                   # (N, D_t)
-            teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, scored)
+    log = Counter()
+    for batch, (prompt_s, ids, mask) in zip(batches, rollouts):             # ids, mask (B, R)
+        scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R) the mask, up to
+        if args.states == "first_error":                                    # an id that T lacks
+            scored = scored & up_to_first_difference(ids, references(student, batch)[0])
 
-    # (3) student  z_S[t] = logits of S at (x, y_<t), now with gradients
-    hidden_s = model.response_hidden(                                       # (N, D)
-        student.body, prompt_s.embeds, prompt_s.mask, ids, scored)
+        # (2) teacher  z_T[t] = logits of T at (x, y_<t)
+        #     The same ids, in its own numbering, on the same audio. Its head follows in (4). [dev 3]
+        with torch.no_grad():
+            prompt_t = model.encode_audio(teacher, batch)
+            ids_t = to_teacher[ids].clamp(min=0)                            # (B, R)
+            hidden_t = model.response_hidden(                               # (N, D_t)
+                teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, scored)
 
-    # (4) loss     sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z)
-    divergence = partial(token_divergence, divergence=args.divergence, support=args.support,
-                         top_k=args.top_k, tau=args.tau)
-    loss = backward_in_chunks(hidden_s, hidden_t, ids[scored], student.logits, teacher.logits,
-                              to_teacher, divergence, args.chunk)
+        # (3) student  z_S[t] = logits of S at (x, y_<t), now with gradients
+        if prompt_s is None:
+            prompt_s = model.encode_audio(student, batch)
+        hidden_s = model.response_hidden(                                   # (N, D)
+            student.body, prompt_s.embeds, prompt_s.mask, ids, scored)
 
-    sums = {"loss": loss, "tokens": len(hidden_s), "not_scored": (mask & ~scored).sum(),
-            "audio_sec": batch.audio_sec}
-    sums |= model.rollout_health(ids, mask, student.stop)
-    return sums, hidden_s.detach(), hidden_t
+        # (4) loss     sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z)
+        divergence = partial(token_divergence, divergence=args.divergence, support=args.support,
+                             top_k=args.top_k, tau=args.tau)
+        loss = backward_in_chunks(hidden_s, hidden_t, ids[scored], student.logits, teacher.logits,
+                                  to_teacher, divergence, args.chunk)
+
+        log.update(loss=loss, tokens=len(hidden_s), not_scored=(mask & ~scored).sum(),
+                   audio_sec=batch.audio_sec)
+        log.update(model.rollout_health(ids, mask, student.stop))
+    return log, (hidden_s.detach(), hidden_t)
 
 
-def visit(student, prompt, batch, step, args):
-    """Whose states are learnt at -> ids (B, R), mask (B, R).
+def roll_out(student, batches, step, args):
+    """Whose states are learnt at -> prompt or None, ids (B, R), mask (B, R) of each micro-batch.
 
     --states rollout, the method: what the student itself writes. Two controls read transcripts:
       reference    the transcripts instead (off-policy)
       first_error  rollouts, scored up to and including the first id that differs from theirs
+
+    One generate writes the rollouts of the whole share: on a GPU a token of 120 rows takes as long as
+    one of 12. The encoder's output is used again, with its graph, where it belongs to the only
+    micro-batch; the graphs of several would not fit, so there it is computed again: None.
     """
     if args.states == "reference":
-        return references(student, batch)
-    clips = [u.id for u in batch.utterances]
-    uniforms = data.keyed_uniforms(args.seed, step, clips, args.max_new_tokens)     # (B, R)
-    return model.roll_out(student, prompt, args.max_new_tokens, args.temperature, uniforms)
+        return [(None, *references(student, batch)) for batch in batches]
+    alone = len(batches) == 1
+    with torch.set_grad_enabled(alone):
+        prompts = [model.encode_audio(student, batch) for batch in batches]
+    embeds, prompt_mask = model.join_prompts(prompts)                       # (sum of B, P, D), (.., P)
+    clips = [u.id for batch in batches for u in batch.utterances]
+    uniforms = data.keyed_uniforms(args.seed, step, clips, args.max_new_tokens)
+    ids, mask = model.generate(                                             # (sum of B, R)
+        student.body, student.head.weight, embeds, prompt_mask, stop=student.stop,
+        blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, uniforms=uniforms)
+    rollouts = []
+    sizes = [len(batch.utterances) for batch in batches]
+    for prompt, rows, valid in zip(prompts, ids.split(sizes), mask.split(sizes)):
+        n_columns = int(valid.any(0).sum())  # the longest rollout of the share may lie elsewhere
+        rollouts.append((prompt if alone else None, rows[:, :n_columns], valid[:, :n_columns]))
+    return rollouts
 
 
 def references(student, batch):
@@ -293,7 +314,9 @@ def distil(args):
     pool = [u for path in args.data for u in data.read_manifest(path)]
     dev = data.read_manifest(args.dev) if args.dev else []
     data.check_labelled(dev if args.states == "rollout" else dev + pool)
-    student, teacher = model.load_pair(args.student, args.teacher, device)
+    student = model.load_student(args.student, device)
+    teacher = model.load_teacher(args.teacher, device)
+    model.check_same_features(student, teacher)
     to_teacher = model.vocabulary_map(student, teacher)                     # (V,) -1: none
     parameters = list(student.net.parameters())
     optimizer = make_optimizer(parameters, args)
@@ -324,12 +347,11 @@ def distil(args):
         began = time.time()
         n_tokens = 0
         hidden = None
-        for batch in next(batches):
-            log.reject(batch.rejected)
-            if batch.utterances:
-                sums, *hidden = backward_of_batch(student, teacher, to_teacher, batch, step, args)
-                log.add(sums)
-                n_tokens += sums["tokens"]
+        micro_batches = log.reject(next(batches))
+        if micro_batches:
+            sums, hidden = backward_of_share(student, teacher, to_teacher, micro_batches, step, args)
+            log.add(sums)
+            n_tokens = sums["tokens"]
         at_teacher = {}
         if last or (step + 1) % args.log_every == 0:
             at_teacher = model.agreement(hidden, student, teacher, to_teacher, args.top_k, args.chunk)
@@ -382,7 +404,7 @@ def distil(args):
 
 # ---------------------------------------------------------------------------- the demo
 
-TEACHER = "--d_model 112 --encoder_layers 3 --steps 1800 --lr 2e-3"
+TEACHER = "--d_model 112 --encoder_layers 3 --steps 2200 --lr 2e-3"
 GO_ON = "--lr 1e-3 --warmup 20"
 
 

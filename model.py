@@ -545,6 +545,14 @@ def insert_audio(asr: ASR, rows, audio, n_audio) -> Prompt:
     return Prompt(embeds, mask, audio, n_audio)
 
 
+def join_prompts(prompts):
+    """Prompts of several batches -> embeds (sum of B, P, D), mask (sum of B, P), padded on the left."""
+    width = max(prompt.mask.shape[1] for prompt in prompts)
+    embeds = [F.pad(p.embeds, (0, 0, width - p.mask.shape[1], 0)) for p in prompts]
+    masks = [F.pad(p.mask, (width - p.mask.shape[1], 0)) for p in prompts]
+    return torch.cat(embeds), torch.cat(masks)
+
+
 def autocast(device):
     """bf16 arithmetic over fp32 weights on a GPU (untested on hardware here); nothing on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -952,15 +960,11 @@ def load_weights(net: Student, tensors, where) -> None:
     net.lm.tie_weights()
 
 
-def load_pair(student, teacher, device) -> tuple[ASR, ASR]:
-    """A checkpoint to train and one to score with, frozen. Raises ValueError unless both read the
-    same features."""
-    student = load_student(student, device)
-    teacher = load_teacher(teacher, device)
+def check_same_features(student: ASR, teacher: ASR) -> None:
+    """Raise ValueError unless both read the same log-mel."""
     if student.n_mels != teacher.n_mels:
         raise ValueError("student and teacher read the same features, but take "
                          f"{student.n_mels} and {teacher.n_mels} mel bins")
-    return student, teacher
 
 
 # ---------------------------------------------------------------------------- Qwen3-ASR
@@ -1297,11 +1301,13 @@ class Log:
         self.sums.clear()
         return sums
 
-    def reject(self, rejected) -> None:
-        """Count clips that could not be used: (reason, message) pairs."""
-        for reason, message in rejected:
-            self.rejected[reason] += 1
-            self.first.setdefault(reason, message)
+    def reject(self, batches) -> list[data.Batch]:
+        """Count the clips that could not be used -> the batches in which some are left."""
+        for batch in batches:
+            for reason, message in batch.rejected:
+                self.rejected[reason] += 1
+                self.first.setdefault(reason, message)
+        return [batch for batch in batches if batch.utterances]
 
     def first_message(self) -> str:
         """Why the first clip was rejected."""

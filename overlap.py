@@ -325,7 +325,9 @@ def measure_student(name, utterances, batches, args, rank, world, device):
 
     Raises data.AudioError if a clip can't be read, ValueError if no state can be scored.
     """
-    student, teacher = model.load_pair(name, args.teacher, device)
+    student = model.load(name, device)
+    teacher = model.load_teacher(args.teacher, device)
+    model.check_same_features(student, teacher)
     to_teacher = model.vocabulary_map(student, teacher)
     measured = {}
     bar = model.progress(len(utterances), Path(name).name, "clip", rank)
@@ -511,7 +513,9 @@ def check(args) -> None:
     two together. Without transcripts, that part is left out and the table says so.
     """
     rank, _, device = model.setup_scoring(args)
-    student, teacher = model.load_pair(args.student, args.teacher, device)
+    student = model.load(args.student, device)
+    teacher = model.load_teacher(args.teacher, device)
+    model.check_same_features(student, teacher)
     batch = data.load_batch(data.read_manifest(args.data)[:args.batch], student.n_mels)
     if not batch.utterances:
         raise ValueError(f"none of the first {args.batch} clips is usable: {batch.rejected[0][1]}")

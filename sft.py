@@ -204,12 +204,10 @@ def main(args):
         # ---- the gradient of the sum over this rank's tokens
         began = time.time()
         n_tokens = 0
-        for batch in next(batches):
-            log.reject(batch.rejected)
-            if batch.utterances:
-                sums = backward_of_batch(student, ctc_head, batch, args)
-                log.add(sums)
-                n_tokens += sums["tokens"]
+        for batch in log.reject(next(batches)):
+            sums = backward_of_batch(student, ctc_head, batch, args)
+            log.add(sums)
+            n_tokens += sums["tokens"]
 
         # ---- update: every token of the step weighs 1 / N, wherever it landed
         totals = model.all_sum({"tokens": n_tokens, "stop": len(stop)}, device)

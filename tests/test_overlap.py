@@ -394,6 +394,7 @@ def test_what_is_written(folder):
     assert list(result["by_token"])[:2] == ["0", "1"] and result["by_token"]["0"]["clips"] == result["by_token"]["0"]["states"] == 11
     assert 0 < sum(cell["states"] for cell in result["by_error"].values()) < result["states"]
     assert result["by_distance"]["0"]["clips"] == result["clips_with_error"] > 0
+    assert max(cell["clips"] for cell in result["by_error"].values()) <= 10 < max(cell["states"] for cell in result["by_error"].values())
     assert result["vuss"]["mean"] == pytest.approx(sum(int(v) * n for v, n in result["vuss_histogram"].items()) / result["states"])
     assert (folder / "one" / "overlap.png").read_bytes()[:4] == b"\x89PNG"
     # min and max over batches, from runs of one batch each: those of the training plan, without the last, smaller one
