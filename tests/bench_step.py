@@ -123,7 +123,8 @@ def one_step(student, teacher, to_teacher, batch, args, step, optimizer):
     prompt = model.encode_audio(student, batch)
     clock.tick("audio encoder")
 
-    ids, mask = distill.visit(student, prompt, batch, step, args)
+    uniforms = data.keyed_uniforms(args.seed, step, [u.id for u in batch.utterances], args.max_new_tokens)
+    ids, mask = model.roll_out(student, prompt, args.max_new_tokens, args.temperature, uniforms)
     scored = model.readable_prefix(ids, mask, to_teacher)
     clock.tick("rollout")
 
