@@ -336,8 +336,10 @@ def test_chunks_equal_one_shot_autograd(chunk):
     expected = gradients(net)
 
     y = torch.zeros(7, dtype=torch.long)
-    total = distill.backward_in_chunks(
-        net["body"](x), hidden_t, y, net["head"], head_t, to_teacher, distill.token_divergence, chunk)
+    hidden_s = net["body"](x)
+    total, grad_rows = distill.loss_in_chunks(
+        hidden_s, hidden_t, y, net["head"], head_t, to_teacher, distill.token_divergence, chunk)
+    hidden_s.backward(grad_rows)
     assert total.item() == pytest.approx(one_shot.item(), rel=1e-6)
     found = gradients(net)
     for name in expected:
@@ -353,8 +355,9 @@ def test_no_row_is_no_gradient_and_no_error():
     head = nn.Linear(4, 6)
     hidden_s = body(torch.zeros(0, 4))
     y = torch.zeros(0, dtype=torch.long)
-    total = distill.backward_in_chunks(
+    total, grad_rows = distill.loss_in_chunks(
         hidden_s, torch.zeros(0, 4), y, head, head, torch.arange(6), distill.token_divergence, 2)
+    hidden_s.backward(grad_rows)
     assert total.item() == 0.0
     assert all((gradient == 0).all() for gradient in gradients(body).values())
 
@@ -495,8 +498,8 @@ def test_blocked_ids_get_no_gradient(student, foreign_teacher, batch):
     hidden_t = torch.randn(6, 48)
     to_teacher = model.vocabulary_map(student, foreign_teacher)
     y = torch.zeros(6, dtype=torch.long)
-    distill.backward_in_chunks(hidden_s, hidden_t, y, student.logits, foreign_teacher.logits, to_teacher,
-                               distill.token_divergence, 4)
+    distill.loss_in_chunks(hidden_s, hidden_t, y, student.logits, foreign_teacher.logits, to_teacher,
+                           distill.token_divergence, 4)
     # The embeddings' gradient is the head's alone: hidden_s did not come from the body.
     of_head = gradients(student.net)["lm.model.embed_tokens.weight"]
     blocked = [i for i in range(len(of_head)) if i not in pairs]
