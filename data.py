@@ -33,6 +33,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -405,22 +406,34 @@ class Steps(torch.utils.data.Dataset):
 def loader(dataset, items, workers):
     """Yield dataset[i] for i in `items`, in that order, made ahead of time by `workers` processes.
 
-    0 workers: made in this process, when asked for.
+    0 workers: made in this process, when asked for. However this process ends, its workers do too.
     """
     atexit.register(_kill_workers)
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers,
-        prefetch_factor=4 if workers else None, worker_init_fn=_outlive_sigterm)
+        prefetch_factor=4 if workers else None, worker_init_fn=_start_worker)
 
 
-def _outlive_sigterm(_worker):
-    # torchrun and schedulers signal every process of a group: the trainer saves and stops, and
-    # needs its loader until then.
+def _start_worker(_number):
+    # torchrun, schedulers and Ctrl-C signal every process of a group. What that means is the trainer's
+    # decision: at SIGTERM it saves first, and needs its loader until then.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # By default every tensor on its way to the trainer is an open file: with small micro-batches,
+    # more than the 1,024 that many systems allow.
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer():
+    multiprocessing.parent_process().join()  # killed ones too, which run no _kill_workers
+    os._exit(1)
 
 
 def _kill_workers():
     # Python ends its children by SIGTERM, which these ignore, and would wait for them for ever.
+    # DataLoader would take each one's end for a failure, and raise from here.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 
