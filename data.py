@@ -194,15 +194,15 @@ def describe(raw) -> str:
 
 
 def check_outputs(*files) -> None:
-    """Make the folders of files that are to be written after long work, and try to write there.
+    """Raise OSError naming the file or folder if files that long work will end in can't be written.
 
-    Raises OSError naming the folder or file that can't be written.
+    Makes nothing: what is tried is the folder that they, or their folder, would be made in.
     """
     for file in map(Path, files):
-        file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_dir():
             raise IsADirectoryError(f"{file}: a file is to be written here, and there is a folder")
-        tempfile.TemporaryFile(dir=file.parent).close()
+        folder = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 # --------------------------------------------------------------------------------------- 2. audio
@@ -793,13 +793,13 @@ def bootstrap(numerators, denominators, n=10_000, seed=0, blocks=None) -> tuple[
 
 
 def interval(rates) -> tuple[float, float]:
-    """95 % interval of drawn rates (n,), of which nan are left out.
+    """95 % interval of drawn rates (n,). Those that are nan, of draws without a unit, are left out.
 
-    (nan, nan) if they are more than one in 1,000: where most references are empty, what is drawn is
-    mainly whether there is a unit to divide by, and the rate can be anything.
+    (nan, nan) if they are more than a tenth: fewer than three utterances or so have a reference then,
+    and what is resampled is mainly whether there is anything to divide by.
     """
     defined = rates[~np.isnan(rates)]
-    if len(defined) < 0.999 * len(rates):
+    if len(defined) < 0.9 * len(rates):
         return math.nan, math.nan
     low, high = np.percentile(defined, [2.5, 97.5])
     return float(low), float(high)

@@ -31,8 +31,8 @@ A silent or clipped clip is transcribed like any other, and named on stderr.
 summary.json
   results              one entry a set and language:
     set, language, metric          metric is WER, CER or MER
-    rate, low, high                percent, with its 95 % interval: null for a single block, and where
-                                   one resampled corpus in 1,000 has no reference unit
+    rate, low, high                percent, with its 95 % interval: null of a single block, and where
+                                   a tenth of the resampled corpora has no reference unit
     resampled, blocks              what the interval resamples, speakers or utterances; how many
     substitutions, deletions, insertions, units, utterances
     sentence_error                 percent of the utterances that have an error

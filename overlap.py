@@ -590,6 +590,7 @@ def write_results(summaries, n_batches, args) -> None:
         result["difference"] = as_entries(means_2 - means, resampled_2 - resampled)
         print_summary("difference, paired", result["difference"])
     out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "overlap.json").write_text(json.dumps(result, indent=2))
     draw_overlap(students, args.top_k, out / "overlap.png")
 
