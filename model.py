@@ -575,6 +575,12 @@ def positions_of(valid):
     return (valid.cumsum(1) - 1).clamp(min=0)
 
 
+def check_attention(body) -> None:
+    """Raise ValueError unless the LM takes a mask of bools: eager attention would add it as 0 and 1."""
+    if body.config._attn_implementation != "sdpa":
+        raise ValueError(f"attention {body.config._attn_implementation!r}: expected 'sdpa'")
+
+
 class Logits(torch.autograd.Function):
     """z = h W^T on a GPU: bf16 inputs, sums in fp32 that are not rounded to bf16 (not run here)."""
 
@@ -611,6 +617,7 @@ def response_hidden(body, embeds, prompt_mask, ids, mask) -> torch.Tensor:
     ids, mask (B, R): responses, padded on the right. The caller applies the head to these N rows
     alone: no logits are made for prompt or padding.
     """
+    check_attention(body)
     # The last column predicts nothing that is scored, so it is not fed; see the drawing at the top.
     n_prompt = prompt_mask.shape[1]
     columns = torch.cat([embeds, body.embed_tokens(ids[:, :-1])], dim=1)        # (B, P+R-1, D)
@@ -653,6 +660,7 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     collective, and the host asks the device how many rows are left at every token on a CPU, at every
     eighth on a GPU.
     """
+    check_attention(body)
     device = embeds.device
     ask_every = 1 if device.type == "cpu" else 8
     if temperature > 0:
