@@ -311,9 +311,11 @@ def make_optimizer(parameters, args):
 def distil(args):
     """The algorithm at the top of this file."""
     rank, world, device, stop = model.setup(args)
-    pool = [u for path in args.data for u in data.read_manifest(path)]
+    pool = data.read_manifests(args.data)
     dev = data.read_manifest(args.dev) if args.dev else []
-    data.check_labelled(dev if args.states == "rollout" else dev + pool)
+    data.check_labelled(dev)
+    if args.states != "rollout":
+        data.check_labelled(pool)
     student = model.load_student(args.student, device)
     teacher = model.load_teacher(args.teacher, device)
     model.check_same_features(student, teacher)
