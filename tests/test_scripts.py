@@ -330,9 +330,9 @@ def test_report(tmp_path, capsys):
     utterances = [data.Utterance(i, f"/{i}.wav", text, language, speaker=f"voice of {i}") for i, (language, text) in references.items()]
     for name in ("teacher", "base", "opd"):
         results = {u.id: {"hyp": wrong[name].get(u.id, u.text), "stopped": True, "n_tokens": 3} for u in utterances}
-        rows = evaluate.score(utterances, results)
+        rows = [evaluate.score(u, results[u.id]) for u in utterances]
         data.write_jsonl(tmp_path / "eval" / name / "hyps.jsonl", rows)
-        (tmp_path / "eval" / name / "summary.json").write_text(json.dumps({"results": evaluate.summarize("test", rows, 4.0, 1.0)}))
+        (tmp_path / "eval" / name / "summary.json").write_text(json.dumps({"results": evaluate.summarize("test", [evaluate.without_texts(row) for row in rows], 4.0, 1.0)}))
     for name, vuss in (("base", 40.0), ("opd", 36.0)):
         value = lambda x: {"mean": x, "low": x - 0.01, "high": x + 0.01}
         (tmp_path / "overlap" / name).mkdir(parents=True)
