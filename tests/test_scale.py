@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python -m pytest tests/test_scale.py -q
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -297,9 +298,10 @@ def test_killed_at_a_random_moment(checkpoints, manifests, whole, tmp_path, befo
     out = tmp_path / "out"
     script = tmp_path / "slow.py"
     script.write_text(f"""if True:
-        import sys, time
+        import os, sys, time
         sys.path.insert(0, {str(ROOT)!r})
         import evaluate, model
+        open(f"{tmp_path}/pid-{{os.getpid()}}", "w").close()
         transcribe = model.transcribe
         model.transcribe = lambda *a: time.sleep(0.4) or transcribe(*a)
         evaluate.main(evaluate.parse_args())""")
@@ -319,6 +321,9 @@ def test_killed_at_a_random_moment(checkpoints, manifests, whole, tmp_path, befo
         time.sleep(0.02)
     time.sleep(random.uniform(0, 0.8))
     os.killpg(first.pid, signal.SIGKILL)
+    for path in tmp_path.glob("pid-*"):  # torchrun gives each of its processes a session
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(path.name.removeprefix("pid-")), signal.SIGKILL)
     said = first.communicate()[1]
     kept = n_lines()
     assert 0 < kept < 30, said[-3000:]
