@@ -59,7 +59,7 @@ def memory_mb():
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, kilobytes, *_ = line.split()
         fields[name] = int(kilobytes) / 1000
-    return fields["Rss:"], fields["Private_Dirty:"]
+    return fields["Rss:"], fields["Anonymous:"]
 
 
 def measure_manifest(path) -> dict:
