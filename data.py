@@ -1,7 +1,7 @@
 """What speech and text *are* in this project: manifests, audio, log-mel, batches, and the metric.
 
 In reading order:
-  1. manifest   JSON Lines, one utterance a line                   read_manifest, write_jsonl
+  1. manifest   JSON Lines, one utterance a line, and its index    read_manifest, write_jsonl
   2. audio      file or segment -> 16 kHz mono float32             load_audio
   3. features   Whisper's log-mel, 100 frames a second             log_mel
   4. batches    a pure function of (seed, step): resume is free    load_batch, Plan, Steps, loader
@@ -939,8 +939,7 @@ def error_rate(counts) -> float:
 
 
 # More than the public test sets have (WenetSpeech's has 24,774 clips). 10,000 draws of a million
-# clips would take ten minutes, and differ from the normal approximation by less than from themselves
-# under another seed.
+# clips would take ten minutes.
 MANY_BLOCKS = 30_000
 
 

@@ -439,14 +439,14 @@ def demo(args):
         "more": f"{sft} --student {root}/base --data {train} --out {root}/more --steps {args.steps} {GO_ON}",
         # TD, a short stage on the teacher's transcripts of a little other audio; then OPD as before.
         "transcripts": f"{run} evaluate.py --model {root}/teacher --data {pool} --device {args.device} "
-                       f"--out {root}/transcripts --as_manifest {root}/transcripts/td.jsonl",
+                       f"--resume --out {root}/transcripts --as_manifest {root}/transcripts/td.jsonl",
         "td": f"{sft} --student {root}/base --data {root}/transcripts/td.jsonl --out {root}/td "
               f"--steps {args.steps // 3} {GO_ON}",
         "td_opd": f"{opd} --student {root}/td --out {root}/td_opd",
     }
     systems = ("base", "more", "opd", "td", "td_opd", "teacher")
     for name in systems:
-        commands[f"eval/{name}"] = (f"{run} evaluate.py --model {root}/{name} --data {test} "
+        commands[f"eval/{name}"] = (f"{run} evaluate.py --resume --model {root}/{name} --data {test} "
                                     f"--device {args.device} --out {root}/eval/{name}")
     commands["overlap"] = (f"{run} overlap.py --student {root}/base --compare {root}/td "
                            f"--teacher {root}/teacher --data {test} --out {root}/overlap {common}")
