@@ -111,7 +111,7 @@ class Manifest(Sequence):
     """
     def __init__(self, paths):
         self.paths = [Path(path) for path in paths]
-        self.files = [path.open("rb") for path in self.paths]  # read from by position: forks share them
+        self.files = [path.open("rb") for path in self.paths]  # pread: forks may share them
         self.indices = [_open_index(path, file) for path, file in zip(self.paths, self.files)]
         self.ends = np.cumsum([len(index["offset"]) for index in self.indices])
 
@@ -190,8 +190,9 @@ def _stamp(file) -> bytes:
     """Changes when the manifest does: size, time, first and last bytes."""
     status = os.fstat(file.fileno())
     facts = (INDEX_VERSION, INDEX_COLUMNS, status.st_size, status.st_mtime_ns)
-    ends = os.pread(file.fileno(), 4096, 0) + os.pread(file.fileno(), 4096, max(0, status.st_size - 4096))
-    return hashlib.blake2b(repr(facts).encode() + ends, digest_size=32).digest()
+    first = os.pread(file.fileno(), 4096, 0)
+    last = os.pread(file.fileno(), 4096, max(0, status.st_size - 4096))
+    return hashlib.blake2b(repr(facts).encode() + first + last, digest_size=32).digest()
 
 
 @contextmanager
