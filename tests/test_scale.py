@@ -174,7 +174,8 @@ def test_nothing_is_kept_a_line(tmp_path):
     write(tmp_path / "m.jsonl", some_rows(100_000))
     data.read_manifest(tmp_path / "m.jsonl")
     code = """if True:
-        import sys, tracemalloc, data
+        import sys, tracemalloc, data, numpy
+        numpy.random.default_rng([0, 0])  # imports what it needs
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
         m = data.read_manifest(sys.argv[1])
