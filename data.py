@@ -584,14 +584,11 @@ class Plan:
         """Indices of the utterances of one step."""
         number, batch = divmod(step, self.steps_per_epoch)
         if number != self._number:
-            self._number, self._order = number, self._shuffle(number)
+            self._number = number
+            numbers = np.arange(len(self.durations), dtype=np.uint32)
+            self._order = np.random.default_rng([self.seed, number]).permutation(numbers)
         rows = self._order[batch * self.global_batch:(batch + 1) * self.global_batch]
         return rows[self.durations[rows].argsort(kind="stable")].tolist()
-
-    def _shuffle(self, number):
-        order = list(range(len(self.durations)))
-        random.Random(f"{self.seed}/{number}").shuffle(order)
-        return np.array(order, dtype=np.uint32)
 
     def epoch(self, number) -> list[list[int]]:
         """Batches of indices of one epoch."""
