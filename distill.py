@@ -319,9 +319,11 @@ def make_optimizer(parameters, args):
 def distil(args):
     """The algorithm at the top of this file."""
     rank, world, device, stop = model.setup(args)
-    pool = [u for path in args.data for u in data.read_manifest(path)]
+    pool = data.read_manifests(args.data)
     dev = data.read_manifest(args.dev) if args.dev else []
-    data.check_labelled(dev if args.states == "rollout" else dev + pool)
+    data.check_labelled(dev)
+    if args.states != "rollout":
+        data.check_labelled(pool)
     data.check_decodable(dev[rank::world])  # the first evaluation would stop the run
     student = model.load_student(args.student, device)
     teacher = model.load_teacher(args.teacher, device)
@@ -464,13 +466,13 @@ def demo_commands(args, root) -> dict[str, str]:
         "more": f"{sft} --student {root}/base --data {train} --out {root}/more --steps {args.steps} {GO_ON}",
         # TD, a short stage on the teacher's transcripts of a little other audio; then OPD as before.
         "transcripts": f"{run} evaluate.py --model {root}/teacher --data {pool} --device {args.device} "
-                       f"--out {root}/transcripts --as_manifest {root}/transcripts/td.jsonl",
+                       f"--resume --out {root}/transcripts --as_manifest {root}/transcripts/td.jsonl",
         "td": f"{sft} --student {root}/base --data {root}/transcripts/td.jsonl --out {root}/td "
               f"--steps {max(1, args.steps // 3)} {GO_ON}",
         "td_opd": f"{opd} --student {root}/td --out {root}/td_opd",
     }
     for name in SYSTEMS:
-        commands[f"eval/{name}"] = (f"{run} evaluate.py --model {root}/{name} --data {test} "
+        commands[f"eval/{name}"] = (f"{run} evaluate.py --resume --model {root}/{name} --data {test} "
                                     f"--device {args.device} --out {root}/eval/{name}")
     commands["overlap"] = (f"{run} overlap.py --student {root}/base --compare {root}/td "
                            f"--teacher {root}/teacher --data {test} --out {root}/overlap {common}")

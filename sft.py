@@ -167,9 +167,10 @@ def make_student(args, train, device):
 def main(args):
     """Train: see the top of this file."""
     rank, world, device, stop = model.setup(args)
-    train = [u for path in args.data for u in data.read_manifest(path)]
+    train = data.read_manifests(args.data)
     dev = data.read_manifest(args.dev) if args.dev else []
-    data.check_labelled(train + dev)
+    data.check_labelled(train)
+    data.check_labelled(dev)
     data.check_decodable(dev[rank::world])  # the first evaluation would stop the run
     student = make_student(args, train, device)
     ctc_head = None
