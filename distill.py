@@ -404,7 +404,7 @@ def distil(args):
 
 # ---------------------------------------------------------------------------- the demo
 
-TEACHER = "--d_model 112 --encoder_layers 3 --steps 1800 --lr 2e-3"
+TEACHER = "--d_model 112 --encoder_layers 3 --steps 2200 --lr 2e-3"
 GO_ON = "--lr 1e-3 --warmup 20"
 
 
