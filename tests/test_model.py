@@ -71,7 +71,8 @@ def prompt_embeds(asr, batch, i):
 
 
 def plain_qwen2(asr):
-    """The student's LM as transformers alone would build it: eager attention, rope_theta where Qwen2 has it. Oracle."""
+    """The student's LM as transformers alone would build it: eager attention, rope_theta where
+    Qwen2 has it. Oracle."""
     c = asr.net.config
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "rms_norm_eps",
             "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -83,7 +84,8 @@ def plain_qwen2(asr):
 
 @torch.no_grad()
 def next_logits(lm, prompt, written):
-    """(V,) logits of the token after prompt (P, D) and `written` ids: one row, no padding, no cache. Oracle."""
+    """(V,) logits of the token after prompt (P, D) and `written` ids: one row, no padding, no
+    cache. Oracle."""
     tail = lm.get_input_embeddings()(torch.tensor(written, dtype=torch.long))
     return lm(inputs_embeds=torch.cat([prompt, tail])[None], use_cache=False).logits[0, -1]
 
@@ -91,7 +93,8 @@ def next_logits(lm, prompt, written):
 # ---------------------------------------------------------------------------- encoder
 
 def glmasr_twin(encoder, heads, lm_width):
-    """transformers' encoder and projector with the weights of ours, q and k rows reordered from interleaved to split-half RoPE."""
+    """transformers' encoder and projector with the weights of ours, q and k rows reordered from
+    interleaved to split-half RoPE."""
     w, d = encoder.whisper, encoder.layer_norm.normalized_shape[0]
     audio = GlmAsrEncoderConfig(hidden_size=d, intermediate_size=w.layers[0].fc1.out_features, num_hidden_layers=len(w.layers), num_attention_heads=heads,
                                 num_mel_bins=w.conv1.in_channels, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
@@ -230,7 +233,8 @@ def test_teacher_forcing_is_the_lm_token_by_token(student):
 
 
 def test_causal_mask_entry_by_entry():
-    """Padding sees itself: a softmax over no key is NaN on some backends, and NaN times a weight of 0 is NaN."""
+    """Padding sees itself: a softmax over no key is NaN on some backends, and NaN times a weight of
+    0 is NaN."""
     valid = torch.tensor([[False, False, True, True, True], [True, True, False, True, False]])
     mask = model.causal_mask(valid)
     assert mask.shape == (2, 1, 5, 5)
@@ -307,11 +311,13 @@ def gradient_of_reverse_kl(z_s, z_t):
 
 @pytest.mark.parametrize("scale", [1.0, 8.0], ids=["uncertain", "confident"])
 def test_logits_on_a_gpu_are_not_rounded_to_bf16(mm_of_a_gpu, scale):
-    """Error of the gradient of reverse KL against fp64, on V = 151,936: from bf16 logits many times that from fp32 sums."""
+    """Error of the gradient of reverse KL against fp64, on V = 151,936: from bf16 logits many times
+    that from fp32 sums."""
     generator = torch.Generator().manual_seed(0)
     weight = 0.3 * torch.randn(151_936, 16, generator=generator)
     hidden_s = scale * torch.randn(4, 16, generator=generator)
-    hidden_t = hidden_s + 0.1 * scale * torch.randn(4, 16, generator=generator)  # a teacher not far away, as in distillation
+    # A teacher that is not far away, as in distillation.
+    hidden_t = hidden_s + 0.1 * scale * torch.randn(4, 16, generator=generator)
 
     def relative_error(logits):
         error = gradient_of_reverse_kl(logits(hidden_s), logits(hidden_t)) - exact
@@ -329,7 +335,8 @@ def test_logits_on_a_gpu_are_not_rounded_to_bf16(mm_of_a_gpu, scale):
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 def test_the_backward_of_gpu_logits_is_that_of_the_linear_layer(mm_of_a_gpu, frozen):
-    """Values that bf16 holds exactly, so that nothing is rounded on either side; hidden rows are bf16, weights fp32, as on a GPU."""
+    """Values that bf16 holds exactly, so that nothing is rounded on either side; hidden rows are
+    bf16, weights fp32, as on a GPU."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 8, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(11, 8, generator=generator).bfloat16().float().requires_grad_(not frozen)
@@ -355,7 +362,8 @@ def test_the_backward_of_gpu_logits_is_that_of_the_linear_layer(mm_of_a_gpu, fro
 # ---------------------------------------------------------------------------- drawing
 
 def chi_square_is_plausible(counts, expected):
-    """Pearson's test far out in the tail: its approximation wants expected counts above 5, so rare ids are put together."""
+    """Pearson's test far out in the tail: its approximation wants expected counts above 5, so rare
+    ids are put together."""
     common = expected > 5
     counts = torch.cat([counts[common], counts[~common].sum()[None]])
     expected = torch.cat([expected[common], expected[~common].sum()[None].clamp(min=1e-9)])
@@ -437,8 +445,9 @@ def test_greedy_is_transformers_generate(student, teacher):
         lm = plain_qwen2(asr)
         suppressed = asr.blocked.nonzero()[:, 0].tolist()
         for i, written in enumerate(rows_of(*roll_out(asr, batch, limit))):
-            expected = lm.generate(inputs_embeds=prompt_embeds(asr, batch, i)[None], do_sample=False, max_new_tokens=limit,
-                                   eos_token_id=asr.eos_id, pad_token_id=asr.pad_id, suppress_tokens=suppressed)
+            expected = lm.generate(
+                inputs_embeds=prompt_embeds(asr, batch, i)[None], do_sample=False, max_new_tokens=limit,
+                eos_token_id=asr.eos_id, pad_token_id=asr.pad_id, suppress_tokens=suppressed)
             assert written == expected[0].tolist()
             stopped.append(written[-1] == asr.eos_id)
     assert any(stopped)
@@ -472,7 +481,8 @@ def test_generated_row_does_not_depend_on_its_neighbours(student, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @torch.no_grad()
 def test_samples_have_the_frequencies_of_the_softmax(student, temperature):
-    """4,000 rollouts of one clip: the first token against the softmax, the second against that behind the most frequent first."""
+    """4,000 rollouts of one clip: the first token against the softmax, the second against that
+    behind the most frequent first."""
     n = 4000
     batch = mel_batch([40])
     lm = plain_qwen2(student)
@@ -484,14 +494,16 @@ def test_samples_have_the_frequencies_of_the_softmax(student, temperature):
     first = ids[:, 0].mode().values.item()
     assert first != student.eos_id
     for written, drawn in (([], ids[:, 0]), ([first], ids[ids[:, 0] == first, 1])):
-        z = next_logits(lm, prompt_embeds(student, batch, 0), written).double().masked_fill(student.blocked, -math.inf)
+        z = next_logits(lm, prompt_embeds(student, batch, 0), written).double()
+        z = z.masked_fill(student.blocked, -math.inf)
         expected = len(drawn) * (z / temperature).softmax(-1)
         assert chi_square_is_plausible(torch.bincount(drawn, minlength=len(z)).double(), expected)
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2 ** -24, 1.0])
 def test_no_rollout_has_a_blocked_id(student, u):
-    """At both ends of the unit interval, where a neighbour of probability 0 is nearest: the first and the last ids are shut here."""
+    """At both ends of the unit interval, where a neighbour of probability 0 is nearest: the first
+    and the last ids are shut here."""
     shut = student.blocked.clone()
     shut[:40] = True
     shut[-140:] = True
@@ -505,7 +517,8 @@ def test_no_rollout_has_a_blocked_id(student, u):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("case", ["all but one stop at once", "all stop at once", "one by one"])
 def test_rows_that_leave_the_batch_change_nothing(student, monkeypatch, temperature, case):
-    """More ids are made to end a transcript, so that rows stop where the case wants them to; then each row against itself alone."""
+    """More ids are made to end a transcript, so that rows stop where the case wants them to; then
+    each row against itself alone."""
     limit = 16
     batch = mel_batch(LENGTHS, seed=9)
     rows = range(len(LENGTHS))
@@ -584,7 +597,8 @@ def test_what_the_mask_of_a_rollout_covers(student, monkeypatch):
 
 
 def test_rollout_scores_as_it_was_drawn(student):
-    """The distribution that a rollout was drawn from is the one that response_hidden scores it under: greedy tokens are arg max there."""
+    """The distribution that a rollout was drawn from is the one that response_hidden scores it
+    under: greedy tokens are arg max there."""
     batch = mel_batch(LENGTHS, seed=9)
     ids, mask = roll_out(student, batch, 20)
     z = student.logits(hidden_of(student, batch, ids, mask)).masked_fill(student.blocked, -math.inf)
@@ -1006,7 +1020,8 @@ def agreement_by_hand(row_s, row_t, k):
 
 @pytest.mark.parametrize("k", [1, 4, 40])
 def test_agreement_equals_sets(k):
-    """Hidden rows are logits here, the heads do nothing; ids 0, 1 and 19 of 20 have no counterpart, the rest are shifted by one."""
+    """Hidden rows are logits here, the heads do nothing; ids 0, 1 and 19 of 20 have no counterpart,
+    the rest are shifted by one."""
     generator = torch.Generator().manual_seed(7)
     z_s = 3 * torch.randn(9, 20, generator=generator)
     z_t = z_s.roll(-1, 1) + torch.randn(9, 20, generator=generator)
@@ -1032,7 +1047,8 @@ def test_agreement_of_no_state_is_nothing():
 
 
 def test_rollout_health_by_hand():
-    """Id 9 ends a rollout, 0 pads it: one ends at once, one ends, one is cut off, one is cut off and repeats itself."""
+    """Id 9 ends a rollout, 0 pads it: one ends at once, one ends, one is cut off, one is cut off
+    and repeats itself."""
     ids = torch.tensor([[9, 0, 0, 0, 0, 0], [1, 2, 9, 0, 0, 0], [1, 2, 3, 4, 5, 6], [1, 2, 3, 1, 2, 3]])
     mask = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1] * 6, [1] * 6]).bool()
     stop = torch.arange(10) == 9
@@ -1058,8 +1074,10 @@ def test_repeats_finds_n_grams_of_emitted_tokens():
 # ---------------------------------------------------------------------------- what copies out alone
 
 def copied_out(*parts):
-    """Sources of functions and classes, run where there is nothing but torch, numpy and a cache of transformers."""
-    namespace = {"torch": torch, "F": torch.nn.functional, "math": math, "np": np, "hashlib": hashlib, "DynamicCache": DynamicCache}
+    """Sources of functions and classes, run where there is nothing but torch, numpy and a cache of
+    transformers."""
+    namespace = {"torch": torch, "F": torch.nn.functional, "math": math, "np": np, "hashlib": hashlib,
+                 "DynamicCache": DynamicCache}
     for part in parts:
         exec(inspect.getsource(part), namespace)
     return SimpleNamespace(**namespace)
@@ -1070,16 +1088,17 @@ def tiny_qwen2():
     """An LM of transformers that has never seen this project."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                             num_key_value_heads=1, initializer_range=0.3)
+        config = Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                             num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)
         return Qwen2ForCausalLM(config).eval()
 
 
 @torch.no_grad()
 def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
-    """On a bare LM: what the copy writes and scores is what the module does, and what transformers writes."""
-    alone = copied_out(model.autocast, model.causal_mask, model.positions_of, model.Logits, model.logits, model.response_hidden,
-                       model.draw, model.generate)
+    """On a bare LM: what the copy writes and scores is what the module does, and what transformers
+    writes."""
+    alone = copied_out(model.autocast, model.causal_mask, model.positions_of, model.Logits, model.logits,
+                       model.response_hidden, model.draw, model.generate)
     lm = tiny_qwen2
     n_prompt = torch.tensor([6, 3, 5])
     prompt_mask = torch.arange(6) >= 6 - n_prompt[:, None]
@@ -1087,8 +1106,8 @@ def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
     nothing = torch.zeros(50, dtype=torch.bool)
     settings = {"stop": torch.arange(50) == 7, "blocked": nothing, "pad_id": 0, "max_new_tokens": 9}
     ids, mask = alone.generate(lm.model, lm.lm_head.weight, embeds, prompt_mask, **settings)
-    expected = lm.generate(inputs_embeds=embeds, attention_mask=prompt_mask.long(), do_sample=False, max_new_tokens=9,
-                           eos_token_id=7, pad_token_id=0)
+    expected = lm.generate(inputs_embeds=embeds, attention_mask=prompt_mask.long(), do_sample=False,
+                           max_new_tokens=9, eos_token_id=7, pad_token_id=0)
     assert torch.equal(ids, expected)
 
     uniforms = torch.rand(3, 9, generator=torch.Generator().manual_seed(1))
@@ -1104,8 +1123,8 @@ def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
 
 def test_the_objective_copies_out_alone():
     """With heads that are plain functions: the loss and its gradient are the module's."""
-    alone = copied_out(distill.reverse_kl, distill.forward_kl, distill.sampled_kl, distill.union_support, distill.token_divergence,
-                       distill.backward_in_chunks)
+    alone = copied_out(distill.reverse_kl, distill.forward_kl, distill.sampled_kl, distill.union_support,
+                       distill.token_divergence, distill.backward_in_chunks)
     generator = torch.Generator().manual_seed(0)
     weight_s = torch.randn(12, 4, generator=generator)
     weight_t = torch.randn(9, 5, generator=generator)
@@ -1113,13 +1132,14 @@ def test_the_objective_copies_out_alone():
     hidden_t = torch.randn(7, 5, generator=generator)
     to_teacher = torch.tensor([3, 0, -1, 1, 8, 2, -1, 4, 5, 6, 7, -1])
     y = torch.tensor([0, 1, 3, 4, 5, 7, 8])
-    for flags in ({}, {"divergence": "forward", "support": "union", "top_k": 2, "tau": 2.0}, {"support": "sampled"}):
+    paper = {"divergence": "forward", "support": "union", "top_k": 2, "tau": 2.0}
+    for flags in ({}, paper, {"support": "sampled"}):
         results = []
         for module in (alone, distill):
             leaf = hidden_s.clone().requires_grad_()
             divergence = partial(module.token_divergence, **flags)
-            loss = module.backward_in_chunks(leaf * 1, hidden_t, y, lambda h: h @ weight_s.T, lambda h: h @ weight_t.T, to_teacher,
-                                             divergence, 3)
+            loss = module.backward_in_chunks(leaf * 1, hidden_t, y, lambda h: h @ weight_s.T,
+                                             lambda h: h @ weight_t.T, to_teacher, divergence, 3)
             results.append((loss, leaf.grad))
         assert results[0][0] != 0
         assert torch.equal(results[0][0], results[1][0])
@@ -1129,5 +1149,6 @@ def test_the_objective_copies_out_alone():
 def test_keyed_uniforms_and_bootstrap_copy_out_alone():
     alone = copied_out(data.keyed_uniforms, data.bootstrap_rates, data.bootstrap)
     assert np.array_equal(alone.keyed_uniforms(1, 2, ["a", "b"], 3), data.keyed_uniforms(1, 2, ["a", "b"], 3))
-    case = {"numerators": [1, 0, 3, 2], "denominators": [4, 3, 9, 5], "n": 200, "blocks": ["x", "y", "x", "z"]}
+    case = {"numerators": [1, 0, 3, 2], "denominators": [4, 3, 9, 5], "n": 200,
+            "blocks": ["x", "y", "x", "z"]}
     assert alone.bootstrap(**case) == data.bootstrap(**case)
