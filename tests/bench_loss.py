@@ -3,7 +3,7 @@
     python tests/bench_loss.py                  # V = 151,936, widths 896 (student) and 2048 (teacher): about 14 GiB, minutes
     python tests/bench_loss.py --device cuda    # not run here: no GPU
 
-  ours        distill.backward_in_chunks: heads and loss a chunk of rows at a time, backward inside the loop
+  ours        distill.loss_in_chunks: heads and loss a chunk of rows at a time, backward inside the loop
   naive       all rows at once through both heads, the same reverse KL, one backward
   checkpoint  the same chunks under torch.utils.checkpoint: logits are made again in the backward pass
   published   what the public code does, from its description: both heads at every padded column, prompt and cap included; k = 32
@@ -96,7 +96,9 @@ def ours(h_s, h_t, weight_s, weight_t, chunk, **flags):
     head_t = partial(model.logits, weight=weight_t)
     same_ids = torch.arange(len(weight_s), device=h_s.device)
     y = torch.zeros(len(h_s), dtype=torch.long, device=h_s.device)
-    distill.backward_in_chunks(h_s, h_t, y, head_s, head_t, same_ids, partial(distill.token_divergence, **flags), chunk)
+    divergence = partial(distill.token_divergence, **flags)
+    _, grad_rows = distill.loss_in_chunks(h_s, h_t, y, head_s, head_t, same_ids, divergence, chunk)
+    h_s.backward(grad_rows)
 
 
 def naive(h_s, h_t, weight_s, weight_t):
