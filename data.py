@@ -654,6 +654,7 @@ class Steps(torch.utils.data.Dataset):
 
     Micro-batches are cut after sharing out, lengths still sorted. A rank may get fewer rows than
     another, or none. augment: optional function (mel (n_mels, T), utterance, step) -> mel.
+    micro_batch_sec: a micro-batch's most seconds, padding included; where given, it decides alone.
     """
     utterances: Sequence[Utterance]
     plan: Plan
@@ -662,14 +663,27 @@ class Steps(torch.utils.data.Dataset):
     world: int = 1
     n_mels: int = 128
     augment: Callable | None = None
+    micro_batch_sec: float | None = None
 
     def __getitem__(self, step) -> list[Batch]:
         augment = partial(self.augment, step=step) if self.augment else None
-        mine = self.plan[step][self.rank::self.world]
         batches = []
-        for first in range(0, len(mine), self.micro_batch):
-            rows = [self.utterances[i] for i in mine[first:first + self.micro_batch]]
+        for indices in self.cut(self.plan[step][self.rank::self.world]):
+            rows = [self.utterances[i] for i in indices]
             batches.append(load_batch(rows, self.n_mels, augment))
+        return batches
+
+    def cut(self, share) -> list[list[int]]:
+        """Indices of this rank, by length -> those of each micro-batch. A clip too long is alone."""
+        batches = []
+        for i in share:  # a batch is padded to the length of its last clip
+            n = len(batches[-1]) + 1 if batches else math.inf
+            fits = n <= self.micro_batch
+            if self.micro_batch_sec is not None:
+                fits = n * self.plan.durations[i] <= self.micro_batch_sec
+            if not fits:
+                batches.append([])
+            batches[-1].append(i)
         return batches
 
 
