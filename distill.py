@@ -589,7 +589,7 @@ def parse_args(argv=None):
     add("--batch", type=at_least_one, default=16, help="utterances a step, over all processes")
     add("--micro_batch", type=at_least_one, default=16, help="utterances a forward: memory, not the result")
     add("--micro_batch_sec", type=positive, help="instead: seconds a forward, padding included")
-    add("--lr", type=positive, default=1e-3, help="peak learning rate")
+    add("--lr", type=not_negative, default=1e-3, help="peak learning rate")
     add("--warmup", type=whole_number, default=20, help="updates of linear warm-up")
     add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
     add("--clip", type=positive, default=1.0, help="largest gradient norm")

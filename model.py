@@ -1611,7 +1611,7 @@ def gather_state(optimizer) -> dict[str, torch.Tensor]:
                 dist.recv(value, owner)
             tensors[f"optimizer.{i}.{name}"] = value.detach().cpu()
         if rank == 0:
-            tensors[f"optimizer.{i}.step"] = next(iter(state.values()))["step"].cpu()  # one for all
+            tensors[f"optimizer.{i}.step"] = next(iter(state.values()))["step"].clone().cpu()  # one for all
     return tensors
 
 

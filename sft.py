@@ -461,7 +461,7 @@ def parse_args(argv=None):
     add("--micro_batch", type=at_least_one, default=16,
         help="utterances a forward; lower it when out of memory, the update stays the same")
     add("--micro_batch_sec", type=positive, help="instead: seconds a forward, padding included")
-    add("--lr", type=positive, default=3e-3, help="peak learning rate")
+    add("--lr", type=not_negative, default=3e-3, help="peak learning rate")
     add("--warmup", type=whole_number, default=100, help="updates of linear warm-up")
     add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
     add("--clip", type=positive, default=1.0, help="largest gradient norm")
