@@ -122,7 +122,7 @@ def find_undecodable(utterances) -> dict[str, dict]:
     results = {}
     for u in utterances:
         try:
-            data.load_audio(u, data.MAX_EVAL_SEC)
+            data.load_audio(u, data.MAX_EVAL_SEC, for_training=False)
         except data.AudioError as error:
             print(f"counted as all deleted: {error}", file=sys.stderr)
             results[u.id] = {"hyp": "", "stopped": True, "n_tokens": 0, "failed": error.reason}
@@ -170,7 +170,7 @@ def print_transcripts(args, device) -> None:
         utterances.append(data.Utterance(name, path, language=args.language, line="--audio"))
     try:
         for u in utterances:
-            data.load_audio(u, data.MAX_EVAL_SEC)  # before the model is: that may take minutes
+            data.load_audio(u, data.MAX_EVAL_SEC, for_training=False)  # before the model is: that may take minutes
     except data.AudioError as error:
         raise SystemExit(str(error)) from None
     asr = model.load(args.model, device)
@@ -572,7 +572,7 @@ def to_utterance(row) -> data.Utterance:
 def player(row) -> str:
     """The clip itself inside the page: 16 kHz, 16 bit, only the segment."""
     try:
-        audio = data.load_audio(to_utterance(row), data.MAX_EVAL_SEC)
+        audio = data.load_audio(to_utterance(row), data.MAX_EVAL_SEC, for_training=False)
     except data.AudioError as error:
         return f'<span class="soft">no audio: {error.reason}</span>'
     wav = io.BytesIO()

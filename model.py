@@ -716,7 +716,8 @@ def transcribe(asr: ASR, utterances, rank=0, world=1, micro_batch=16, max_new_to
     results = {}
     for start in range(rank * micro_batch, len(order), world * micro_batch):
         clips = [utterances[i] for i in order[start:start + micro_batch]]
-        batch = data.load_batch(clips, asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC)
+        batch = data.load_batch(
+            clips, asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC, for_training=False)
         ids, mask = roll_out(asr, encode_audio(asr, batch), max_new_tokens)     # (B, R)
         stopped = (asr.stop[ids] & mask).any(1).tolist()
         n_tokens = mask.sum(1).tolist()
