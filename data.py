@@ -240,6 +240,7 @@ class AudioError(ValueError):
 
 # What soundfile raises for files that it can't read; TypeError is its answer to headerless formats.
 UNREADABLE = (OSError, soundfile.SoundFileError, TypeError)
+UNKNOWN = 2 ** 62      # frames that libsndfile reports where it can't tell: that or more
 NO_SIZE = 0x7FFF0000  # bytes; programs that write to a pipe put this or more into the header of a wav
 
 
@@ -376,14 +377,15 @@ def _find_damage(file) -> str | None:
 
 
 def _is_length_right(file) -> bool:
-    """Whether the header's length is that of the whole file."""
-    if file.format in ("MP3", "OGG"):  # guessed from the first frame; that of the first file of several joined
+    """Whether the header's length is that of the whole file. Raises OSError for joined flacs."""
+    if file.format in ("MP3", "OGG"):  # a guess; or that of the first of several files joined
         return False
-    if file.format == "FLAC" and file.frames < 2 ** 62:  # else it is unknown
+    if file.format == "FLAC":
         with open(file.name, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            joined = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22").search(content, 1)  # a second header
-        return joined is None
-    return 0 < file.frames < 2 ** 62
+            second = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22").search(content, 1)
+            if second:  # libsndfile stops there, FFmpeg loses samples
+                raise OSError(f"a second flac begins at byte {second.start()}: join samples, not files")
+    return 0 < file.frames < UNKNOWN
 
 
 def _promised_seconds(file) -> float:
@@ -393,7 +395,7 @@ def _promised_seconds(file) -> float:
             head = raw.read(2 ** 20)
         if not re.search(rb"\xff[\xe2-\xff].{11,36}(Xing|Info|VBRI)", head, re.DOTALL):
             return 0.0
-    return file.frames / file.samplerate if file.frames < 2 ** 62 else 0.0
+    return file.frames / file.samplerate if file.frames < UNKNOWN else 0.0
 
 
 def _ffmpeg_chunks(path):
@@ -427,7 +429,11 @@ def _file_seconds(path) -> float:
             raise OSError(damage)
         if _is_length_right(file):
             return file.frames / file.samplerate
-    return sum(len(chunk) / rate for chunk, rate in _ffmpeg_chunks(path))
+        rate = file.samplerate
+    n = 0
+    for chunk, rate in _ffmpeg_chunks(path):
+        n += len(chunk)
+    return n / rate
 
 
 # ------------------------------------------------------------------------------------ 3. features
@@ -789,7 +795,6 @@ BEFORE_WETEXT = [(re.compile(pattern), replacement) for pattern, replacement in 
     (r"约(?=\d)", "约 "),                                      # 约1/4 becomes 四分之约一
     (r"(?<=\d)\s*×\s*(?=\d)", "乘"),                          # 7×24: 24 digit by digit
     (r"(?<![\d.])(\d)\.(\d+)\.(\d+)(?![\d.])", r"\1点\2点\3"),  # it reads one point of 1.2.3
-    (r"(?<=\d)(?=(?:st|nd|rd|th)(?![a-z]))", " "),             # 1st is not one second
 ]]
 MONTH_DAY = re.compile(r"(?<![\d.])(1[0-2])\.(\d\d)(?![\d.%‰])")  # it reads 12.25 as a day
 # What it reads in capitals only: currencies, o2o; and a letter behind digits, which is no unit.
