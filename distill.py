@@ -594,7 +594,7 @@ def parse_args(argv=None):
     add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
     add("--clip", type=positive, default=1.0, help="largest gradient norm")
     add("--freeze", choices=["encoder"], help="train adapter and LM alone")
-    add("--recompute", action="store_true", help="less memory, more time: backward computes activations again")
+    add("--recompute", action="store_true", help="less memory, more time: activations are made twice")
     add("--shard_optimizer", action="store_true", help="share AdamW's moments out over the processes")
     # bookkeeping
     add("--log_every", type=at_least_one, default=25, help="steps between log lines")
