@@ -336,8 +336,10 @@ def test_chunks_equal_one_shot_autograd(chunk):
     expected = gradients(net)
 
     y = torch.zeros(7, dtype=torch.long)
-    total = distill.backward_in_chunks(
-        net["body"](x), hidden_t, y, net["head"], head_t, to_teacher, distill.token_divergence, chunk)
+    hidden_s = net["body"](x)
+    total, grad_rows = distill.loss_in_chunks(
+        hidden_s, hidden_t, y, net["head"], head_t, to_teacher, distill.token_divergence, chunk)
+    hidden_s.backward(grad_rows)
     assert total.item() == pytest.approx(one_shot.item(), rel=1e-6)
     found = gradients(net)
     for name in expected:
@@ -353,8 +355,9 @@ def test_no_row_is_no_gradient_and_no_error():
     head = nn.Linear(4, 6)
     hidden_s = body(torch.zeros(0, 4))
     y = torch.zeros(0, dtype=torch.long)
-    total = distill.backward_in_chunks(
+    total, grad_rows = distill.loss_in_chunks(
         hidden_s, torch.zeros(0, 4), y, head, head, torch.arange(6), distill.token_divergence, 2)
+    hidden_s.backward(grad_rows)
     assert total.item() == 0.0
     assert all((gradient == 0).all() for gradient in gradients(body).values())
 
@@ -395,8 +398,9 @@ def rows_by_hand(student, teacher, pairs, batch, ids, mask):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("micro_batch", [6, 4], ids=["one micro-batch", "two micro-batches"])
 @pytest.mark.parametrize("foreign", [False, True], ids=["same tokenizer", "foreign tokenizer"])
-def test_one_step_equals_one_shot_autograd(student, teacher, foreign_teacher, batch, foreign, objective):
+def test_one_step_equals_one_shot_autograd(student, teacher, foreign_teacher, batch, foreign, micro_batch, objective):
     """Rollout, teacher, student, chunked loss: all as the script runs them, against all rows at
     once over the shared ids."""
     teacher = foreign_teacher if foreign else teacher
@@ -415,8 +419,13 @@ def test_one_step_equals_one_shot_autograd(student, teacher, foreign_teacher, ba
     assert expected["lm.model.embed_tokens.weight"].abs().max() > 0
     assert expected["audio_encoder.whisper.conv1.weight"].abs().max() > 0
 
-    sums, hidden_s, hidden_t = distill.backward_of_batch(student, teacher, to_teacher, batch, 0, args)
-    assert sums["tokens"] == len(y) == len(hidden_s) == len(hidden_t) > 10
+    share = []
+    for i in range(0, 6, micro_batch):
+        share.append(data.load_batch(batch.utterances[i:i + micro_batch]))
+    sums, (hidden_s, hidden_t) = distill.backward_of_share(student, teacher, to_teacher, share, 0, args)
+    assert sums["tokens"] == len(y) > 10
+    assert len(hidden_s) == len(hidden_t)
+    assert (len(hidden_s) == len(y)) == (len(share) == 1), "the last micro-batch's"
     assert sums["not_scored"] == mask.sum() - len(y)
     assert sums["loss"].item() == pytest.approx(one_shot.item(), rel=1e-5)
     same_gradients(gradients(student.net), expected)
@@ -449,7 +458,7 @@ def test_id_0_is_a_token_like_any_other(student, teacher, batch, case):
     one_shot = distill.token_divergence(z_s, z_t, y).sum()
     one_shot.backward()
     expected = gradients(student.net)
-    sums, _, _ = distill.backward_of_batch(writer, teacher, to_teacher, batch, 0, args)
+    sums, _ = distill.backward_of_share(writer, teacher, to_teacher, [batch], 0, args)
     assert sums["tokens"] == len(written)
     assert sums["loss"].item() == pytest.approx(one_shot.item(), rel=1e-5)
     same_gradients(gradients(student.net), expected)
@@ -477,7 +486,7 @@ def test_the_papers_flags_are_equation_1(student, teacher, foreign_teacher, batc
     expected = gradients(student.net)
 
     to_teacher = model.vocabulary_map(student, teacher)
-    sums, _, _ = distill.backward_of_batch(student, teacher, to_teacher, batch, 0, args)
+    sums, _ = distill.backward_of_share(student, teacher, to_teacher, [batch], 0, args)
     loss = sums["loss"].item() / sums["tokens"]
     assert loss == pytest.approx(paper_eq_1(rows_s, rows_t, 32, tau), rel=1e-5)
     same_gradients(gradients(student.net), expected)
@@ -489,8 +498,8 @@ def test_blocked_ids_get_no_gradient(student, foreign_teacher, batch):
     hidden_t = torch.randn(6, 48)
     to_teacher = model.vocabulary_map(student, foreign_teacher)
     y = torch.zeros(6, dtype=torch.long)
-    distill.backward_in_chunks(hidden_s, hidden_t, y, student.logits, foreign_teacher.logits, to_teacher,
-                               distill.token_divergence, 4)
+    distill.loss_in_chunks(hidden_s, hidden_t, y, student.logits, foreign_teacher.logits, to_teacher,
+                           distill.token_divergence, 4)
     # The embeddings' gradient is the head's alone: hidden_s did not come from the body.
     of_head = gradients(student.net)["lm.model.embed_tokens.weight"]
     blocked = [i for i in range(len(of_head)) if i not in pairs]
@@ -501,7 +510,7 @@ def test_blocked_ids_get_no_gradient(student, foreign_teacher, batch):
 
 def test_a_student_is_its_own_perfect_teacher(student, batch):
     to_teacher = model.vocabulary_map(student, student)
-    sums, _, _ = distill.backward_of_batch(student, student, to_teacher, batch, 0, options())
+    sums, _ = distill.backward_of_share(student, student, to_teacher, [batch], 0, options())
     assert abs(sums["loss"].item()) / sums["tokens"] < 1e-6
     assert max(g.abs().max() for g in gradients(student.net).values()) < 1e-3
 
@@ -522,18 +531,20 @@ def test_up_to_the_first_difference_by_hand():
 
 
 def test_reference_states_are_the_transcripts(student, batch):
-    ids, mask = distill.visit(student, None, batch, 0, options("--states reference"))
+    (_, ids, mask), = distill.roll_out(student, [batch], 0, options("--states reference"))
     expected = [student.tokenizer.encode(u.text) + [student.eos_id] for u in batch.utterances]
     assert [row[valid].tolist() for row, valid in zip(ids, mask)] == expected
 
 
 @pytest.mark.parametrize("states", ["rollout", "first_error"])
 def test_other_states_are_rollouts(student, batch, states):
+    """One generate for the whole share: its micro-batches get what each would write alone."""
     args = options(f"--states {states}")
-    ids, mask = distill.visit(student, model.encode_audio(student, batch), batch, 0, args)
-    expected_ids, expected_mask = first_rollouts(student, batch, args)
-    assert torch.equal(ids, expected_ids)
-    assert torch.equal(mask, expected_mask)
+    share = [data.load_batch(batch.utterances[:4]), data.load_batch(batch.utterances[4:])]
+    for clips, (_, ids, mask) in zip(share, distill.roll_out(student, share, 0, args), strict=True):
+        expected_ids, expected_mask = first_rollouts(student, clips, args)
+        assert torch.equal(ids, expected_ids)
+        assert torch.equal(mask, expected_mask)
 
 
 def test_first_error_scores_up_to_the_first_wrong_token(student, teacher, batch):
@@ -552,7 +563,7 @@ def test_first_error_scores_up_to_the_first_wrong_token(student, teacher, batch)
     texts = {u.text: row for u, row in zip(batch.utterances, references)}
     writer.encode_text = texts.__getitem__
     to_teacher = model.vocabulary_map(student, teacher)
-    sums, _, _ = distill.backward_of_batch(writer, teacher, to_teacher, batch, 0, args)
+    sums, _ = distill.backward_of_share(writer, teacher, to_teacher, [batch], 0, args)
     assert sums["tokens"] == counted
     assert sums["tokens"] + sums["not_scored"] == mask.sum()
 
@@ -626,8 +637,8 @@ def ctc_by_enumeration(logp, labels, blank):
 
 
 def test_ctc_equals_enumerated_alignments():
-    """Five clips over 3 tokens + EOS; one doesn't fit (a repeat needs a blank between), one is
-    empty."""
+    """Five clips over 3 tokens + EOS; one doesn't fit (a repeat needs a blank between), in one
+    nothing is said: blanks alone."""
     torch.manual_seed(0)
     eos = 3
     head = nn.Linear(6, 5)  # classes: tokens 0, 1, 2, EOS 3, blank 4
@@ -636,12 +647,12 @@ def test_ctc_equals_enumerated_alignments():
     responses = [[0, 1, eos], [2, 2, eos], [1, eos], [0, 0, eos], [eos]]
     loss, skipped = sft.ctc_sum(head, audio, n_audio, responses, eos)
     logp = head(audio).double().log_softmax(-1)
-    expected = [ctc_by_enumeration(logp[b, :n_audio[b]].tolist(), responses[b][:-1], 4) for b in range(3)]
-    assert skipped == 2
+    expected = [ctc_by_enumeration(logp[b, :n_audio[b]].tolist(), responses[b][:-1], 4) for b in (0, 1, 2, 4)]
+    assert skipped == 1
     assert loss.item() == pytest.approx(sum(expected), rel=1e-5)
     loss.backward()
     grad = audio.grad.abs().sum(-1)  # (B, A)
-    heard = [5, 3, 4, 0, 0]  # frames of each row
+    heard = [5, 3, 4, 0, 5]  # frames of each row
     for row, n in zip(grad, heard):
         assert (row[:n] > 0).all()
         assert (row[n:] == 0).all()

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -327,7 +328,8 @@ def take_place(rank, world):
 def meet_in(path, rank, world, join=torch.distributed.init_process_group):
     """Later process groups meet in a file instead of at a port."""
     def meet(backend, **_):
-        join(backend, f"file://{path}", rank=rank, world_size=world)
+        patience = timedelta(seconds=60)  # ranks that wait for each other are an error, no hang
+        join(backend, f"file://{path}", patience, world, rank)
 
     torch.distributed.init_process_group = meet
 
@@ -397,6 +399,15 @@ COMPARED = [(objective, "eight") for objective in OBJECTIVES] + [
 ]
 
 
+def written(batches, rollouts):
+    """What distill.roll_out returned -> {clip: ids}."""
+    found = {}
+    for batch, (_, ids, mask) in zip(batches, rollouts, strict=True):
+        for u, row, emitted in zip(batch.utterances, ids, mask, strict=True):
+            found[u.id] = row[emitted].tolist()
+    return found
+
+
 def first_steps(rank, world, jobs, folder):
     """Make the first step of each job in float64 and leave what this process saw in
     FOLDER/<job>-<rank>.pt.
@@ -407,9 +418,8 @@ def first_steps(rank, world, jobs, folder):
     torch.Tensor.float = torch.Tensor.double  # .float() says "at least fp32" in all of this code
     load = model.load
     draw_map = model.vocabulary_map
-    roll_out = model.roll_out
-    uniforms = data.keyed_uniforms
-    in_chunks = distill.backward_in_chunks
+    roll_out = distill.roll_out
+    in_chunks = distill.loss_in_chunks
 
     def load_double(name, *_):
         asr = load(name)
@@ -422,15 +432,10 @@ def first_steps(rank, world, jobs, folder):
         to_teacher[holes] = -1
         return to_teacher
 
-    def keep_ids(seed, step, ids, count):
-        seen["asked"] = ids
-        return uniforms(seed, step, ids, count)
-
-    def keep_rollouts(*args):
-        ids, mask = roll_out(*args)
-        for name, row, emitted in zip(seen["asked"], ids, mask):
-            seen["rollouts"][name] = row[emitted].tolist()
-        return ids, mask
+    def keep_rollouts(student, batches, step, args):
+        rollouts = roll_out(student, batches, step, args)
+        seen["rollouts"] |= written(batches, rollouts)
+        return rollouts
 
     def count_rows(hidden_s, *rest):
         seen["rows"] += len(hidden_s)
@@ -441,9 +446,8 @@ def first_steps(rank, world, jobs, folder):
 
     model.load = load_double
     model.vocabulary_map = map_with_holes
-    model.roll_out = keep_rollouts
-    data.keyed_uniforms = keep_ids
-    distill.backward_in_chunks = count_rows
+    distill.roll_out = keep_rollouts
+    distill.loss_in_chunks = count_rows
     model.save = model.save_training = save_nothing
     average = {name: module.average_gradients for name, module in MODULES.items()}
     for name, script, line, holes in jobs:
@@ -602,22 +606,15 @@ def test_rollouts_do_not_depend_on_a_resume(corpus, checkpoints, tmp_path, monke
     """Drawn after a resume, in other micro-batches: by utterance and step what the straight run
     draws. (lr 0: other sums, same weights.)"""
     seen = {}
-    asked = []
-    roll_out = model.roll_out
-    uniforms = data.keyed_uniforms
+    roll_out = distill.roll_out
 
-    def keep_ids(seed, step, ids, count):
-        asked[:] = [(step, i) for i in ids]
-        return uniforms(seed, step, ids, count)
+    def keep_rollouts(student, batches, step, args):
+        rollouts = roll_out(student, batches, step, args)
+        for clip, ids in written(batches, rollouts).items():
+            seen[step, clip] = ids
+        return rollouts
 
-    def keep_rollouts(*args):
-        ids, mask = roll_out(*args)
-        for key, row, emitted in zip(asked, ids, mask, strict=True):
-            seen[key] = row[emitted].tolist()
-        return ids, mask
-
-    monkeypatch.setattr(data, "keyed_uniforms", keep_ids)
-    monkeypatch.setattr(model, "roll_out", keep_rollouts)
+    monkeypatch.setattr(distill, "roll_out", keep_rollouts)
     own = {"steps": 3, "batch": 6, "lr": 0.0, "save_every": 1}
     run_distil(corpus, checkpoints, tmp_path / "straight", micro_batch=6, **own)
     straight = dict(seen)
@@ -1044,12 +1041,13 @@ def test_the_teacher_is_left_as_it_was(corpus, checkpoints, tmp_path, monkeypatc
     assert weights(checkpoints / "teacher") == before
 
 
-def test_student_and_teacher_must_read_the_same_features(checkpoints, teacher, tmp_path):
+def test_student_and_teacher_must_read_the_same_features(student, teacher):
     encoder = teacher.net.config["whisper_config"] | {"num_mel_bins": 80}
     config = teacher.net.config | {"whisper_config": encoder}
-    model.save(model.assemble(model.Student(config), teacher.tokenizer, "cpu"), tmp_path / "80")
+    other = model.assemble(model.Student(config), teacher.tokenizer, "cpu")
+    model.check_same_features(student, teacher)
     with pytest.raises(ValueError, match="128 and 80"):
-        model.load_pair(checkpoints / "student", tmp_path / "80", "cpu")
+        model.check_same_features(student, other)
 
 
 @both
