@@ -50,7 +50,7 @@ def write_rows(path, corpus, n, **changes):
 
 # ---------------------------------------------------------------------------- runs end
 
-TRAINER = """
+TRAINER = r"""
 import os, sys, time
 import data
 class Endless:
