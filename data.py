@@ -1,7 +1,7 @@
 """What speech and text *are* in this project: manifests, audio, log-mel, batches, and the metric.
 
 In reading order:
-  1. manifest   JSON Lines, one utterance a line                   read_manifest, write_jsonl
+  1. manifest   JSON Lines, one utterance a line, and its index    read_manifest, write_jsonl
   2. audio      file or segment -> 16 kHz mono float32             load_audio
   3. features   Whisper's log-mel, 100 frames a second             log_mel
   4. batches    a pure function of (seed, step): resume is free    load_batch, Plan, Steps, loader
@@ -24,6 +24,7 @@ ignored. NeMo's spelling (audio_filepath, offset, lang) and open-audio-opd's (be
 import argparse
 import atexit
 import ctypes
+import fcntl
 import hashlib
 import json
 import math
@@ -36,8 +37,11 @@ import sys
 import tempfile
 import threading
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Callable
+import uuid
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import zip_longest
@@ -86,33 +90,258 @@ MANIFEST_KEYS = {  # the keys that are read, and the types of their values
     "begin_time": NUMBER, "end_time": NUMBER}              # open-audio-opd's; negative: the file's
 
 
-def read_manifest(path) -> list[Utterance]:
-    """Read a JSON Lines manifest in file order. No audio is opened.
+def read_manifest(path) -> "Manifest":
+    """Open a JSON Lines manifest: its utterances in file order. No audio is opened.
 
     Raises ValueError, naming file, line and value, for a line that can't be used, for an id that
     stands twice, and for a manifest without an utterance.
     """
-    path = Path(path)
-    utterances = []
-    first_line = {}  # id -> number of its line
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        utterance = _parse_line(line, path.parent, where)
-        if utterance.id in first_line:
-            earlier = first_line[utterance.id]
-            raise ValueError(f"{where}: id {utterance.id!r} already stands on line {earlier}")
-        first_line[utterance.id] = number
-        utterances.append(utterance)
-    if not utterances:
-        raise ValueError(f"{path}: the manifest has no utterance")
-    return utterances
+    return Manifest([path])
 
 
-def _parse_line(line, folder, where) -> Utterance:
+def read_manifests(paths) -> "Manifest":
+    """Open several manifests as one sequence; see `read_manifest`."""
+    return Manifest(paths)
+
+
+class Manifest(Sequence):
+    """A read-only sequence of the utterances of one or more manifests.
+
+    A line is parsed when its clip is asked for. What is needed of all lines at once lies in an
+    index (INDEX_COLUMNS), mapped into memory: all processes of a machine share it, loader workers
+    too, and nothing grows by a Python object a line. At 100,000 h that is 1 GB instead of 36 GB.
+    """
+    def __init__(self, paths):
+        self.paths = [Path(path) for path in paths]
+        self.files = [path.open("rb") for path in self.paths]  # pread: forks may share them
+        self.indices = [_open_index(path, file) for path, file in zip(self.paths, self.files)]
+        self.ends = np.cumsum([len(index["offset"]) for index in self.indices])
+
+    def __reduce__(self):  # what is sent to a spawned process; it opens the files again
+        return Manifest, (self.paths,)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        i = range(len(self))[i]  # counts negative ones from the end; IndexError
+        part = int(np.searchsorted(self.ends, i, side="right"))
+        index = self.indices[part]
+        line = i - int(self.ends[part]) + len(index["offset"])
+        return _read_utterance(self.paths[part], self.files[part], index, line)
+
+    def column(self, name) -> np.ndarray:
+        """One of INDEX_COLUMNS for all utterances, (n,)."""
+        columns = [index[name] for index in self.indices]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+    def first_without(self, name) -> Utterance | None:
+        """The first utterance for which a column is 0."""
+        places = np.flatnonzero(self.column(name) == 0)
+        return self[places[0]] if len(places) else None
+
+    def first_repeated(self) -> Utterance | None:
+        """The first utterance whose id stands earlier too, in another of the manifests."""
+        pair = _first_repeated(self.column("id_hash"), lambda i: self[i].id)
+        return self[pair[1]] if pair else None
+
+    def durations(self) -> np.ndarray:
+        """Seconds, (n,) float32; see `measure`. Headers are read once: what they say is kept."""
+        for part, index in enumerate(self.indices):
+            if np.isnan(index["duration"]).any():
+                self.indices[part] = _open_index(self.paths[part], self.files[part], measured=True)
+        durations = self.column("duration")
+        unreadable = np.isnan(durations)
+        return np.where(unreadable, np.float32(0), durations) if unreadable.any() else durations
+
+
+# What an index holds of each utterance, and its type for `array` and for numpy.
+INDEX_COLUMNS = {
+    "offset": "q",     # of its line in the manifest, bytes
+    "id_hash": "Q",    # 64 bits of its id
+    "number": "I",     # of its line, from 1; blank lines count
+    "duration": "f",   # seconds; NaN where the line has none and the header was not read yet
+    "labelled": "b",   # it has a transcript, perhaps "", and a language
+    "scorable": "b"}   # it has a language that `metric` knows, or no reference
+INDEX_VERSION = 1      # one more whenever another manifest is valid, or is read otherwise
+
+
+def _open_index(path, file, measured=False) -> dict[str, np.ndarray]:
+    """The index of a manifest: a kept one if the manifest is still the same, else a new one.
+
+    It is kept beside the manifest, or under ~/.cache where that can't be written, or in memory.
+    measured: also read the lengths that it lacks from the headers of the audio.
+    """
+    stamp = _stamp(file)
+    with _locked(file):  # one process makes it, those beside it wait and then find it
+        index = None
+        for place in _index_places(path):
+            index = index or _load_index(place, stamp)
+        if index is None:
+            index = _keep_index(path, stamp, _index_lines(path, file))
+        if measured:
+            durations = _measure_lines(path, file, index)
+            if not np.array_equal(durations, index["duration"], equal_nan=True):
+                index = _keep_index(path, stamp, index | {"duration": durations})
+    return index
+
+
+def _stamp(file) -> bytes:
+    """Changes when the manifest does: size, time, first and last bytes."""
+    status = os.fstat(file.fileno())
+    facts = (INDEX_VERSION, INDEX_COLUMNS, status.st_size, status.st_mtime_ns)
+    first = os.pread(file.fileno(), 4096, 0)
+    last = os.pread(file.fileno(), 4096, max(0, status.st_size - 4096))
+    return hashlib.blake2b(repr(facts).encode() + first + last, digest_size=32).digest()
+
+
+@contextmanager
+def _locked(file):
+    # A file system without locks (or one a machine) costs only time: every process makes the same.
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
     try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _index_places(path) -> list[Path]:
+    path = Path(os.path.abspath(path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
+    return [path.with_name(path.name + ".index"), cache / "opd-asr" / f"{name}.index"]
+
+
+def _load_index(place, stamp):
+    """Columns mapped into memory; None if there are none, or those of another manifest."""
+    columns = {}
+    try:
+        with place.open("rb") as file:
+            if file.read(len(stamp)) != stamp:
+                return None
+            position = len(stamp)
+            bytes_a_line = sum(np.dtype(kind).itemsize for kind in INDEX_COLUMNS.values())
+            n = (os.fstat(file.fileno()).st_size - position) // bytes_a_line
+            for name, kind in INDEX_COLUMNS.items():
+                column = np.memmap(file, kind, "r", position, (n,))
+                columns[name] = np.asarray(column)
+                position += column.nbytes
+    except OSError:
+        return None
+    return columns
+
+
+def _keep_index(path, stamp, columns):
+    """Write an index where it can be written, by way of a temporary file -> its columns."""
+    for place in _index_places(path):
+        temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(stamp)
+                for name in INDEX_COLUMNS:
+                    file.write(columns[name])
+            os.replace(temporary, place)
+        except OSError:  # a read-only folder, a full disk
+            with suppress(OSError):
+                temporary.unlink()
+            continue
+        return _load_index(place, stamp) or columns
+    return columns
+
+
+def _index_lines(path, file) -> dict[str, np.ndarray]:
+    """Check and index every line of a manifest."""
+    columns = {name: array(kind) for name, kind in INDEX_COLUMNS.items()}
+    folder = os.path.dirname(os.path.abspath(path))
+    name = str(path)
+    offset = 0
+    file.seek(0)
+    with tqdm(desc=f"index of {path.name}", total=os.fstat(file.fileno()).st_size, unit="B",
+              unit_scale=True, delay=3, mininterval=REFRESH_SEC) as progress:
+        for number, line in enumerate(file, start=1):
+            u = _parse_line(line, folder, f"{name}:{number}")
+            if u:
+                columns["offset"].append(offset)
+                columns["id_hash"].append(hash_id(u.id))
+                columns["number"].append(number)
+                columns["duration"].append(math.nan if u.duration_sec is None else u.duration_sec)
+                columns["labelled"].append(u.text is not None and u.language is not None)
+                columns["scorable"].append(u.text is None or _has_metric(u.language))
+            offset += len(line)
+            if number % 1000 == 0:
+                progress.update(offset - progress.n)
+    index = {name: np.frombuffer(column, INDEX_COLUMNS[name]) for name, column in columns.items()}
+    if not len(index["offset"]):
+        raise ValueError(f"{path}: the manifest has no utterance")
+    pair = _first_repeated(index["id_hash"], lambda i: _read_utterance(path, file, index, i).id)
+    if pair:
+        u = _read_utterance(path, file, index, pair[1])
+        raise ValueError(f"{u.line}: id {u.id!r} already stands on line {index['number'][pair[0]]}")
+    return index
+
+
+@lru_cache
+def _has_metric(language) -> bool:
+    try:
+        return bool(metric(language))
+    except ValueError:
+        return False
+
+
+def hash_id(name) -> int:
+    """64 bits of an id, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest())
+
+
+def _first_repeated(hashes, get_id) -> tuple[int, int] | None:
+    """Places of the first id that stands twice: the earlier and the later one.
+
+    Ids are compared where hashes are equal: among 36 million, two may be by chance.
+    """
+    ordered = np.sort(hashes)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(repeated):
+        return None
+    first = {}
+    for i in np.flatnonzero(np.isin(hashes, repeated)).tolist():
+        earlier = first.setdefault(get_id(i), i)
+        if earlier != i:
+            return earlier, i
+    return None
+
+
+def _measure_lines(path, file, index) -> np.ndarray:
+    """The column of durations, with those that were missing; still NaN where a file is unreadable."""
+    durations = index["duration"].copy()
+    missing = np.flatnonzero(np.isnan(durations))
+    for i in tqdm(missing, desc=f"lengths of {path.name}", unit="clip", delay=3,
+                  mininterval=REFRESH_SEC):
+        durations[i] = _seconds(_read_utterance(path, file, index, i), unreadable=math.nan)
+    return durations
+
+
+def _read_utterance(path, file, index, i) -> Utterance:
+    offsets = index["offset"]
+    start = int(offsets[i])
+    end = int(offsets[i + 1]) if i + 1 < len(offsets) else os.fstat(file.fileno()).st_size
+    line = os.pread(file.fileno(), end - start, start).split(b"\n")[0]  # blank lines may follow
+    return _parse_line(line, os.path.dirname(os.path.abspath(path)), f"{path}:{index['number'][i]}")
+
+
+def _parse_line(line, folder, where) -> Utterance | None:
+    """A line of a manifest, bytes; None if it is blank."""
+    try:
+        line = line.decode()
+        if not line or line.isspace():
+            return None
         row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: expected UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error}): {line[:80]!r}") from None
     if not isinstance(row, dict):
@@ -126,7 +355,7 @@ def _parse_line(line, folder, where) -> Utterance:
     language = row.get("language") or row.get("lang")
     return Utterance(
         id=row.get("id") or Path(audio).stem + segment,
-        audio=os.path.normpath(folder.absolute() / audio),
+        audio=os.path.normpath(os.path.join(folder, audio)),
         text=row.get("text"),
         language=language.lower() if language else None,
         start_sec=float(start),
@@ -136,9 +365,9 @@ def _parse_line(line, folder, where) -> Utterance:
 
 
 def _check_types(row, where) -> None:
-    for key, types in MANIFEST_KEYS.items():
-        value = row.get(key)
-        if value is None:  # null is as good as no value
+    for key, value in row.items():
+        types = MANIFEST_KEYS.get(key)
+        if types is None or value is None:  # null is as good as no value
             continue
         is_nan = value != value
         if not isinstance(value, types) or isinstance(value, bool) or is_nan:
@@ -396,29 +625,27 @@ class Plan:
     number of processes makes the same update.
     """
     def __init__(self, durations, global_batch, seed):
-        self.durations = list(durations)
+        self.durations = np.asarray(durations, dtype=np.float32)  # (n,)
         self.global_batch = global_batch
         self.seed = seed
         self.steps_per_epoch = math.ceil(len(self.durations) / global_batch)
-        self._number = None   # of the epoch that is kept: the next step asks for the same one
-        self._batches = None
+        self._number = None  # of the epoch whose order is kept: the next step asks for the same one
+        self._order = None   # (n,) uint32
 
     def __getitem__(self, step) -> list[int]:
         """Indices of the utterances of one step."""
-        return self.epoch(step // self.steps_per_epoch)[step % self.steps_per_epoch]
+        number, batch = divmod(step, self.steps_per_epoch)
+        if number != self._number:
+            self._number = number
+            numbers = np.arange(len(self.durations), dtype=np.uint32)
+            self._order = np.random.default_rng([self.seed, number]).permutation(numbers)
+        rows = self._order[batch * self.global_batch:(batch + 1) * self.global_batch]
+        return rows[self.durations[rows].argsort(kind="stable")].tolist()
 
     def epoch(self, number) -> list[list[int]]:
         """Batches of indices of one epoch."""
-        if number == self._number:
-            return self._batches
-        order = list(range(len(self.durations)))
-        random.Random(f"{self.seed}/{number}").shuffle(order)
-        batches = []
-        for first in range(0, len(order), self.global_batch):
-            batch = order[first:first + self.global_batch]
-            batches.append(sorted(batch, key=self.durations.__getitem__))
-        self._number, self._batches = number, batches
-        return batches
+        first = number * self.steps_per_epoch
+        return [self[step] for step in range(first, first + self.steps_per_epoch)]
 
 
 @dataclass
@@ -427,22 +654,36 @@ class Steps(torch.utils.data.Dataset):
 
     Micro-batches are cut after sharing out, lengths still sorted. A rank may get fewer rows than
     another, or none. augment: optional function (mel (n_mels, T), utterance, step) -> mel.
+    micro_batch_sec: a micro-batch's most seconds, padding included; where given, it decides alone.
     """
-    utterances: list[Utterance]
+    utterances: Sequence[Utterance]
     plan: Plan
     micro_batch: int
     rank: int = 0
     world: int = 1
     n_mels: int = 128
     augment: Callable | None = None
+    micro_batch_sec: float | None = None
 
     def __getitem__(self, step) -> list[Batch]:
         augment = partial(self.augment, step=step) if self.augment else None
-        mine = self.plan[step][self.rank::self.world]
         batches = []
-        for first in range(0, len(mine), self.micro_batch):
-            rows = [self.utterances[i] for i in mine[first:first + self.micro_batch]]
+        for indices in self.cut(self.plan[step][self.rank::self.world]):
+            rows = [self.utterances[i] for i in indices]
             batches.append(load_batch(rows, self.n_mels, augment))
+        return batches
+
+    def cut(self, share) -> list[list[int]]:
+        """Indices of this rank, by length -> those of each micro-batch. A clip too long is alone."""
+        batches = []
+        for i in share:  # a batch is padded to the length of its last clip
+            n = len(batches[-1]) + 1 if batches else math.inf
+            fits = n <= self.micro_batch
+            if self.micro_batch_sec is not None:
+                fits = n * self.plan.durations[i] <= self.micro_batch_sec
+            if not fits:
+                batches.append([])
+            batches[-1].append(i)
         return batches
 
 
@@ -499,24 +740,32 @@ def check_labelled(utterances) -> None:
 
     The transcript may be "": nothing is said there.
     """
+    if isinstance(utterances, Manifest):
+        first = utterances.first_without("labelled")
+        utterances = [first] if first else []
     for u in utterances:
         if u.text is None or not u.language:
             raise ValueError(f"{u.line}: {u.id}: 'text' and 'language' are needed here, "
                              f"found {u.text!r}, {u.language!r}")
 
 
-def measure(utterances) -> list[float]:
-    """Durations in seconds, by the manifest or else by the file's header; 0.0 if unreadable."""
-    durations = []
-    for utterance in utterances:
-        duration = utterance.duration_sec
-        if duration is None:
-            try:
-                duration = _file_seconds(utterance.audio) - utterance.start_sec
-            except UNREADABLE:
-                duration = 0.0  # load_audio rejects it, with its reason, when it is its turn
-        durations.append(duration)
-    return durations
+def measure(utterances) -> np.ndarray:
+    """Durations in seconds, (n,) float32, by the manifest or else by the file's header.
+
+    0.0 if that is unreadable: load_audio rejects it, with its reason, when it is its turn.
+    """
+    if isinstance(utterances, Manifest):
+        return utterances.durations()
+    return np.array([_seconds(u, unreadable=0.0) for u in utterances], dtype=np.float32)
+
+
+def _seconds(utterance, unreadable) -> float:
+    if utterance.duration_sec is not None:
+        return utterance.duration_sec
+    try:
+        return _file_seconds(utterance.audio) - utterance.start_sec
+    except UNREADABLE:
+        return unreadable
 
 
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
@@ -784,6 +1033,11 @@ def error_rate(counts) -> float:
     return 100.0 * errors / units if units else math.nan
 
 
+# More than the public test sets have (WenetSpeech's has 24,774 clips). 10,000 draws of a million
+# clips would take ten minutes.
+MANY_BLOCKS = 30_000
+
+
 def bootstrap(numerators, denominators, n=10_000, seed=0, blocks=None) -> tuple[float, float]:
     """95 % interval of sum(numerators) / sum(denominators), see `bootstrap_rates`.
 
@@ -809,8 +1063,9 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
     """sum(numerators) / sum(denominators) of n corpora drawn with replacement -> (n,).
 
     Utterances are drawn (Bisani & Ney, ICASSP 2004), or, with one label an utterance in `blocks`,
-    whole blocks: all utterances of a speaker share a microphone and a voice. nan: a draw whose
-    denominators are all 0, and every draw if there is only one block.
+    whole blocks: all utterances of a speaker share a microphone and a voice. More than MANY_BLOCKS
+    are not drawn: their rates come from the normal distribution with the same mean and variance.
+    nan: a draw whose denominators are all 0, and every draw if there is only one block.
     """
     numerators = np.asarray(numerators, dtype=np.float64)
     denominators = np.asarray(denominators, dtype=np.float64)
@@ -821,9 +1076,11 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
     size = len(numerators)
     if size < 2 or not denominators.sum() > 0:
         return np.full(n, np.nan)
-    if size > 100_000:
-        n = 1_000  # of a million utterances, 10,000 draws would take ten minutes
     rng = np.random.default_rng(seed)
+    if size > MANY_BLOCKS:  # the distribution that the draws tend to, by the delta method
+        rate = numerators.sum() / denominators.sum()
+        deviation = np.sqrt(((numerators - rate * denominators) ** 2).sum()) / denominators.sum()
+        return rate + deviation * rng.standard_normal(n)
     rates = []
     for _ in range(n // 100):  # in groups: all draws of a large corpus would not fit in memory
         # How often each is drawn, (100, size).
@@ -898,7 +1155,7 @@ def wenetspeech(root):
     """ROOT holds WenetSpeech.json and the .opus files at the paths it names.
 
     Makes manifests of segments: train (L), train_m and train_s (M, S; parts of L), dev, test_net,
-    test_meeting. L whole needs about 10 GB of memory here, and as much to read. Raises
+    test_meeting. Memory does not grow with the corpus, but for 16 bytes a segment. Raises
     FileNotFoundError without the json, ValueError where it is cut off or an audio lacks a field.
     """
     path = root / "WenetSpeech.json"
@@ -988,32 +1245,98 @@ CORPORA = {"librispeech": librispeech, "aishell1": aishell1, "wenetspeech": wene
 def write_corpus(rows, out) -> None:
     """Write (manifest's name, row) pairs as OUT/NAME.jsonl; print what is in each and what is not.
 
-    Raises ValueError, before anything is written, where two rows of a manifest share an id, or if
-    nothing is left.
+    Rows go to the disk as they come: WenetSpeech has 15 million. Raises ValueError, and leaves OUT
+    as it was, where two rows of a manifest share an id, or if nothing is left.
     """
     out = Path(os.path.abspath(out))
-    manifests = defaultdict(dict)                      # name -> {id: row}
-    left_out = defaultdict(lambda: defaultdict(list))  # name -> {reason: audio paths}
-    for name, row in tqdm(rows, desc="corpus", unit="clip", mininterval=REFRESH_SEC):
+    drafts = {}  # name: Draft
+    try:
+        for name, row in tqdm(rows, desc="corpus", unit="clip", mininterval=REFRESH_SEC):
+            if name not in drafts:
+                drafts[name] = Draft(out / f"{name}.jsonl")
+            drafts[name].add(row)
+        drafts = dict(sorted(drafts.items()))
+        for draft in drafts.values():
+            draft.check_ids()
+        if not any(draft.offsets for draft in drafts.values()):
+            reasons = {name: draft.reasons() for name, draft in drafts.items()}
+            raise ValueError(f"no utterance is left. Left out: {reasons}")
+        for draft in drafts.values():
+            draft.publish()
+    finally:
+        for draft in drafts.values():
+            draft.discard()
+
+
+class Draft:
+    """A manifest while it is written, under a temporary name, and what is said about it."""
+    def __init__(self, path):
+        self.path = path
+        self.temporary = path.with_name(path.name + ".tmp")
+        self.file = None
+        self.offsets = array("q")  # of the lines, bytes
+        self.hashes = array("Q")   # of their ids
+        self.seconds = 0.0
+        self.speakers = set()
+        self.without_text = 0
+        self.left_out = Counter()  # reason: rows
+        self.first = {}            # reason: audio of the first of them
+
+    def add(self, row) -> None:
         reason = _why_left_out(row)
         if reason:
-            left_out[name][reason].append(row["audio"])
-            continue
-        first = manifests[name].setdefault(row["id"], row)
-        if first is not row:
-            raise ValueError(f"{name}: expected one id each: {first['audio']} and {row['audio']} "
-                             f"are both {row['id']!r}")
-    if not manifests:
-        reasons = {name: _count_by_reason(files) for name, files in left_out.items()}
-        raise ValueError(f"no utterance is left. Left out: {reasons}")
+            self.left_out[reason] += 1
+            self.first.setdefault(reason, row["audio"])
+            return
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.temporary.open("w+b")
+        self.offsets.append(self.file.tell())
+        self.hashes.append(hash_id(row["id"]))
+        self.seconds += row["duration"]
+        self.without_text += "text" not in row
+        if "speaker" in row:
+            self.speakers.add(row["speaker"])
+        row = row | {"audio": os.path.relpath(row["audio"], self.path.parent)}
+        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
-    for name in sorted(manifests.keys() | left_out.keys()):
-        path = out / f"{name}.jsonl"
-        kept = manifests[name].values()
-        if kept:
-            relative = (row | {"audio": os.path.relpath(row["audio"], out)} for row in kept)
-            write_jsonl(path, relative)
-        print(f"{path}: {_summary(kept, left_out[name])}")
+    def check_ids(self) -> None:
+        pair = _first_repeated(np.array(self.hashes), lambda i: self._read(i)["id"])
+        if pair:
+            first, second = map(self._read, pair)
+            raise ValueError(f"{self.path.stem}: expected one id each: {first['audio']} and "
+                             f"{second['audio']} are both {first['id']!r}")
+
+    def _read(self, i) -> dict:
+        self.file.seek(self.offsets[i])
+        row = json.loads(self.file.readline())
+        return row | {"audio": os.path.normpath(self.path.parent / row["audio"])}
+
+    def publish(self) -> None:
+        """Put the manifest in place; print what it holds."""
+        if self.file:
+            self.file.close()
+            os.replace(self.temporary, self.path)
+        said = f"{len(self.offsets)} utterances, {self.seconds / 3600:.2f} h, "
+        said += f"{len(self.speakers) or 'unknown'} speakers"
+        if self.without_text:
+            said += f", {self.without_text} without text"
+        if not self.offsets:
+            said += "; not written"
+        if self.left_out:
+            said += f"; left out: {self.reasons()}"
+        print(f"{self.path}: {said}")
+
+    def reasons(self) -> str:
+        items = self.left_out.items()
+        return "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in items)
+
+    def discard(self) -> None:
+        if self.file:
+            self.file.close()
+            self.temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: something was published, or was there before
+            self.path.parent.rmdir()
 
 
 def _why_left_out(row) -> str | None:
@@ -1035,26 +1358,6 @@ def _why_left_out(row) -> str | None:
     if row["start"] < 0 or not row["duration"] > 0:
         return "bad times"
     return None
-
-
-def _summary(kept, left_out) -> str:
-    """What a manifest holds, in words."""
-    hours = sum(row["duration"] for row in kept) / 3600
-    speakers = {row["speaker"] for row in kept if "speaker" in row}
-    said = f"{len(kept)} utterances, {hours:.2f} h, {len(speakers) or 'unknown'} speakers"
-    without_text = sum("text" not in row for row in kept)
-    if without_text:
-        said += f", {without_text} without text"
-    if not kept:
-        said += "; not written"
-    if left_out:
-        said += f"; left out: {_count_by_reason(left_out)}"
-    return said
-
-
-def _count_by_reason(left_out) -> str:
-    items = left_out.items()
-    return "; ".join(f"{len(files)} {reason} (first: {files[0]})" for reason, files in items)
 
 
 # --------------------------------------------------------------------------------- 7. demo corpus

@@ -140,12 +140,19 @@ def learning_rate(step, args) -> float:
 
 
 def make_optimizer(parameters, args):
-    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases."""
+    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases.
+
+    fused on a GPU: otherwise a step would hold another 4 bytes a parameter for a moment.
+    """
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98),
+                                  fused=parameters[0].is_cuda or None)
+    if args.shard_optimizer:
+        model.shard(optimizer)
+    return optimizer
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -167,9 +174,10 @@ def make_student(args, train, device):
 def main(args):
     """Train: see the top of this file."""
     rank, world, device, stop = model.setup(args)
-    train = [u for path in args.data for u in data.read_manifest(path)]
+    train = data.read_manifests(args.data)
     dev = data.read_manifest(args.dev) if args.dev else []
-    data.check_labelled(train + dev)
+    data.check_labelled(train)
+    data.check_labelled(dev)
     data.check_decodable(dev[rank::world])  # the first evaluation would stop the run
     student = make_student(args, train, device)
     ctc_head = None
@@ -177,14 +185,17 @@ def main(args):
     if args.ctc:
         ctc_head = nn.Linear(student.head.in_features, student.head.out_features + 1).to(device)
         modules["ctc_head"] = ctc_head
-    parameters = list(student.net.parameters())
+    parameters = model.trainable(student, args.freeze)
+    if args.recompute:
+        model.recompute(student)
     for module in modules.values():
         parameters += module.parameters()
     optimizer = make_optimizer(parameters, args)
     start, best = model.start_run(args, student, optimizer, modules, rank)
     plan = data.Plan(data.measure(train), args.batch, args.seed)
     augment = partial(spec_augment, seed=args.seed) if args.spec_augment else None
-    share = data.Steps(train, plan, args.micro_batch, rank, world, student.n_mels, augment)
+    share = data.Steps(train, plan, args.micro_batch, rank, world, student.n_mels, augment,
+                       args.micro_batch_sec)
     batches = iter(data.loader(share, range(start, args.steps), args.workers))
     log = model.Log(args, rank, start)
     log.say(f"{model.n_parameters(student):,} parameters, {len(train)} clips, {plan.steps_per_epoch} "
@@ -220,7 +231,7 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         if totals["tokens"]:  # without a token there is no gradient, and AdamW would still decay
-            optimizer.step()
+            model.update(optimizer)
         optimizer.zero_grad(set_to_none=True)
         trained += totals["tokens"]
         stopping = totals["stop"] > 0
@@ -239,7 +250,7 @@ def main(args):
             line |= {"rejected": int(t["rejected"]),
                      "audio_per_sec": t["audio_sec"] * world / t["seconds"]}
             log.write(line)
-        if rank == 0 and (last or stopping or (step + 1) % args.save_every == 0):
+        if last or stopping or (step + 1) % args.save_every == 0:
             info = {"best": best, "flags": model.kept_flags(args)}
             model.save_training(args.out, step + 1, student, optimizer, modules, info)
         if stopping:
@@ -449,10 +460,14 @@ def parse_args(argv=None):
     add("--batch", type=at_least_one, default=16, help="utterances a step, over all processes")
     add("--micro_batch", type=at_least_one, default=16,
         help="utterances a forward; lower it when out of memory, the update stays the same")
-    add("--lr", type=positive, default=3e-3, help="peak learning rate")
+    add("--micro_batch_sec", type=positive, help="instead: seconds a forward, padding included")
+    add("--lr", type=not_negative, default=3e-3, help="peak learning rate")
     add("--warmup", type=whole_number, default=100, help="updates of linear warm-up")
     add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
     add("--clip", type=positive, default=1.0, help="largest gradient norm")
+    add("--freeze", choices=["encoder"], help="train adapter and LM alone")
+    add("--recompute", action="store_true", help="less memory, more time: backward computes activations again")
+    add("--shard_optimizer", action="store_true", help="share AdamW's moments out over the processes")
     add("--ctc", type=not_negative, help="weight of the auxiliary CTC loss (1 with --init random, else 0)")
     add("--spec_augment", action="store_true", help="mask bands and stretches of the features")
     # bookkeeping
