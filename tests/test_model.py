@@ -1145,7 +1145,7 @@ def test_the_objective_copies_out_alone():
 
 
 def test_keyed_uniforms_and_bootstrap_copy_out_alone():
-    alone = copied_out(data.keyed_uniforms, data.bootstrap_rates, data.bootstrap)
+    alone = copied_out(data.keyed_uniforms, data.bootstrap_rates, data.interval, data.bootstrap)
     assert np.array_equal(alone.keyed_uniforms(1, 2, ["a", "b"], 3), data.keyed_uniforms(1, 2, ["a", "b"], 3))
     case = {"numerators": [1, 0, 3, 2], "denominators": [4, 3, 9, 5], "n": 200,
             "blocks": ["x", "y", "x", "z"]}
