@@ -45,7 +45,7 @@ def fails(*words) -> str:
 
 
 def written(out) -> list[str]:
-    return sorted(p.name for p in out.iterdir()) if out.exists() else []
+    return sorted(p.name for p in out.iterdir() if p.suffix != ".index") if out.exists() else []
 
 
 def read(path) -> list[data.Utterance]:
