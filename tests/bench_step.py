@@ -137,19 +137,18 @@ def one_step(student, teacher, to_teacher, batch, args, step, optimizer):
     hidden_s = model.response_hidden(student.body, prompt.embeds, prompt.mask, ids, scored)
     clock.tick("student forward")
 
-    rows = hidden_s.detach().requires_grad_()  # cut here, so that the head's part and the body's can be timed apart
-    distill.backward_in_chunks(rows * 1, hidden_t, ids[scored], student.logits, teacher.logits, to_teacher,
-                               distill.token_divergence, args.chunk)
+    _, grad_rows = distill.loss_in_chunks(hidden_s, hidden_t, ids[scored], student.logits, teacher.logits,
+                                          to_teacher, distill.token_divergence, args.chunk)
     clock.tick("loss")
 
-    hidden_s.backward(rows.grad)
+    hidden_s.backward(grad_rows)
     clock.tick("backward")
 
-    distill.average_gradients(list(student.net.parameters()), len(rows))
+    distill.average_gradients(list(student.net.parameters()), len(hidden_s))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     clock.tick("update")
-    return clock.seconds, len(rows)
+    return clock.seconds, len(hidden_s)
 
 
 def peak_gib(device):

@@ -1098,7 +1098,7 @@ def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
     """On a bare LM: what the copy writes and scores is what the module does, and what transformers
     writes."""
     alone = copied_out(model.autocast, model.causal_mask, model.positions_of, model.Logits, model.logits,
-                       model.response_hidden, model.draw, model.generate)
+                       model.check_attention, model.response_hidden, model.draw, model.generate)
     lm = tiny_qwen2
     n_prompt = torch.tensor([6, 3, 5])
     prompt_mask = torch.arange(6) >= 6 - n_prompt[:, None]
@@ -1119,6 +1119,18 @@ def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
     hidden = alone.response_hidden(lm.model, embeds, prompt_mask, ids, mask)
     assert hidden.shape == (int(mask.sum()), 16)
     assert torch.equal(hidden, model.response_hidden(lm.model, embeds, prompt_mask, ids, mask))
+
+
+def test_attention_that_would_add_the_mask_is_refused(student):
+    """Eager attention adds a mask of bools as 0 and 1: nothing would be masked, and nothing would fail."""
+    body = plain_qwen2(student).model
+    prompt = model.encode_audio(student, mel_batch([40]))
+    ids = torch.tensor([[1, 2]])
+    with pytest.raises(ValueError, match="eager"):
+        model.response_hidden(body, prompt.embeds, prompt.mask, ids, ids > 0)
+    with pytest.raises(ValueError, match="eager"):
+        model.generate(body, student.head.weight, prompt.embeds, prompt.mask, stop=student.stop,
+                       blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=2)
 
 
 def test_the_objective_copies_out_alone():

@@ -419,7 +419,7 @@ def first_steps(rank, world, jobs, folder):
     load = model.load
     draw_map = model.vocabulary_map
     roll_out = distill.roll_out
-    in_chunks = distill.backward_in_chunks
+    in_chunks = distill.loss_in_chunks
 
     def load_double(name, *_):
         asr = load(name)
@@ -447,7 +447,7 @@ def first_steps(rank, world, jobs, folder):
     model.load = load_double
     model.vocabulary_map = map_with_holes
     distill.roll_out = keep_rollouts
-    distill.backward_in_chunks = count_rows
+    distill.loss_in_chunks = count_rows
     model.save = model.save_training = save_nothing
     average = {name: module.average_gradients for name, module in MODULES.items()}
     for name, script, line, holes in jobs:
