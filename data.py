@@ -33,6 +33,8 @@ import random
 import re
 import signal
 import sys
+import tempfile
+import threading
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -170,6 +172,39 @@ def write_jsonl(path, rows) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path) -> dict:
+    """A file that holds one JSON object. Raises ValueError naming the file and what is in it instead."""
+    raw = Path(path).read_bytes()
+    try:
+        value = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found {describe(raw)} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {describe(raw)}")
+    return value
+
+
+def describe(raw) -> str:
+    """What a file that can't be read seems to be, by its first bytes."""
+    if raw.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, which `git lfs pull` replaces by the file"
+    if not raw:
+        return "an empty file"
+    return repr(raw[:60])
+
+
+def check_outputs(*files) -> None:
+    """Raise OSError naming the file or folder if files that long work will end in can't be written.
+
+    Makes nothing: what is tried is the folder that they, or their folder, would be made in.
+    """
+    for file in map(Path, files):
+        if file.is_dir():
+            raise IsADirectoryError(f"{file}: a file is to be written here, and there is a folder")
+        folder = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 # --------------------------------------------------------------------------------------- 2. audio
 
 class AudioError(ValueError):
@@ -184,12 +219,13 @@ class AudioError(ValueError):
 UNREADABLE = (OSError, soundfile.SoundFileError, TypeError)
 
 
-def load_audio(utterance: Utterance, max_sec=MAX_SEC) -> np.ndarray:
+def load_audio(utterance: Utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
     """Decode one clip: wav, flac, mp3, ogg; any rate and channels -> (n_samples,) float32, 16 kHz.
 
     Only the segment is decoded, never the whole file. Raises AudioError, with the line of the
     manifest in its message, for what must not be learned from: unreadable, past_end, too_short,
-    too_long, not_finite, silent, clipped. Nothing is ever cut to fit.
+    too_long, not_finite, silent, clipped. The last two only for_training: evaluation hears what a user
+    would. Nothing is ever cut to fit.
     """
     try:
         audio, rate = _decode(utterance, max_sec)
@@ -197,15 +233,22 @@ def load_audio(utterance: Utterance, max_sec=MAX_SEC) -> np.ndarray:
         raise AudioError(utterance, "unreadable", error) from None
     if not np.isfinite(audio).all():
         raise AudioError(utterance, "not_finite", "NaN or infinite samples")
+    if for_training:
+        _check_fit_to_learn(utterance, audio)
+    if rate != SAMPLE_RATE:
+        audio = _resampler(rate)(torch.from_numpy(audio)).numpy()
+    return audio
+
+
+def _check_fit_to_learn(utterance, audio) -> None:
+    """Raise AudioError for samples (n,) that could be decoded, but would teach the wrong thing."""
     peak = np.abs(audio).max()
-    if peak < 1e-4:  # -80 dBFS: digital silence, a dead microphone
+    says_so = utterance.text == ""  # then silence is what is to be learnt
+    if peak < 1e-4 and not says_so:  # -80 dBFS: digital silence, a dead microphone
         raise AudioError(utterance, "silent", f"peak {peak:.1e} of 1.0")
     clipped = (np.abs(audio) > 0.999).mean()
     if clipped > 0.02:  # a few clipped peaks are normal; a flattened recording is not
         raise AudioError(utterance, "clipped", f"{clipped:.0%} of the samples at full scale")
-    if rate != SAMPLE_RATE:
-        audio = _resampler(rate)(torch.from_numpy(audio)).numpy()
-    return audio
 
 
 def _decode(utterance, max_sec) -> tuple[np.ndarray, int]:
@@ -300,7 +343,8 @@ class Batch:
         return self.n_frames.sum().item() * HOP / SAMPLE_RATE
 
 
-def load_batch(utterances, n_mels=128, augment=None, keep_going=True, max_sec=MAX_SEC) -> Batch:
+def load_batch(utterances, n_mels=128, augment=None, keep_going=True, max_sec=MAX_SEC,
+               for_training=True) -> Batch:
     """Decode clips, make features, pad.
 
     augment: optional function (mel (n_mels, T), utterance) -> mel.
@@ -310,7 +354,7 @@ def load_batch(utterances, n_mels=128, augment=None, keep_going=True, max_sec=MA
     rejected, padded = [], {}
     for utterance in utterances:
         try:
-            audio = load_audio(utterance, max_sec)
+            audio = load_audio(utterance, max_sec, for_training)
         except AudioError as error:
             if not keep_going:
                 raise
@@ -405,30 +449,58 @@ class Steps(torch.utils.data.Dataset):
 def loader(dataset, items, workers):
     """Yield dataset[i] for i in `items`, in that order, made ahead of time by `workers` processes.
 
-    0 workers: made in this process, when asked for.
+    0 workers: made in this process, when asked for. However this process ends, its workers do too.
     """
     atexit.register(_kill_workers)
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers,
-        prefetch_factor=4 if workers else None, worker_init_fn=_outlive_sigterm)
+        prefetch_factor=4 if workers else None, worker_init_fn=_start_worker)
 
 
-def _outlive_sigterm(_worker):
-    # torchrun and schedulers signal every process of a group: the trainer saves and stops, and
-    # needs its loader until then.
+def _start_worker(_number):
+    # torchrun, schedulers and Ctrl-C signal every process of a group. What that means is the trainer's
+    # decision: at SIGTERM it saves first, and needs its loader until then.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # By default every tensor on its way to the trainer is an open file: with small micro-batches,
+    # more than the 1,024 that many systems allow.
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer():
+    multiprocessing.parent_process().join()  # killed ones too, which run no _kill_workers
+    os._exit(1)
 
 
 def _kill_workers():
     # Python ends its children by SIGTERM, which these ignore, and would wait for them for ever.
+    # DataLoader would take each one's end for a failure, and raise from here.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 
 
+def check_decodable(utterances) -> None:
+    """Raise AudioError for a clip that could not be evaluated; say which are silent or clipped.
+
+    To be called before long work that such a clip would end: decoding costs a tenth of the features.
+    """
+    for utterance in utterances:
+        try:
+            load_audio(utterance, MAX_EVAL_SEC)
+        except AudioError as error:
+            load_audio(utterance, MAX_EVAL_SEC, for_training=False)
+            print(f"evaluated all the same: {error}", file=sys.stderr)
+
+
 def check_labelled(utterances) -> None:
-    """Raise ValueError, naming the line, unless every utterance has a transcript and a language."""
+    """Raise ValueError, naming the line, unless every utterance has a transcript and a language.
+
+    The transcript may be "": nothing is said there.
+    """
     for u in utterances:
-        if not u.text or not u.language:
+        if u.text is None or not u.language:
             raise ValueError(f"{u.line}: {u.id}: 'text' and 'language' are needed here, "
                              f"found {u.text!r}, {u.language!r}")
 
@@ -488,10 +560,13 @@ def metric(language: str | None) -> str:
 
 
 def _parts(language):
-    """"zh-CN" -> ["zh", "cn"]."""
+    """"zh-CN" -> ["zh", "cn"]. Raises ValueError."""
     if not language:
-        raise ValueError("no language given: it decides between character and word error rate")
-    return re.findall(r"[^\W\d_]+", language.lower())
+        raise ValueError("no 'language', which decides between character and word error rate")
+    parts = re.findall(r"[^\W\d_]+", language.lower())
+    if not parts:
+        raise ValueError(f"language {language!r}: expected a code, such as en or zh-CN")
+    return parts
 
 
 def normalize(text: str, language: str) -> str:
@@ -714,8 +789,19 @@ def bootstrap(numerators, denominators, n=10_000, seed=0, blocks=None) -> tuple[
 
     Paired comparisons pass differences of errors as numerators. Rates are fractions, not percent.
     """
-    rates = bootstrap_rates(numerators, denominators, n, seed, blocks)
-    low, high = np.percentile(rates, [2.5, 97.5])
+    return interval(bootstrap_rates(numerators, denominators, n, seed, blocks))
+
+
+def interval(rates) -> tuple[float, float]:
+    """95 % interval of drawn rates (n,). Those that are nan, of draws without a unit, are left out.
+
+    (nan, nan) if they are more than a tenth: fewer than three utterances or so have a reference then,
+    and what is resampled is mainly whether there is anything to divide by.
+    """
+    defined = rates[~np.isnan(rates)]
+    if len(defined) < 0.9 * len(rates):
+        return math.nan, math.nan
+    low, high = np.percentile(defined, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -723,7 +809,8 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
     """sum(numerators) / sum(denominators) of n corpora drawn with replacement -> (n,).
 
     Utterances are drawn (Bisani & Ney, ICASSP 2004), or, with one label an utterance in `blocks`,
-    whole blocks: all utterances of a speaker share a microphone and a voice.
+    whole blocks: all utterances of a speaker share a microphone and a voice. nan: a draw whose
+    denominators are all 0, and every draw if there is only one block.
     """
     numerators = np.asarray(numerators, dtype=np.float64)
     denominators = np.asarray(denominators, dtype=np.float64)
@@ -731,9 +818,9 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
         _, block = np.unique(np.asarray(blocks), return_inverse=True)  # number of each one's block
         numerators = np.bincount(block, numerators)
         denominators = np.bincount(block, denominators)
-    if not denominators.sum() > 0:
-        return np.full(n, np.nan)
     size = len(numerators)
+    if size < 2 or not denominators.sum() > 0:
+        return np.full(n, np.nan)
     if size > 100_000:
         n = 1_000  # of a million utterances, 10,000 draws would take ten minutes
     rng = np.random.default_rng(seed)
@@ -741,7 +828,8 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
     for _ in range(n // 100):  # in groups: all draws of a large corpus would not fit in memory
         # How often each is drawn, (100, size).
         times = rng.multinomial(size, np.full(size, 1 / size), size=100)
-        rates.append((times @ numerators) / np.maximum(times @ denominators, 1e-12))
+        drawn = times @ denominators
+        rates.append((times @ numerators) / np.where(drawn > 0, drawn, np.nan))
     return np.concatenate(rates)
 
 
@@ -1148,6 +1236,34 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """A script's docstring as it stands, and the default of each flag. For all scripts."""
 
 
+def whole_number(text) -> int:
+    """Type of a flag: 0, 1, 2, ..."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, found {text!r}")
+    return int(text)
+
+
+def at_least_one(text) -> int:
+    """Type of a flag: 1, 2, 3, ..."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, found {text!r}")
+    return int(text)
+
+
+def not_negative(text) -> float:
+    """Type of a flag: a finite number, 0 or more."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, found {text!r}")
+    return float(text)
+
+
+def positive(text) -> float:
+    """Type of a flag: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return float(text)
+
+
 def parse_args(argv=None):
     """Flags -> namespace."""
     parser = argparse.ArgumentParser(
@@ -1161,8 +1277,8 @@ def parse_args(argv=None):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if name == "demo":
             command.add_argument("--out", default="runs/data", help="folder for manifests and audio")
-            command.add_argument("--seed", type=int, default=0, help="of sentences, voices and noise")
-            command.add_argument("--pool", type=int, default=SIZES["pool"], help="clips in the pool")
+            command.add_argument("--seed", type=whole_number, default=0, help="of sentences, voices and noise")
+            command.add_argument("--pool", type=at_least_one, default=SIZES["pool"], help="clips in the pool")
         else:
             command.add_argument("root", metavar="ROOT", help="where the corpus lies")
             command.add_argument("out", metavar="OUT", help="folder for the manifests")

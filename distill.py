@@ -73,6 +73,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 import model
+from data import at_least_one, not_negative, positive, whole_number
 
 
 # ---------------------------------------------------------------------------- the objective
@@ -321,6 +322,7 @@ def distil(args):
     pool = [u for path in args.data for u in data.read_manifest(path)]
     dev = data.read_manifest(args.dev) if args.dev else []
     data.check_labelled(dev if args.states == "rollout" else dev + pool)
+    data.check_decodable(dev[rank::world])  # the first evaluation would stop the run
     student = model.load_student(args.student, device)
     teacher = model.load_teacher(args.teacher, device)
     model.check_same_features(student, teacher)
@@ -425,6 +427,7 @@ def demo(args):
     if int(os.environ.get("RANK", 0)) > 0:
         return  # rank 0 starts every stage, with as many processes as this one was started with
     root = Path(args.out or "runs/demo")
+    data.check_outputs(root / "result.json", root / "result.png")
     seconds = {}
     for name, command in demo_commands(args, root).items():
         seconds[name] = run_stage(root / name, command)
@@ -463,7 +466,7 @@ def demo_commands(args, root) -> dict[str, str]:
         "transcripts": f"{run} evaluate.py --model {root}/teacher --data {pool} --device {args.device} "
                        f"--out {root}/transcripts --as_manifest {root}/transcripts/td.jsonl",
         "td": f"{sft} --student {root}/base --data {root}/transcripts/td.jsonl --out {root}/td "
-              f"--steps {args.steps // 3} {GO_ON}",
+              f"--steps {max(1, args.steps // 3)} {GO_ON}",
         "td_opd": f"{opd} --student {root}/td --out {root}/td_opd",
     }
     for name in SYSTEMS:
@@ -482,7 +485,7 @@ def run_stage(out, command) -> float:
     note = out / "stage.json"
     stage = {"command": command, "seconds": 0.0, "done": False}
     if note.exists():
-        stage = json.loads(note.read_text())
+        stage = data.read_json(note)
     elif out.exists() and any(out.iterdir()):
         stage["command"] = "(not by the demo)"
     if stage["command"] != command:
@@ -520,7 +523,7 @@ def write_result(root, seconds) -> None:
         if rate == "pooled":
             system |= {"below_base": row["difference"],
                        "below_base_interval": [row["difference_low"], row["difference_high"]]}
-    overlap = json.loads((root / "overlap" / "overlap.json").read_text())
+    overlap = data.read_json(root / "overlap" / "overlap.json")
     for system, report in (("base", overlap), ("td", overlap["compare"])):
         for name in ("vuss", "overlap"):
             entry = report[name]
@@ -543,35 +546,36 @@ def parse_args(argv=None):
     add("--dev", help="manifest to measure the error rate on while training")
     add("--out", help="folder to write to (the demo: runs/demo)")
     add("--resume", action="store_true", help="continue from the newest state in --out, if there is one")
-    add("--seed", type=int, default=0, help="decides data order and rollouts")
+    add("--seed", type=whole_number, default=0, help="decides data order and rollouts")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     # rollout
     add("--states", default="rollout", choices=["rollout", "reference", "first_error"],
         help="learn at the student's rollouts, at the transcripts, or at rollouts up to where they differ")
-    add("--temperature", type=float, default=1.0, help="of the student's sampling; 0 = greedy, as published")
-    add("--max_new_tokens", type=int, default=64, help="longest rollout, tokens")
+    add("--temperature", type=not_negative, default=1.0,
+        help="of the student's sampling; 0 = greedy, as published")
+    add("--max_new_tokens", type=at_least_one, default=64, help="longest rollout, tokens")
     # objective
     add("--divergence", default="reverse", choices=["reverse", "forward"],
         help="KL(student || teacher) or KL(teacher || student)")
     add("--support", default="full", choices=["full", "union", "sampled"],
         help="ids compared: all; both top-k sets, renormalised; the emitted one (policy gradient)")
-    add("--top_k", type=int, default=32, help="k of the union support, and of the logged overlap")
-    add("--tau", type=float, default=1.0, help="temperature of both distributions inside the divergence")
-    add("--chunk", type=int, default=128, help="rows whose logits exist at a time")
+    add("--top_k", type=at_least_one, default=32, help="k of the union support, and of the logged overlap")
+    add("--tau", type=positive, default=1.0, help="temperature of both distributions inside the divergence")
+    add("--chunk", type=at_least_one, default=128, help="rows whose logits exist at a time")
     # optimisation
-    add("--steps", type=int, default=600, help="optimiser updates")
-    add("--batch", type=int, default=16, help="utterances a step, over all processes")
-    add("--micro_batch", type=int, default=16, help="utterances a forward: memory, not the result")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--warmup", type=int, default=20, help="updates of linear warm-up")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--steps", type=at_least_one, default=600, help="optimiser updates")
+    add("--batch", type=at_least_one, default=16, help="utterances a step, over all processes")
+    add("--micro_batch", type=at_least_one, default=16, help="utterances a forward: memory, not the result")
+    add("--lr", type=positive, default=1e-3, help="peak learning rate")
+    add("--warmup", type=whole_number, default=20, help="updates of linear warm-up")
+    add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
+    add("--clip", type=positive, default=1.0, help="largest gradient norm")
     # bookkeeping
-    add("--log_every", type=int, default=25, help="steps between log lines")
-    add("--eval_every", type=int, default=100, help="steps between dev error rates")
-    add("--save_every", type=int, default=100, help="steps between training states")
-    add("--eval_batch", type=int, default=32, help="utterances a batch in dev decoding")
-    add("--workers", type=int, default=1, help="loader processes a rank")
+    add("--log_every", type=at_least_one, default=25, help="steps between log lines")
+    add("--eval_every", type=at_least_one, default=100, help="steps between dev error rates")
+    add("--save_every", type=at_least_one, default=100, help="steps between training states")
+    add("--eval_batch", type=at_least_one, default=32, help="utterances a batch in dev decoding")
+    add("--workers", type=whole_number, default=1, help="loader processes a rank")
     args = parser.parse_args(argv)
     given = [args.student, args.teacher, args.data, args.out]
     if any(given[:3]) and not all(given):

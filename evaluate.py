@@ -26,14 +26,18 @@ hyps.jsonl: a manifest in the order of --data, with these keys added to each lin
   looping              true if its end repeats itself, see is_looping
   substitutions, deletions, insertions, units    where the line has a text
   failed               only where the clip could not be decoded (--keep_going): the reason
+A silent or clipped clip is transcribed like any other, and named on stderr.
 
 summary.json
   results              one entry a set and language:
     set, language, metric          metric is WER, CER or MER
-    rate, low, high                percent, with its 95 % interval
+    rate, low, high                percent, with its 95 % interval: null of a single block, and where
+                                   a tenth of the resampled corpora has no reference unit
     resampled, blocks              what the interval resamples, speakers or utterances; how many
     substitutions, deletions, insertions, units, utterances
     sentence_error                 percent of the utterances that have an error
+    no_speech, insertions_per_minute    utterances whose reference is empty; units written on them per
+                                   minute of their audio (null without any, or if it isn't to be had)
     empty, truncated, looping, failed              how many utterances
     set_audio_sec, set_seconds     audio decoded and time taken for the whole set, model load
                                    excluded; real-time factor (RTF) = set_seconds / set_audio_sec
@@ -79,6 +83,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 import model
+from data import at_least_one, not_negative
 
 FEW_SPEAKERS = 20  # below it, an interval over speakers is too narrow more often than it says
 WORST = 30         # clips with a player in errors.html
@@ -97,13 +102,21 @@ def read_sets(paths) -> dict[str, list[data.Utterance]]:
     seen = set()
     for utterances in sets.values():
         for u in utterances:
-            if u.text is not None and not u.language:
-                raise ValueError(f"{u.line}: {u.id}: no 'language', which decides what is counted")
+            if u.text is not None:
+                check_language(u.language, f"{u.line}: {u.id}")
             if u.id in seen:
                 raise ValueError(f"{u.line}: id {u.id!r} stands in another set too, "
                                  "and hyps.jsonl is one manifest")
             seen.add(u.id)
     return sets
+
+
+def check_language(language, where) -> None:
+    """Raise ValueError, naming the line, unless a transcript in this language can be scored."""
+    try:
+        data.metric(language)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def gather(results, world) -> dict:
@@ -117,33 +130,31 @@ def gather(results, world) -> dict:
     return merged
 
 
-def find_undecodable(utterances) -> dict[str, dict]:
-    """{id: result} of the clips that can't be decoded: no transcript, the reason in "failed"."""
+def find_undecodable(utterances, keep_going) -> dict[str, dict]:
+    """{id: result} of the clips that can't be decoded: no transcript, the reason in "failed". Without
+    keep_going the first one's data.AudioError is raised."""
     results = {}
     for u in utterances:
         try:
-            data.load_audio(u, data.MAX_EVAL_SEC)
+            data.check_decodable([u])
         except data.AudioError as error:
+            if not keep_going:
+                raise
             print(f"counted as all deleted: {error}", file=sys.stderr)
             results[u.id] = {"hyp": "", "stopped": True, "n_tokens": 0, "failed": error.reason}
     return results
 
 
 def transcribe_set(asr, name, utterances, args, rank, world) -> dict[str, dict]:
-    """{id: {"hyp", "stopped", "n_tokens"}} of all ranks. A clip that can't be decoded raises
-    data.AudioError, or with --keep_going has the reason in "failed"."""
+    """{id: {"hyp", "stopped", "n_tokens"}} of all ranks."""
     bar = model.progress(len(utterances), name, "clip", rank)
 
     def advance(n):  # the other ranks do about as much
         bar.update(min(n * world, bar.total - bar.n))
 
-    failed = {}
-    if args.keep_going:  # decodes each clip once more than needed, but every rank has to know
-        failed = gather(find_undecodable(utterances[rank::world]), world)
-    usable = [u for u in utterances if u.id not in failed]
-    results = model.transcribe(asr, usable, rank, world, args.batch, args.max_new_tokens, advance)
+    results = model.transcribe(asr, utterances, rank, world, args.batch, args.max_new_tokens, advance)
     bar.close()
-    return failed | gather(results, world)
+    return gather(results, world)
 
 
 def is_looping(hyp) -> bool:
@@ -169,8 +180,7 @@ def print_transcripts(args, device) -> None:
         path = os.path.abspath(name)
         utterances.append(data.Utterance(name, path, language=args.language, line="--audio"))
     try:
-        for u in utterances:
-            data.load_audio(u, data.MAX_EVAL_SEC)  # before the model is: that may take minutes
+        data.check_decodable(utterances)
     except data.AudioError as error:
         raise SystemExit(str(error)) from None
     asr = model.load(args.model, device)
@@ -217,17 +227,15 @@ def read_hyps(path) -> list[dict]:
     """
     path = Path(path)
     rows, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
             row = {"set": path.stem, "stopped": True} | without_none(json.loads(line))
         except (ValueError, AttributeError):
-            raise ValueError(f"{where}: expected a JSON object, found {line[:80]!r}") from None
-        for key in ("id", "hyp", "language") if "text" in row else ("id", "hyp"):
-            if key not in row:
-                raise ValueError(f"{where}: no {key!r}")
+            raise ValueError(f"{where}: expected a JSON object, found {data.describe(line)}") from None
+        check_hyp(row, where)
         row["id"] = str(row["id"])
         if row["id"] in seen:
             raise ValueError(f"{where}: id {row['id']!r} stands twice")
@@ -238,6 +246,22 @@ def read_hyps(path) -> list[dict]:
     if not rows:
         raise ValueError(f"{path}: no transcript in it")
     return rows
+
+
+HYPS_KEYS = {"hyp": str, "stopped": bool, "text": str, "language": str, "audio": str, "set": str,
+             "speaker": str, "start": data.NUMBER, "duration": data.NUMBER}
+
+
+def check_hyp(row, where) -> None:
+    """Raise ValueError, naming line and key, unless a row of hyps.jsonl can be scored and written."""
+    for key in ("id", "hyp"):
+        if key not in row:
+            raise ValueError(f"{where}: no {key!r}")
+    for key, types in HYPS_KEYS.items():
+        if key in row and not isinstance(row[key], types):
+            raise ValueError(f"{where}: {key!r} has the wrong type: {row[key]!r}")
+    if "text" in row:
+        check_language(row.get("language"), where)
 
 
 def group_scored(rows, key) -> dict[str, list[dict]]:
@@ -274,7 +298,7 @@ def blocks_of(rows) -> tuple[str, list]:
 
 
 def corpus_rate(rows) -> dict:
-    """Error rate in percent, its 95 % interval, and what that rests on."""
+    """Error rate in percent, its 95 % interval (nan: see data.interval), and what that rests on."""
     errors, units = errors_and_units(rows)
     resampled, labels = blocks_of(rows)
     low, high = data.bootstrap(errors, units, blocks=labels)
@@ -293,6 +317,7 @@ def summarize(name, rows, audio_sec=None, seconds=None) -> list[dict]:
         wrong = sum(counts_of(row).errors > 0 for row in group)
         entry["utterances"] = len(group)
         entry["sentence_error"] = 100 * wrong / len(group)
+        entry |= insertions_on_silence(group)
         entry |= count_troubles(group)
         entry |= {"set_audio_sec": audio_sec, "set_seconds": seconds}
         entries.append(entry)
@@ -328,6 +353,23 @@ def summarize_all(rows, timing) -> dict:
     return summary | count_troubles(rows)
 
 
+def insertions_on_silence(rows) -> dict:
+    """What is written where nothing is said: clips whose reference has no unit, and insertions per
+    minute of them, nan if there is no such audio. Clips that failed to decode don't count."""
+    silent = [row for row in rows if not row["units"] and "failed" not in row]
+    minutes = sum(data.measure([to_utterance(row) for row in silent])) / 60
+    insertions = sum(row["insertions"] for row in silent)
+    return {"no_speech": len(silent),
+            "insertions_per_minute": insertions / minutes if minutes else math.nan}
+
+
+def interval(entry, low="low", high="high", form=".2f") -> str:
+    """[low, high], or - where there is no interval."""
+    if math.isnan(entry[low]):
+        return "-"
+    return f"[{entry[low]:{form}}, {entry[high]:{form}}]"
+
+
 def few_speakers(entry) -> bool:
     return entry["resampled"] == "speakers" and entry["blocks"] < FEW_SPEAKERS
 
@@ -349,15 +391,18 @@ def print_table(summary) -> None:
     for e in entries:
         name = f"{e['set']} {e['language']}"
         edits = f"{e['substitutions']:6} {e['deletions']:6} {e['insertions']:6}"
-        interval = f"[{e['low']:.2f}, {e['high']:.2f}]"
         rtf = f"{e['set_seconds'] / e['set_audio_sec']:.4f}" if e["set_audio_sec"] else "-"
         print(f"{name:{width}} {e['utterances']:6} {e['units']:8} {edits}  {e['metric']} "
-              f"{e['rate']:6.2f} {interval:14} {e['sentence_error']:6.1f} %  {rtf:>6}")
+              f"{e['rate']:6.2f} {interval(e):14} {e['sentence_error']:6.1f} %  {rtf:>6}")
     if pooled:
-        print(f"all pooled {pooled['rate']:.2f} % [{pooled['low']:.2f}, {pooled['high']:.2f}], "
+        print(f"all pooled {pooled['rate']:.2f} % {interval(pooled)}, "
               f"{pooled['errors']} errors in {pooled['units']} units")
         print(f"macro average {summary['macro_average']:.2f} %; normaliser {data.NORMALISER}; "
               f"95 % intervals resample {', '.join(dict.fromkeys(resampled))}{caveat}")
+    for e in entries:
+        if e["no_speech"]:
+            print(f"{e['set']} {e['language']}: {e['no_speech']} clips without speech, "
+                  f"{e['insertions_per_minute']:.1f} insertions per minute of them")
     counted = " and counted as all deleted" if summary["failed"] else ""
     print(f"{summary['clips']} clips: {summary['empty']} empty, {summary['truncated']} truncated, "
           f"{summary['looping']} looping, {summary['failed']} failed to decode{counted}")
@@ -372,8 +417,10 @@ def compare_rows(reference, rows) -> dict:
     errors_b, _ = errors_and_units(rows)
     _, labels = blocks_of(reference)
     gains = 100 * data.bootstrap_rates(errors_a - errors_b, units, blocks=labels)  # (n_draws,) points
-    low, high = np.percentile(gains, [2.5, 97.5]).tolist()
+    low, high = data.interval(gains)
     p_improvement = float((gains > 0).mean() + 0.5 * (gains == 0).mean())  # a tie is for neither
+    if math.isnan(low):
+        p_improvement = math.nan
     return corpus_rate(rows) | {
         "difference": percent(errors_a - errors_b, units), "difference_low": low,
         "difference_high": high, "p_improvement": p_improvement, "utterances": len(rows),
@@ -424,8 +471,8 @@ def compare(paths, out=None) -> list[dict]:
             e = {"system": system, "set": name, "language": language, "metric": metric}
             e |= compare_rows(chosen, [rows[i] for i in places])
             entries.append(e)
-            rate = f"{e['rate']:.2f} [{e['low']:.2f}, {e['high']:.2f}]"
-            gain = f"{e['difference']:+.2f} [{e['difference_low']:+.2f}, {e['difference_high']:+.2f}]"
+            rate = f"{e['rate']:.2f} {interval(e)}"
+            gain = f"{e['difference']:+.2f} {interval(e, 'difference_low', 'difference_high', '+.2f')}"
             if system == reference:
                 print(f"{system:{width}}  {rate}")
             else:
@@ -572,7 +619,7 @@ def to_utterance(row) -> data.Utterance:
 def player(row) -> str:
     """The clip itself inside the page: 16 kHz, 16 bit, only the segment."""
     try:
-        audio = data.load_audio(to_utterance(row), data.MAX_EVAL_SEC)
+        audio = data.load_audio(to_utterance(row), data.MAX_EVAL_SEC, for_training=False)
     except data.AudioError as error:
         return f'<span class="soft">no audio: {error.reason}</span>'
     wav = io.BytesIO()
@@ -657,7 +704,7 @@ def language_section(rows, n_worst) -> str:
 
 def table_row(e) -> str:
     """One entry of summary.json."""
-    rate = f"{e['metric']} <b>{e['rate']:.2f}</b> [{e['low']:.2f}, {e['high']:.2f}]"
+    rate = f"{e['metric']} <b>{e['rate']:.2f}</b> {interval(e)}"
     cells = [escape(f"{e['set']} {e['language']}"), e["utterances"], e["units"], e["substitutions"],
              e["deletions"], e["insertions"], rate, f"{e['sentence_error']:.1f}"]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
@@ -681,22 +728,30 @@ def errors_page(summary, rows) -> str:
 def transcribe_all(args, rank, world, device):
     """-> rows of hyps.jsonl, {set: (seconds of audio, seconds it took)}. Both empty off rank 0."""
     sets = read_sets(args.data)
+    clips = list(chain.from_iterable(sets.values()))
+    failed = gather(find_undecodable(clips[rank::world], args.keep_going), world)
     asr = model.load(args.model, device)
     rows, timing = [], {}
     for name, utterances in sets.items():
+        decodable = [u for u in utterances if u.id not in failed]
         began = time.time()
-        results = transcribe_set(asr, name, utterances, args, rank, world)
-        seconds = time.time() - began
+        results = transcribe_set(asr, name, decodable, args, rank, world)
+        timing[name] = sum(data.measure(decodable)), time.time() - began
         if rank == 0:
-            rows += score(utterances, results, name)
-            decoded = [u for u in utterances if "failed" not in results[u.id]]
-            timing[name] = sum(data.measure(decoded)), seconds
+            rows += score(utterances, failed | results, name)
     return rows, timing
 
 
 @record  # torchrun then shows what stopped a process, at the end
 def main(args):
     """Do what the flags ask for, see the top of this file. Returns the entries of --compare."""
+    outputs = []
+    if args.out:
+        names = "compare.json compare.png" if args.compare else "hyps.jsonl summary.json errors.html"
+        outputs += [Path(args.out) / name for name in names.split()]
+    if args.as_manifest:
+        outputs.append(args.as_manifest)
+    data.check_outputs(*outputs)
     if args.compare:
         return compare(args.compare, args.out)
     rank, world, device = model.setup_scoring(args)
@@ -730,12 +785,13 @@ def parse_args(argv=None):
     parser.add_argument("--out", help="folder for what is written")
     # transcripts to train on
     parser.add_argument("--as_manifest", help="also write transcripts as references, to this file")
-    parser.add_argument("--max_wer", type=float, help="percent from their text at most")
+    parser.add_argument("--max_wer", type=not_negative, help="percent from their text at most")
     # decoding
     parser.add_argument("--language", help="of --audio, for a teacher that wants to be told")
     parser.add_argument("--keep_going", action="store_true", help="count broken clips as deleted")
-    parser.add_argument("--batch", type=int, default=32, help="utterances a forward")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest transcript, tokens")
+    parser.add_argument("--batch", type=at_least_one, default=32, help="utterances a forward")
+    parser.add_argument("--max_new_tokens", type=at_least_one, default=128,
+                        help="longest transcript, tokens")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
     flags = ("model", "data", "audio", "rescore", "compare", "out")

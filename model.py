@@ -48,14 +48,15 @@ import huggingface_hub
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 from transformers import (
     DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer,
-    Qwen3ASRConfig, Qwen3ASRForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM)
+    Qwen3ASRConfig, Qwen3ASRForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM,
+    WhisperFeatureExtractor)
 from transformers.models.qwen3_asr.processing_qwen3_asr import LANGUAGE_CODE_TO_NAME
 
 import data
@@ -315,7 +316,7 @@ class ASR:
     audio_id: int             # placeholder in the prompt, one for each audio embedding
     stop: torch.Tensor        # (V,) True for ids that end a transcript; see stop_and_blocked
     blocked: torch.Tensor     # (V,) True for ids that no transcript may contain
-    other_files: dict[str, str] = field(default_factory=dict)  # name -> text; see read_other_files
+    other_files: dict[str, bytes] = field(default_factory=dict)  # name -> content; see read_other_files
 
     @property
     def device(self):
@@ -724,7 +725,8 @@ def transcribe(asr: ASR, utterances, rank=0, world=1, micro_batch=16, max_new_to
     results = {}
     for start in range(rank * micro_batch, len(order), world * micro_batch):
         clips = [utterances[i] for i in order[start:start + micro_batch]]
-        batch = data.load_batch(clips, asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC)
+        batch = data.load_batch(clips, asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC,
+                                for_training=False)
         ids, mask = roll_out(asr, encode_audio(asr, batch), max_new_tokens)     # (B, R)
         stopped = (asr.stop[ids] & mask).any(1).tolist()
         n_tokens = mask.sum(1).tolist()
@@ -794,8 +796,8 @@ def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
 
 def write_files(asr: ASR, folder, extra) -> None:
     """Write the files of a checkpoint into a folder. A tied head is not stored."""
-    for name, text in asr.other_files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in (derived_files(asr) | asr.other_files).items():
+        (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(asr.net.config, indent=2))
     asr.tokenizer.save_pretrained(folder)
     for name, content in extra.items():
@@ -809,6 +811,34 @@ def write_files(asr: ASR, folder, extra) -> None:
     if asr.net.config["tie_word_embeddings"]:
         del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in folder.glob("*.safetensors"):  # made readable to their owner alone
+        shutil.copymode(folder / "config.json", file)
+
+
+def derived_files(asr: ASR) -> dict[str, bytes]:
+    """Return the files that a published folder has for other programs -> {name: content}.
+
+    They repeat tokenizer.json, in the parts that Qwen2Tokenizer is made of, the ids that end a transcript,
+    and what the features are.
+    """
+    tokenizer = asr.tokenizer
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    files = {
+        "added_tokens.json": tokenizer.get_added_vocab(),
+        "special_tokens_map.json": tokenizer.special_tokens_map | {"additional_special_tokens": special},
+        "generation_config.json": {
+            "bos_token_id": asr.pad_id,
+            "eos_token_id": asr.stop.nonzero()[:, 0].tolist(),
+            "pad_token_id": asr.pad_id,
+        },
+        "preprocessor_config.json": WhisperFeatureExtractor(feature_size=asr.n_mels).to_dict(),
+    }
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    files["vocab.json"] = bpe["vocab"]
+    files = {name: json.dumps(value, indent=2, ensure_ascii=False) for name, value in files.items()}
+    merges = [f"{left} {right}" for left, right in bpe["merges"]]
+    files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""])
+    return {name: text.encode() for name, text in files.items()}
 
 
 def load(name, device="cpu", dtype=None) -> ASR:
@@ -818,7 +848,7 @@ def load(name, device="cpu", dtype=None) -> ASR:
     GPU. Raises FileNotFoundError, and ValueError that names every weight, token or key that does not fit.
     """
     path = find_checkpoint(name)
-    config = json.loads((path / "config.json").read_text())
+    config = data.read_json(path / "config.json")
     model_type = config.get("model_type")
     if model_type == "arkasr":
         return load_arkasr(path, config, device, dtype or torch.float32)
@@ -871,12 +901,28 @@ def find_checkpoint(name) -> Path:
     return path
 
 
+TOKENIZER_FILES = """
+tokenizer.json tokenizer_config.json vocab.json added_tokens.json special_tokens_map.json generation_config.json
+""".split()
+
+
 def load_tokenizer(name) -> PreTrainedTokenizerFast:
-    """Read the tokenizer of a checkpoint: tokenizer.json, or Qwen's vocab.json and merges.txt."""
+    """Read the tokenizer of a checkpoint: tokenizer.json, or Qwen's vocab.json and merges.txt.
+
+    Raises ValueError naming the folder or file that is no such thing.
+    """
     path = find_checkpoint(name)
+    for file in sorted(path.iterdir()):
+        if file.name in TOKENIZER_FILES:
+            data.read_json(file)  # raises, naming the file; the libraries don't name it
+    tokenizer_class = Qwen2Tokenizer
     if (path / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    return Qwen2Tokenizer.from_pretrained(path)
+        tokenizer_class = PreTrainedTokenizerFast
+    try:
+        return tokenizer_class.from_pretrained(path)
+    except Exception as error:  # whatever it is, it does not say which files it is about
+        raise ValueError(f"{path}: no tokenizer can be made of tokenizer.json, or vocab.json and merges.txt: "
+                         f"{error}") from error
 
 
 OTHER_FILES = """
@@ -885,35 +931,55 @@ special_tokens_map.json added_tokens.json vocab.json merges.txt
 """.split()
 
 
-def read_other_files(path) -> dict[str, str]:
-    """Read the publisher's code, and the files that it wants beside the weights -> {name: text}.
+def read_other_files(path) -> dict[str, bytes]:
+    """Read the publisher's code, and the files that it wants beside the weights -> {name: content}.
 
-    `save` carries them along. They are text to us and never run; of generation_config.json, `assemble`
+    `save` carries them along. They are bytes to us and never run; of generation_config.json, `assemble`
     reads the ids that end a transcript.
     """
     files = {}
     for file in sorted(path.iterdir()):
         if file.name in OTHER_FILES or file.suffix == ".py":
-            files[file.name] = file.read_text(encoding="utf-8")
+            files[file.name] = file.read_bytes()
     return files
 
 
-def read_weights(path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a directory, by name: model.safetensors, or the shards that its index lists.
+def weight_files(path) -> list[Path]:
+    """Return the files that hold a directory's weights: model.safetensors, or the shards that its index lists.
 
     Raises FileNotFoundError naming the files that are missing.
     """
     names = ["model.safetensors"]
     index = path / "model.safetensors.index.json"
     if not (path / "model.safetensors").exists() and index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(data.read_json(index).get("weight_map", {}).values()))
+        if not names:
+            raise ValueError(f"{index}: expected the key 'weight_map', with the file of each weight")
     missing = [name for name in names if not (path / name).exists()]
     if missing:
         raise FileNotFoundError(f"{path}: {', '.join(missing)} not found; "
                                 "weights are read from safetensors only")
+    return [path / name for name in names]
+
+
+def open_weights(file):
+    """Open a safetensors file. Raises ValueError naming it unless it is one, and whole."""
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        with open(file, "rb") as raw:
+            start = data.describe(raw.read(60))
+        raise ValueError(f"{file}: expected weights in safetensors, found {file.stat().st_size} bytes that are "
+                         f"not, or not whole ({error}); they start with {start}") from None
+
+
+def read_weights(path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a directory, by name. Raises as weight_files and open_weights do."""
     tensors = {}
-    for name in names:
-        tensors |= load_file(path / name)
+    for file in weight_files(path):
+        with open_weights(file) as weights:
+            for name in weights.keys():
+                tensors[name] = weights.get_tensor(name)
     return tensors
 
 
@@ -1125,6 +1191,8 @@ def load_qwen3_asr(path, config, device, dtype) -> Qwen3ASR:
     else:
         net_config = native_qwen3_asr_config(config)
         key_mapping = None
+    for file in weight_files(path):
+        open_weights(file)  # transformers would not say which file is broken
     net, report = Qwen3ASRForConditionalGeneration.from_pretrained(
         path,
         config=net_config,
@@ -1211,7 +1279,8 @@ def assemble_qwen3_asr(net, tokenizer, device) -> Qwen3ASR:
 
 def setup(args):
     """Join the processes that torchrun started, if any -> rank, world, device, and a list that
-    SIGTERM makes non-empty."""
+    SIGTERM makes non-empty. Raises OSError if --out can't be written."""
+    data.check_outputs(Path(args.out) / "metrics.jsonl", Path(args.out) / "model.safetensors")
     rank, world, device = find_place(args.device)
     if world > 1:
         # Hours, since the others wait while rank 0 saves; NCCL's own limit is ten minutes.
@@ -1522,14 +1591,14 @@ def load_training(out, asr, optimizer, modules=None) -> dict | None:
     if not saved:
         return None
     folder = saved[-1]
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    with open_weights(folder / "model.safetensors") as file:
         stored = set(file.keys())
         for key, value in asr.net.state_dict().items():
             name = key.removeprefix("lm.")
             if name in stored:  # a tied head is not
                 value.copy_(file.get_tensor(name))
     state = {}
-    with safe_open(folder / "training.safetensors", "pt") as file:
+    with open_weights(folder / "training.safetensors") as file:
         for key in file.keys():
             if key.startswith("optimizer."):
                 _, i, name = key.split(".")
@@ -1539,4 +1608,4 @@ def load_training(out, asr, optimizer, modules=None) -> dict | None:
             for name, value in module.state_dict().items():
                 value.copy_(file.get_tensor(f"{module_name}.{name}"))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((folder / "training.json").read_text())
+    return data.read_json(folder / "training.json")

@@ -27,7 +27,6 @@ sums since the record before (*: of the logged step alone):
 """
 
 import argparse
-import json
 import math
 import time
 from functools import partial
@@ -42,6 +41,7 @@ from torchaudio.functional import mask_along_axis
 
 import data
 import model
+from data import at_least_one, not_negative, positive, whole_number
 
 
 # ---------------------------------------------------------------------------- the objective
@@ -62,7 +62,7 @@ def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
     for i, response in enumerate(responses):
         row = torch.tensor([token for token in response if token != eos_id], dtype=torch.long)
         n_needed = len(row) + int((row[1:] == row[:-1]).sum())  # a repeat needs a blank between
-        fits[i] = 0 < n_needed <= int(n_audio[i])
+        fits[i] = n_needed <= int(n_audio[i])  # 0 where nothing is said: blanks alone
         if fits[i]:
             labels.append(row)
     n_skipped = len(responses) - len(labels)
@@ -170,6 +170,7 @@ def main(args):
     train = [u for path in args.data for u in data.read_manifest(path)]
     dev = data.read_manifest(args.dev) if args.dev else []
     data.check_labelled(train + dev)
+    data.check_decodable(dev[rank::world])  # the first evaluation would stop the run
     student = make_student(args, train, device)
     ctc_head = None
     modules = {}  # what is trained beside the student, and thrown away afterwards
@@ -279,7 +280,8 @@ def student_from_parts(encoder, lm, device="cpu") -> model.ASR:
         model.tie_head(tensors, path)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if "lm." + name not in tensors:
-            raise ValueError(f"{path}: its weights lack {name}")
+            raise ValueError(f"{path}: its weights lack {name}; expected a causal LM with a head of its own, "
+                             "or tie_word_embeddings true in config.json")
     extend_vocabulary(tensors, n_text, n_rows, tied)
 
     net = model.empty_student(model.student_config(lm_config, whisper_config, ids, n_rows))
@@ -297,7 +299,7 @@ def read_lm_config(path) -> dict:
 
     Raises ValueError for an LM that a student cannot have.
     """
-    config = json.loads((path / "config.json").read_text())
+    config = data.read_json(path / "config.json")
     lm_type = config.get("model_type")
     if lm_type not in model.LANGUAGE_MODELS:
         raise ValueError(f"{path}/config.json: model_type {lm_type!r}; "
@@ -336,7 +338,7 @@ def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
     Of GLM-ASR, transformers' layout is read and the original one, which is ARK-ASR's.
     """
     path = model.find_checkpoint(name)
-    config = json.loads((path / "config.json").read_text())
+    config = data.read_json(path / "config.json")
     tensors = model.read_weights(path)
     if config.get("model_type") == "glmasr":
         return convert_glmasr_encoder(path, config["audio_config"], tensors)
@@ -429,7 +431,7 @@ def parse_args(argv=None):
     add("--dev", help="manifest to measure the error rate on while training")
     add("--out", required=True, help="folder to write to")
     add("--resume", action="store_true", help="continue from the newest state in --out, if there is one")
-    add("--seed", type=int, default=0, help="decides weights, data order and augmentation")
+    add("--seed", type=whole_number, default=0, help="decides weights, data order and augmentation")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     # student
     add("--student", help="checkpoint to start from, a directory or a Hub id")
@@ -437,28 +439,29 @@ def parse_args(argv=None):
     add("--init_lm", help="Qwen2, Qwen2.5 or Qwen3 causal LM to put behind it")
     add("--init", choices=["random"], help="or: random weights of the size below")
     add("--tokenizer", help="checkpoint directory to take the tokenizer from (else one is trained on --data)")
-    add("--vocab_size", type=int, default=640, help="size of that trained tokenizer")
-    add("--d_model", type=int, default=80, help="width of encoder and LM")
-    add("--encoder_layers", type=int, default=2, help="encoder blocks")
-    add("--lm_layers", type=int, default=2, help="LM blocks")
-    add("--heads", type=int, default=4, help="attention heads of both")
+    add("--vocab_size", type=at_least_one, default=640, help="size of that trained tokenizer")
+    add("--d_model", type=at_least_one, default=80, help="width of encoder and LM")
+    add("--encoder_layers", type=at_least_one, default=2, help="encoder blocks")
+    add("--lm_layers", type=at_least_one, default=2, help="LM blocks")
+    add("--heads", type=at_least_one, default=4, help="attention heads of both")
     # optimisation
-    add("--steps", type=int, default=1200, help="optimiser updates")
-    add("--batch", type=int, default=16, help="utterances a step, over all processes")
-    add("--micro_batch", type=int, default=16, help="utterances a forward; lower it when out of memory, the update stays the same")
-    add("--lr", type=float, default=3e-3, help="peak learning rate")
-    add("--warmup", type=int, default=100, help="updates of linear warm-up")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--ctc", type=float, help="weight of the auxiliary CTC loss (1 with --init random, else 0)")
+    add("--steps", type=at_least_one, default=1200, help="optimiser updates")
+    add("--batch", type=at_least_one, default=16, help="utterances a step, over all processes")
+    add("--micro_batch", type=at_least_one, default=16,
+        help="utterances a forward; lower it when out of memory, the update stays the same")
+    add("--lr", type=positive, default=3e-3, help="peak learning rate")
+    add("--warmup", type=whole_number, default=100, help="updates of linear warm-up")
+    add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
+    add("--clip", type=positive, default=1.0, help="largest gradient norm")
+    add("--ctc", type=not_negative, help="weight of the auxiliary CTC loss (1 with --init random, else 0)")
     add("--spec_augment", action="store_true", help="mask bands and stretches of the features")
     # bookkeeping
-    add("--log_every", type=int, default=25, help="steps between log lines")
-    add("--eval_every", type=int, default=250, help="steps between dev error rates")
-    add("--save_every", type=int, default=250, help="steps between training states")
-    add("--eval_batch", type=int, default=32, help="utterances a batch in dev decoding")
-    add("--max_new_tokens", type=int, default=64, help="longest transcript in dev decoding, tokens")
-    add("--workers", type=int, default=1, help="loader processes a rank")
+    add("--log_every", type=at_least_one, default=25, help="steps between log lines")
+    add("--eval_every", type=at_least_one, default=250, help="steps between dev error rates")
+    add("--save_every", type=at_least_one, default=250, help="steps between training states")
+    add("--eval_batch", type=at_least_one, default=32, help="utterances a batch in dev decoding")
+    add("--max_new_tokens", type=at_least_one, default=64, help="longest transcript in dev decoding, tokens")
+    add("--workers", type=whole_number, default=1, help="loader processes a rank")
     args = parser.parse_args(argv)
     if bool(args.init_encoder) != bool(args.init_lm):
         parser.error("--init_encoder and --init_lm go together")

@@ -137,8 +137,8 @@ def one_step(student, teacher, to_teacher, batch, args, step, optimizer):
     hidden_s = model.response_hidden(student.body, prompt.embeds, prompt.mask, ids, scored)
     clock.tick("student forward")
 
-    _, grad_rows = distill.loss_in_chunks(hidden_s, hidden_t, ids[scored], student.logits, teacher.logits,
-                                          to_teacher, distill.token_divergence, args.chunk)
+    _, grad_rows = distill.loss_in_chunks(hidden_s, hidden_t, ids[scored], student.logits,
+                                          teacher.logits, to_teacher, distill.token_divergence, args.chunk)
     clock.tick("loss")
 
     hidden_s.backward(grad_rows)
@@ -148,7 +148,7 @@ def one_step(student, teacher, to_teacher, batch, args, step, optimizer):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     clock.tick("update")
-    return clock.seconds, len(hidden_s)
+    return clock.seconds, len(rows)
 
 
 def peak_gib(device):

@@ -644,8 +644,8 @@ def ctc_by_enumeration(logp, labels, blank):
 
 
 def test_ctc_equals_enumerated_alignments():
-    """Five clips over 3 tokens + EOS; one doesn't fit (a repeat needs a blank between), one is
-    empty."""
+    """Five clips over 3 tokens + EOS; one doesn't fit (a repeat needs a blank between), in one
+    nothing is said: blanks alone."""
     torch.manual_seed(0)
     eos = 3
     head = nn.Linear(6, 5)  # classes: tokens 0, 1, 2, EOS 3, blank 4
@@ -654,12 +654,12 @@ def test_ctc_equals_enumerated_alignments():
     responses = [[0, 1, eos], [2, 2, eos], [1, eos], [0, 0, eos], [eos]]
     loss, skipped = sft.ctc_sum(head, audio, n_audio, responses, eos)
     logp = head(audio).double().log_softmax(-1)
-    expected = [ctc_by_enumeration(logp[b, :n_audio[b]].tolist(), responses[b][:-1], 4) for b in range(3)]
-    assert skipped == 2
+    expected = [ctc_by_enumeration(logp[b, :n_audio[b]].tolist(), responses[b][:-1], 4) for b in (0, 1, 2, 4)]
+    assert skipped == 1
     assert loss.item() == pytest.approx(sum(expected), rel=1e-5)
     loss.backward()
     grad = audio.grad.abs().sum(-1)  # (B, A)
-    heard = [5, 3, 4, 0, 0]  # frames of each row
+    heard = [5, 3, 4, 0, 5]  # frames of each row
     for row, n in zip(grad, heard):
         assert (row[:n] > 0).all()
         assert (row[n:] == 0).all()
