@@ -1,7 +1,7 @@
 """What speech and text *are* in this project: manifests, audio, log-mel, batches, and the metric.
 
 In reading order:
-  1. manifest   JSON Lines, one utterance a line                   read_manifest, write_jsonl
+  1. manifest   JSON Lines, one utterance a line, and its index    read_manifest, write_jsonl
   2. audio      file or segment -> 16 kHz mono float32             load_audio
   3. features   Whisper's log-mel, 100 frames a second             log_mel
   4. batches    a pure function of (seed, step): resume is free    load_batch, Plan, Steps, loader
@@ -16,17 +16,21 @@ corpus was unpacked, OUT the folder for the manifests. Audio stays in place.
 
 A line of a manifest (paths are relative to the manifest's folder):
   {"id": "en-17", "audio": "wav/en-17.wav", "text": "put two cups on the shelf", "language": "en"}
-Optional: "start" and "duration" in seconds (a segment of a longer file); "speaker". Other keys are
-ignored. NeMo's spelling (audio_filepath, offset, lang) and open-audio-opd's (begin_time, end_time;
--1: whole file) are read too.
+Optional: "start" and "duration" or "end" in seconds (a segment of a longer file); "speaker". NeMo's
+spelling (audio_filepath, offset, lang) and open-audio-opd's (begin_time, end_time; -1: whole file)
+are read too. Other keys are ignored, but for those that look like one that is missing ("sentence"
+without "text"): they are an error. An id that is missing is the audio's path without its suffix.
 """
 
 import argparse
 import atexit
 import ctypes
+import difflib
+import fcntl
 import hashlib
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import random
@@ -36,8 +40,12 @@ import sys
 import tempfile
 import threading
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Callable
+import uuid
+import warnings
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import zip_longest
@@ -48,6 +56,7 @@ import ijson
 import jiwer
 import numpy as np
 import soundfile
+import soxr
 import torch
 import torchaudio
 from torch.nn.utils.rnn import pad_sequence
@@ -81,43 +90,278 @@ class Utterance:
 NUMBER = (int, float)
 MANIFEST_KEYS = {  # the keys that are read, and the types of their values
     "id": str, "audio": str, "text": str, "language": str, "speaker": str,
-    "start": NUMBER, "duration": NUMBER,
+    "start": NUMBER, "duration": NUMBER, "end": NUMBER,
     "audio_filepath": str, "offset": NUMBER, "lang": str,  # as NeMo spells them
     "begin_time": NUMBER, "end_time": NUMBER}              # open-audio-opd's; negative: the file's
+ALSO_CALLED = {  # what is read under a key, and other programs' names for it, which are refused
+    "audio": "wav path file file_name filename audio_path audio_file wav_path",
+    "text": "txt sentence transcript transcription normalized_text reference label",
+    "language": "locale lang_id language_id",
+    "start": "start_time start_sec begin begin_sec offset_sec",
+    "duration": "end_sec dur length duration_sec duration_ms start_ms end_ms",
+    "id": "key uttid utt_id utterance_id", "speaker": "spk spk_id speaker_id"}
+MEANINGS = {"audio_filepath": "audio", "offset": "start", "lang": "language",
+            "begin_time": "start", "end": "duration", "end_time": "duration"}
 
 
-def read_manifest(path) -> list[Utterance]:
-    """Read a JSON Lines manifest in file order. No audio is opened.
+def read_manifest(path) -> "Manifest":
+    """Open a JSON Lines manifest: its utterances in file order. No audio is opened.
 
     Raises ValueError, naming file, line and value, for a line that can't be used, for an id that
     stands twice, and for a manifest without an utterance.
     """
-    path = Path(path)
-    utterances = []
-    first_line = {}  # id -> number of its line
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        utterance = _parse_line(line, path.parent, where)
-        if utterance.id in first_line:
-            earlier = first_line[utterance.id]
-            raise ValueError(f"{where}: id {utterance.id!r} already stands on line {earlier}")
-        first_line[utterance.id] = number
-        utterances.append(utterance)
-    if not utterances:
-        raise ValueError(f"{path}: the manifest has no utterance")
-    return utterances
+    return Manifest([path])
 
 
-def _parse_line(line, folder, where) -> Utterance:
+def read_manifests(paths) -> "Manifest":
+    """Open several manifests as one sequence; see `read_manifest`."""
+    return Manifest(paths)
+
+
+class Manifest(Sequence):
+    """A read-only sequence of the utterances of one or more manifests.
+
+    A line is parsed when its clip is asked for. What is needed of all lines at once lies in an
+    index (INDEX_COLUMNS), mapped into memory: all processes of a machine share it, loader workers
+    too, and nothing grows by a Python object a line. At 100,000 h that is 1 GB instead of 36 GB.
+    """
+    def __init__(self, paths):
+        self.paths = [Path(path) for path in paths]
+        self.files = [path.open("rb") for path in self.paths]  # pread: forks may share them
+        self.indices = [_open_index(path, file) for path, file in zip(self.paths, self.files)]
+        self.ends = np.cumsum([len(index["offset"]) for index in self.indices])
+
+    def __reduce__(self):  # what is sent to a spawned process; it opens the files again
+        return Manifest, (self.paths,)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        i = range(len(self))[i]  # counts negative ones from the end; IndexError
+        part = int(np.searchsorted(self.ends, i, side="right"))
+        index = self.indices[part]
+        line = i - int(self.ends[part]) + len(index["offset"])
+        return _read_utterance(self.paths[part], self.files[part], index, line)
+
+    def column(self, name) -> np.ndarray:
+        """One of INDEX_COLUMNS for all utterances, (n,)."""
+        columns = [index[name] for index in self.indices]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+    def first_without(self, name) -> Utterance | None:
+        """The first utterance for which a column is 0."""
+        places = np.flatnonzero(self.column(name) == 0)
+        return self[places[0]] if len(places) else None
+
+    def first_repeated(self) -> Utterance | None:
+        """The first utterance whose id stands earlier too, in another of the manifests."""
+        pair = _first_repeated(self.column("id_hash"), lambda i: self[i].id)
+        return self[pair[1]] if pair else None
+
+    def durations(self) -> np.ndarray:
+        """Seconds, (n,) float32; see `measure`. Headers are read once: what they say is kept."""
+        for part, index in enumerate(self.indices):
+            if np.isnan(index["duration"]).any():
+                self.indices[part] = _open_index(self.paths[part], self.files[part], measured=True)
+        durations = self.column("duration")
+        unreadable = np.isnan(durations)
+        return np.where(unreadable, np.float32(0), durations) if unreadable.any() else durations
+
+
+# What an index holds of each utterance, and its type for `array` and for numpy.
+INDEX_COLUMNS = {
+    "offset": "q",     # of its line in the manifest, bytes
+    "id_hash": "Q",    # 64 bits of its id
+    "number": "I",     # of its line, from 1; blank lines count
+    "duration": "f",   # seconds; NaN where the line has none and the header was not read yet
+    "labelled": "b",   # it has a transcript, perhaps "", and a language
+    "scorable": "b"}   # it has a language that `metric` knows, or no reference
+INDEX_VERSION = 1      # one more whenever another manifest is valid, or is read otherwise
+
+
+def _open_index(path, file, measured=False) -> dict[str, np.ndarray]:
+    """The index of a manifest: a kept one if the manifest is still the same, else a new one.
+
+    It is kept beside the manifest, or under ~/.cache where that can't be written, or in memory.
+    measured: also read the lengths that it lacks from the headers of the audio.
+    """
+    stamp = _stamp(file)
+    with _locked(file):  # one process makes it, those beside it wait and then find it
+        index = None
+        for place in _index_places(path):
+            index = index or _load_index(place, stamp)
+        if index is None:
+            index = _keep_index(path, stamp, _index_lines(path, file))
+        if measured:
+            durations = _measure_lines(path, file, index)
+            if not np.array_equal(durations, index["duration"], equal_nan=True):
+                index = _keep_index(path, stamp, index | {"duration": durations})
+    return index
+
+
+def _stamp(file) -> bytes:
+    """Changes when the manifest does: size, time, first and last bytes."""
+    status = os.fstat(file.fileno())
+    facts = (INDEX_VERSION, INDEX_COLUMNS, status.st_size, status.st_mtime_ns)
+    first = os.pread(file.fileno(), 4096, 0)
+    last = os.pread(file.fileno(), 4096, max(0, status.st_size - 4096))
+    return hashlib.blake2b(repr(facts).encode() + first + last, digest_size=32).digest()
+
+
+@contextmanager
+def _locked(file):
+    # A file system without locks (or one a machine) costs only time: every process makes the same.
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
     try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _index_places(path) -> list[Path]:
+    path = Path(os.path.abspath(path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
+    return [path.with_name(path.name + ".index"), cache / "opd-asr" / f"{name}.index"]
+
+
+def _load_index(place, stamp):
+    """Columns mapped into memory; None if there are none, or those of another manifest."""
+    columns = {}
+    try:
+        with place.open("rb") as file:
+            if file.read(len(stamp)) != stamp:
+                return None
+            position = len(stamp)
+            bytes_a_line = sum(np.dtype(kind).itemsize for kind in INDEX_COLUMNS.values())
+            n = (os.fstat(file.fileno()).st_size - position) // bytes_a_line
+            for name, kind in INDEX_COLUMNS.items():
+                column = np.memmap(file, kind, "r", position, (n,))
+                columns[name] = np.asarray(column)
+                position += column.nbytes
+    except OSError:
+        return None
+    return columns
+
+
+def _keep_index(path, stamp, columns):
+    """Write an index where it can be written, by way of a temporary file -> its columns."""
+    for place in _index_places(path):
+        temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(stamp)
+                for name in INDEX_COLUMNS:
+                    file.write(columns[name])
+            os.replace(temporary, place)
+        except OSError:  # a read-only folder, a full disk
+            with suppress(OSError):
+                temporary.unlink()
+            continue
+        return _load_index(place, stamp) or columns
+    return columns
+
+
+def _index_lines(path, file) -> dict[str, np.ndarray]:
+    """Check and index every line of a manifest."""
+    columns = {name: array(kind) for name, kind in INDEX_COLUMNS.items()}
+    folder = os.path.dirname(os.path.abspath(path))
+    name = str(path)
+    offset = 0
+    file.seek(0)
+    with tqdm(desc=f"index of {path.name}", total=os.fstat(file.fileno()).st_size, unit="B",
+              unit_scale=True, delay=3, mininterval=REFRESH_SEC) as progress:
+        for number, line in enumerate(file, start=1):
+            u = _parse_line(line, folder, f"{name}:{number}")
+            if u:
+                columns["offset"].append(offset)
+                columns["id_hash"].append(hash_id(u.id))
+                columns["number"].append(number)
+                columns["duration"].append(math.nan if u.duration_sec is None else u.duration_sec)
+                columns["labelled"].append(u.text is not None and u.language is not None)
+                columns["scorable"].append(u.text is None or _has_metric(u.language))
+            offset += len(line)
+            if number % 1000 == 0:
+                progress.update(offset - progress.n)
+    index = {name: np.frombuffer(column, INDEX_COLUMNS[name]) for name, column in columns.items()}
+    if not len(index["offset"]):
+        raise ValueError(f"{path}: the manifest has no utterance")
+    pair = _first_repeated(index["id_hash"], lambda i: _read_utterance(path, file, index, i).id)
+    if pair:
+        u = _read_utterance(path, file, index, pair[1])
+        raise ValueError(f"{u.line}: id {u.id!r} already stands on line {index['number'][pair[0]]}")
+    return index
+
+
+@lru_cache
+def _has_metric(language) -> bool:
+    try:
+        return bool(metric(language))
+    except ValueError:
+        return False
+
+
+def hash_id(name) -> int:
+    """64 bits of an id, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest())
+
+
+def _first_repeated(hashes, get_id) -> tuple[int, int] | None:
+    """Places of the first id that stands twice: the earlier and the later one.
+
+    Ids are compared where hashes are equal: among 36 million, two may be by chance.
+    """
+    ordered = np.sort(hashes)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(repeated):
+        return None
+    first = {}
+    for i in np.flatnonzero(np.isin(hashes, repeated)).tolist():
+        earlier = first.setdefault(get_id(i), i)
+        if earlier != i:
+            return earlier, i
+    return None
+
+
+def _measure_lines(path, file, index) -> np.ndarray:
+    """The column of durations, with those that were missing; still NaN where a file is unreadable."""
+    durations = index["duration"].copy()
+    missing = np.flatnonzero(np.isnan(durations))
+    for i in tqdm(missing, desc=f"lengths of {path.name}", unit="clip", delay=3,
+                  mininterval=REFRESH_SEC):
+        durations[i] = _seconds(_read_utterance(path, file, index, i), unreadable=math.nan)
+    return durations
+
+
+def _read_utterance(path, file, index, i) -> Utterance:
+    offsets = index["offset"]
+    start = int(offsets[i])
+    end = int(offsets[i + 1]) if i + 1 < len(offsets) else os.fstat(file.fileno()).st_size
+    line = os.pread(file.fileno(), end - start, start).split(b"\n")[0]  # blank lines may follow
+    return _parse_line(line, os.path.dirname(os.path.abspath(path)), f"{path}:{index['number'][i]}")
+
+
+def _parse_line(line, folder, where) -> Utterance | None:
+    """A line of a manifest, bytes; None if it is blank."""
+    try:
+        line = line.decode()
+        if not line or line.isspace():
+            return None
         row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: expected UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error}): {line[:80]!r}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {line[:80]!r}")
     _check_types(row, where)
+    _check_keys(row, where)
     audio = row.get("audio") or row.get("audio_filepath")
     if not audio:
         raise ValueError(f"{where}: no 'audio'; keys found: {sorted(row)}")
@@ -125,8 +369,8 @@ def _parse_line(line, folder, where) -> Utterance:
     segment = f"@{start!r}" if start else ""  # two segments of one file need two ids
     language = row.get("language") or row.get("lang")
     return Utterance(
-        id=row.get("id") or Path(audio).stem + segment,
-        audio=os.path.normpath(folder.absolute() / audio),
+        id=row.get("id") or os.path.splitext(audio)[0] + segment,
+        audio=_audio_path(folder, audio),
         text=row.get("text"),
         language=language.lower() if language else None,
         start_sec=float(start),
@@ -135,14 +379,49 @@ def _parse_line(line, folder, where) -> Utterance:
         line=where)
 
 
+def _audio_path(folder, audio) -> str:
+    """Absolute path of a manifest's audio."""
+    path = os.path.join(os.getcwd(), folder, audio)
+    if "/../" not in path:
+        return os.path.normpath(path)
+    return os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))
+
+
+@lru_cache(maxsize=1000)
+def _real_folder(path):
+    # "link/../x" lies beside what the link points to, not beside the link: only the disk can tell.
+    return os.path.realpath(path)
+
+
 def _check_types(row, where) -> None:
-    for key, types in MANIFEST_KEYS.items():
-        value = row.get(key)
-        if value is None:  # null is as good as no value
+    for key, value in row.items():
+        types = MANIFEST_KEYS.get(key)
+        if types is None or value is None:  # null is as good as no value
             continue
         is_nan = value != value
         if not isinstance(value, types) or isinstance(value, bool) or is_nan:
             raise ValueError(f"{where}: {key!r} has the wrong type or value: {value!r}")
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"{where}: half a character (a lone surrogate) in {key!r}: {value!r}")
+
+
+def _check_keys(row, where) -> None:
+    """Raise ValueError for a key that isn't read but looks like one that is missing."""
+    found = {MEANINGS.get(key, key) for key in row if row[key] is not None}
+    for key in row.keys() - MANIFEST_KEYS.keys():
+        meant = None if row[key] is None else _look_alike(key)
+        if meant and MEANINGS.get(meant, meant) not in found:
+            raise ValueError(f"{where}: {key!r} is not read; if it is the {meant!r}, call it so")
+
+
+@lru_cache(maxsize=1000)
+def _look_alike(key) -> str | None:
+    """The key of a manifest that another spelling or name stands for: Text, langauge, sentence."""
+    key = key.lower()
+    for meant, names in ALSO_CALLED.items():
+        if key in names.split():
+            return meant
+    return next(iter(difflib.get_close_matches(key, MANIFEST_KEYS, n=1, cutoff=0.85)), None)
 
 
 def _segment(row, where):
@@ -152,7 +431,11 @@ def _segment(row, where):
     begin, end = row.get("begin_time"), row.get("end_time")
     if begin is not None and begin >= 0:
         start = begin
+    if row.get("end") is not None:
+        end = row["end"]
     if end is not None and end >= 0:
+        if duration is not None and abs(start + duration - end) > 0.02:
+            raise ValueError(f"{where}: start {start} s, duration {duration} s, but end {end} s")
         duration = end - start
     start_is_valid = 0 <= start < math.inf
     duration_is_valid = duration is None or 0 < duration < math.inf
@@ -217,85 +500,194 @@ class AudioError(ValueError):
 
 # What soundfile raises for files that it can't read; TypeError is its answer to headerless formats.
 UNREADABLE = (OSError, soundfile.SoundFileError, TypeError)
+NO_SIZE = 0x7FFF0000  # bytes; programs that write to a pipe put this or more into the header of a wav
 
 
 def load_audio(utterance: Utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
-    """Decode one clip: wav, flac, mp3, ogg; any rate and channels -> (n_samples,) float32, 16 kHz.
+    """Decode one clip: wav, flac, mp3, ogg, ...; any rate and channels -> (n,) float32, 16 kHz.
 
-    Only the segment is decoded, never the whole file. Raises AudioError, with the line of the
-    manifest in its message, for what must not be learned from: unreadable, past_end, too_short,
-    too_long, not_finite, silent, clipped. The last two only for_training: evaluation hears what a user
-    would. Nothing is ever cut to fit.
+    Nothing is ever cut to fit. Raises AudioError, with the line of the manifest in its message, for
+    what can't be used: unreadable, past_end, too_short, too_long, not_finite; and for what must not
+    be learned from: silent (unless the text says so), cancelled, clipped. for_training=False: the
+    latter only warn, since evaluation hears all that can be decoded.
     """
     try:
-        audio, rate = _decode(utterance, max_sec)
+        channels, rate = _decode(utterance, max_sec)
     except UNREADABLE as error:
         raise AudioError(utterance, "unreadable", error) from None
+    audio = channels.mean(1)
     if not np.isfinite(audio).all():
         raise AudioError(utterance, "not_finite", "NaN or infinite samples")
-    if for_training:
-        _check_fit_to_learn(utterance, audio)
+    defect = _find_defect(channels, audio)
+    if defect == "silent" and utterance.text == "":
+        defect = None
+    if defect:
+        error = AudioError(utterance, defect, DEFECTS[defect])
+        if for_training:
+            raise error
+        warnings.warn(str(error))  # shown once a clip
     if rate != SAMPLE_RATE:
-        audio = _resampler(rate)(torch.from_numpy(audio)).numpy()
+        audio = soxr.resample(audio, rate, SAMPLE_RATE)
     return audio
 
 
-def _check_fit_to_learn(utterance, audio) -> None:
-    """Raise AudioError for samples (n,) that could be decoded, but would teach the wrong thing."""
-    peak = np.abs(audio).max()
-    says_so = utterance.text == ""  # then silence is what is to be learnt
-    if peak < 1e-4 and not says_so:  # -80 dBFS: digital silence, a dead microphone
-        raise AudioError(utterance, "silent", f"peak {peak:.1e} of 1.0")
-    clipped = (np.abs(audio) > 0.999).mean()
-    if clipped > 0.02:  # a few clipped peaks are normal; a flattened recording is not
-        raise AudioError(utterance, "clipped", f"{clipped:.0%} of the samples at full scale")
+DEFECTS = {  # what must not be learned from
+    "silent": "no sample is above 0.0001 of full scale, a constant offset aside",
+    "cancelled": "the average of the channels has under 1 % of their power: opposite phase?",
+    "clipped": "over 2 % of the samples are at full scale"}
+
+
+def _find_defect(channels, audio) -> str | None:
+    """channels (n, C), their average (n,) -> a key of DEFECTS."""
+    channels = channels - channels.mean(0)  # a dead microphone may have a constant offset
+    mean = channels.mean(1)
+    if (mean ** 2).mean() < 0.01 * (channels ** 2).mean():
+        return "cancelled"
+    if np.abs(mean).max() < 1e-4:  # -80 dBFS
+        return "silent"
+    if (np.abs(audio) > 0.999).mean() > 0.02:  # a few clipped peaks are normal
+        return "clipped"
+    return None
 
 
 def _decode(utterance, max_sec) -> tuple[np.ndarray, int]:
-    """The utterance's samples, (n,) float32, channels averaged, and their rate in Hz."""
+    """The utterance's samples, (n, C) float32, and their rate in Hz.
+
+    By libsndfile, which jumps to a segment but believes the header; or, where the header's length
+    is needed and may be wrong, by FFmpeg, which reads to the end.
+    """
     with soundfile.SoundFile(utterance.audio) as file:
-        # libsndfile reads a truncated wav to its end without complaint; only its log tells.
-        # 2^32 - 1 is what a program leaves in the header when it writes to a pipe.
-        log = re.search(r"^data\s*: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-        if log and int(log[1]) < 2 ** 31:
-            detail = f"the header promises {log[1]} bytes of samples, the file holds {log[2]}"
-            raise AudioError(utterance, "unreadable", detail)
+        damage = _find_damage(file)
+        if damage:
+            raise AudioError(utterance, "unreadable", damage)
+        rate, frames = file.samplerate, file.frames
+        end = utterance.start_sec + (utterance.duration_sec or math.inf)
+        if end > frames / rate and not _is_length_right(file):
+            return _decode_to_the_end(utterance, max_sec, rate, _promised_seconds(file))
 
-        rate = file.samplerate
-        first = round(utterance.start_sec * rate)
-        if utterance.duration_sec is None:
-            count = file.frames - first
-        else:
-            count = round(utterance.duration_sec * rate)
-        # A manifest may give a file's length rounded to 10 ms; more than that missing is an error.
-        tolerance = 0.01 * rate
-        if first >= file.frames or first + count > file.frames + tolerance:
-            end, file_end = (first + count) / rate, file.frames / rate
-            detail = f"segment ends at {end:.2f} s, file at {file_end:.2f} s"
-            raise AudioError(utterance, "past_end", detail)
-        seconds = count / rate
-        if not MIN_SEC <= seconds <= max_sec:
-            reason = "too_short" if seconds < MIN_SEC else "too_long"
-            detail = f"{seconds:.2f} s is outside {MIN_SEC} to {max_sec} s"
-            raise AudioError(utterance, reason, detail)
-
-        file.seek(first)
-        audio = file.read(count, dtype="float32", always_2d=True)  # (n, channels)
-    if len(audio) < count - tolerance:  # the header promised more than the file holds
+        first, count = _segment_samples(utterance, rate, frames, max_sec)
+        if first and file.seekable():
+            file.seek(first)
+        elif first:
+            file.read(first)
+        audio = file.read(count, dtype="float32", always_2d=True)
+    if len(audio) < count - 0.01 * rate:
         detail = f"{len(audio)} of {count} samples could be decoded"
         raise AudioError(utterance, "unreadable", detail)
-    return audio.mean(1), rate
+    return audio, rate
 
 
-@lru_cache(maxsize=8)  # the windowed-sinc kernel is costlier than the resampling of a short clip
-def _resampler(rate):
-    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+def _decode_to_the_end(utterance, max_sec, rate, promised_sec):
+    """Like `_decode`, by FFmpeg. promised_sec: what the file surely holds, unless it is cut off."""
+    needed_sec = utterance.start_sec + (utterance.duration_sec or max_sec) + 1
+    chunks = []  # from the start of the segment on
+    n = 0        # samples so far
+    for chunk, rate in _ffmpeg_chunks(utterance.audio):
+        skipped = max(0, round(utterance.start_sec * rate) - n)
+        n += len(chunk)
+        if skipped < len(chunk):
+            chunks.append(chunk[skipped:])
+        if n > needed_sec * rate:
+            break
+    else:
+        if n < (promised_sec - 0.05) * rate:
+            detail = f"the header promises {promised_sec:.2f} s, the file holds {n / rate:.2f} s"
+            raise AudioError(utterance, "unreadable", detail)
+    _, count = _segment_samples(utterance, rate, n, max_sec)
+    return np.concatenate(chunks)[:count], rate
+
+
+def _segment_samples(utterance, rate, frames, max_sec) -> tuple[int, int]:
+    """First sample of an utterance and how many, in a file of `frames` samples."""
+    first = round(utterance.start_sec * rate)
+    if utterance.duration_sec is None:
+        count = frames - first
+    else:
+        count = round(utterance.duration_sec * rate)
+    # A manifest may give a file's length rounded to 10 ms; more than that missing is an error.
+    if first >= frames or first + count > frames + 0.01 * rate:
+        end, file_end = (first + count) / rate, frames / rate
+        detail = f"segment ends at {end:.2f} s, file at {file_end:.2f} s"
+        raise AudioError(utterance, "past_end", detail)
+    seconds = count / rate
+    if not MIN_SEC <= seconds <= max_sec:
+        reason = "too_short" if seconds < MIN_SEC else "too_long"
+        detail = f"{seconds:.2f} s is outside {MIN_SEC} to {max_sec} s"
+        raise AudioError(utterance, reason, detail)
+    return first, count
+
+
+def _find_damage(file) -> str | None:
+    """What is wrong with a file that libsndfile opens and reads without complaint: only its log tells."""
+    log = file.extra_info
+    size = re.search(r"^\s*(?:data|SSND|Data Size|Riff size|riff)\s*: (\d+) \(should be (\d+)\)", log, re.M)
+    if size and int(size[1]) < NO_SIZE and int(size[1]) - int(size[2]) > 64:
+        return f"the header promises {size[1]} bytes of samples, the file holds {size[2]}"
+    if "Last page lacks an end-of-stream bit" in log and "Junk after the last page" in log:
+        return "the file ends inside a page of Ogg: cut off"
+    # A header that was never brought up to date: behind its samples come more, and no chunk.
+    end = re.search(r"(?:Unknown chunk marker \(\w+\)|Have 0 marker) at position (\d+)", log)
+    bytes_a_second = re.search(r"Bytes/sec\s*: (\d+)", log)
+    if end and bytes_a_second and file.frames:
+        rest = os.path.getsize(file.name) - int(end[1])
+        if rest > 0.25 * int(bytes_a_second[1]):
+            return f"the header's samples end at byte {end[1]}, but {rest} more bytes follow"
+    return None
+
+
+def _is_length_right(file) -> bool:
+    """Whether the header's length is that of the whole file."""
+    if file.format in ("MP3", "OGG"):  # guessed from the first frame; that of the first file of several joined
+        return False
+    if file.format == "FLAC" and file.frames < 2 ** 62:  # else it is unknown
+        with open(file.name, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            joined = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22").search(content, 1)  # a second header
+        return joined is None
+    return 0 < file.frames < 2 ** 62
+
+
+def _promised_seconds(file) -> float:
+    """The length that a compressed file has at least, unless it is cut off; 0 if nothing says so."""
+    if file.format == "MP3":  # without a Xing, Info or VBRI frame the length is a guess
+        with open(file.name, "rb") as raw:
+            head = raw.read(2 ** 20)
+        if not re.search(rb"\xff[\xe2-\xff].{11,36}(Xing|Info|VBRI)", head, re.DOTALL):
+            return 0.0
+    return file.frames / file.samplerate if file.frames < 2 ** 62 else 0.0
+
+
+def _ffmpeg_chunks(path):
+    """Yield (samples (n, C) float32, rate in Hz) up to the real end of a file. Raises OSError."""
+    import av  # takes 0.1 s, and few corpora need it
+    try:
+        with av.open(path) as container:
+            to_float = av.AudioResampler(format="fltp")
+            for packet in container.demux(audio=0):
+                try:
+                    frames = packet.decode()
+                except av.InvalidDataError:
+                    if container.format.name != "mp3":
+                        raise
+                    continue  # padding or a tag behind the last frame
+                for frame in frames:
+                    for part in to_float.resample(frame):
+                        yield part.to_ndarray().T, part.sample_rate
+    except (av.FFmpegError, IndexError, ValueError) as error:  # ValueError: joined, of two formats
+        raise OSError(f"FFmpeg: {error}") from None
 
 
 def _file_seconds(path) -> float:
-    """Length of an audio file by its header. Raises one of UNREADABLE."""
-    info = soundfile.info(path)
-    return info.frames / info.samplerate
+    """Length of an audio file: by its header where that can be trusted. Raises one of UNREADABLE.
+
+    mp3 and ogg are decoded: 0.5 ms a second of audio, opus 1.2 ms.
+    """
+    with soundfile.SoundFile(path) as file:
+        damage = _find_damage(file)
+        if damage:
+            raise OSError(damage)
+        if _is_length_right(file):
+            return file.frames / file.samplerate
+    return sum(len(chunk) / rate for chunk, rate in _ffmpeg_chunks(path))
 
 
 # ------------------------------------------------------------------------------------ 3. features
@@ -345,7 +737,7 @@ class Batch:
 
 def load_batch(utterances, n_mels=128, augment=None, keep_going=True, max_sec=MAX_SEC,
                for_training=True) -> Batch:
-    """Decode clips, make features, pad.
+    """Decode clips, make features, pad. max_sec, for_training: see `load_audio`.
 
     augment: optional function (mel (n_mels, T), utterance) -> mel.
     keep_going: a clip that can't be used is reported in `rejected`; else its AudioError is raised.
@@ -396,29 +788,27 @@ class Plan:
     number of processes makes the same update.
     """
     def __init__(self, durations, global_batch, seed):
-        self.durations = list(durations)
+        self.durations = np.asarray(durations, dtype=np.float32)  # (n,)
         self.global_batch = global_batch
         self.seed = seed
         self.steps_per_epoch = math.ceil(len(self.durations) / global_batch)
-        self._number = None   # of the epoch that is kept: the next step asks for the same one
-        self._batches = None
+        self._number = None  # of the epoch whose order is kept: the next step asks for the same one
+        self._order = None   # (n,) uint32
 
     def __getitem__(self, step) -> list[int]:
         """Indices of the utterances of one step."""
-        return self.epoch(step // self.steps_per_epoch)[step % self.steps_per_epoch]
+        number, batch = divmod(step, self.steps_per_epoch)
+        if number != self._number:
+            self._number = number
+            numbers = np.arange(len(self.durations), dtype=np.uint32)
+            self._order = np.random.default_rng([self.seed, number]).permutation(numbers)
+        rows = self._order[batch * self.global_batch:(batch + 1) * self.global_batch]
+        return rows[self.durations[rows].argsort(kind="stable")].tolist()
 
     def epoch(self, number) -> list[list[int]]:
         """Batches of indices of one epoch."""
-        if number == self._number:
-            return self._batches
-        order = list(range(len(self.durations)))
-        random.Random(f"{self.seed}/{number}").shuffle(order)
-        batches = []
-        for first in range(0, len(order), self.global_batch):
-            batch = order[first:first + self.global_batch]
-            batches.append(sorted(batch, key=self.durations.__getitem__))
-        self._number, self._batches = number, batches
-        return batches
+        first = number * self.steps_per_epoch
+        return [self[step] for step in range(first, first + self.steps_per_epoch)]
 
 
 @dataclass
@@ -427,22 +817,36 @@ class Steps(torch.utils.data.Dataset):
 
     Micro-batches are cut after sharing out, lengths still sorted. A rank may get fewer rows than
     another, or none. augment: optional function (mel (n_mels, T), utterance, step) -> mel.
+    micro_batch_sec: a micro-batch's most seconds, padding included; where given, it decides alone.
     """
-    utterances: list[Utterance]
+    utterances: Sequence[Utterance]
     plan: Plan
     micro_batch: int
     rank: int = 0
     world: int = 1
     n_mels: int = 128
     augment: Callable | None = None
+    micro_batch_sec: float | None = None
 
     def __getitem__(self, step) -> list[Batch]:
         augment = partial(self.augment, step=step) if self.augment else None
-        mine = self.plan[step][self.rank::self.world]
         batches = []
-        for first in range(0, len(mine), self.micro_batch):
-            rows = [self.utterances[i] for i in mine[first:first + self.micro_batch]]
+        for indices in self.cut(self.plan[step][self.rank::self.world]):
+            rows = [self.utterances[i] for i in indices]
             batches.append(load_batch(rows, self.n_mels, augment))
+        return batches
+
+    def cut(self, share) -> list[list[int]]:
+        """Indices of this rank, by length -> those of each micro-batch. A clip too long is alone."""
+        batches = []
+        for i in share:  # a batch is padded to the length of its last clip
+            n = len(batches[-1]) + 1 if batches else math.inf
+            fits = n <= self.micro_batch
+            if self.micro_batch_sec is not None:
+                fits = n * self.plan.durations[i] <= self.micro_batch_sec
+            if not fits:
+                batches.append([])
+            batches[-1].append(i)
         return batches
 
 
@@ -499,24 +903,32 @@ def check_labelled(utterances) -> None:
 
     The transcript may be "": nothing is said there.
     """
+    if isinstance(utterances, Manifest):
+        first = utterances.first_without("labelled")
+        utterances = [first] if first else []
     for u in utterances:
         if u.text is None or not u.language:
             raise ValueError(f"{u.line}: {u.id}: 'text' and 'language' are needed here, "
                              f"found {u.text!r}, {u.language!r}")
 
 
-def measure(utterances) -> list[float]:
-    """Durations in seconds, by the manifest or else by the file's header; 0.0 if unreadable."""
-    durations = []
-    for utterance in utterances:
-        duration = utterance.duration_sec
-        if duration is None:
-            try:
-                duration = _file_seconds(utterance.audio) - utterance.start_sec
-            except UNREADABLE:
-                duration = 0.0  # load_audio rejects it, with its reason, when it is its turn
-        durations.append(duration)
-    return durations
+def measure(utterances) -> np.ndarray:
+    """Durations in seconds, (n,) float32, by the manifest or else by the file's header.
+
+    0.0 if that is unreadable: load_audio rejects it, with its reason, when it is its turn.
+    """
+    if isinstance(utterances, Manifest):
+        return utterances.durations()
+    return np.array([_seconds(u, unreadable=0.0) for u in utterances], dtype=np.float32)
+
+
+def _seconds(utterance, unreadable) -> float:
+    if utterance.duration_sec is not None:
+        return utterance.duration_sec
+    try:
+        return _file_seconds(utterance.audio) - utterance.start_sec
+    except UNREADABLE:
+        return unreadable
 
 
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
@@ -536,17 +948,20 @@ def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
 # -------------------------------------------------------------------------------------- 5. metric
 
 # Name and version of what normalize does: another rule, table or reading is another number.
-NORMALISER = "opd-asr-1"
-# In these languages digits are read out, and the unit is the character.
+NORMALISER = "opd-asr-2"
+# In these languages numbers are read out, and the unit is the character.
 HANZI_LANGUAGES = set("zh cmn zho chi cn yue wuu nan hak chinese mandarin cantonese".split())
 CHARACTER_LANGUAGES = HANZI_LANGUAGES | set(
     "ja jpn jp japanese ko kor korean th tha thai lo lao km khmer my burmese".split())
 ENGLISH = {"en", "eng", "english"}
+DOTLESS_I = set("tr tur turkish az aze azerbaijani".split())  # I is the capital of ı, İ of i
 # Thai, CJK and kana, hangul: the inside of a regular expression's [...].
 ONE_CHARACTER = "\u0e00-\u0e7f\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4`", "'"))
 FRACTION = "[\u00bc-\u00be\u2150-\u215e]"
-INVISIBLE = "[\u00ad\u200b\u2060\ufeff\u20e3\ufe00-\ufe0f]"  # soft hyphen, zero width, variation
+# Soft hyphen, zero width, joiners, direction, variation selectors, tags of emoji.
+INVISIBLE = ("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u20e3\ufe00-\ufe0f"
+             "\ufeff\U000e0000-\U000e0fff]")
 
 
 def metric(language: str | None) -> str:
@@ -574,8 +989,8 @@ def normalize(text: str, language: str) -> str:
 
     All: apostrophes straightened -> NFKC (full width to half width) -> lower case.
     English (WER): Whisper's English normaliser, see `english`.
-    Others: letters, digits and marks are kept, see `words`; in Mandarin and Cantonese, digits are
-    read out before, see `read_out`. Units are words (WER), characters (CER), or both (MER): one a
+    Others: letters, digits and marks are kept, see `words`; in Mandarin and Cantonese, numbers are
+    read out before, see `mandarin`. Units are words (WER), characters (CER), or both (MER): one a
     character of CJK, kana, hangul, Thai and one a run of anything else.
     Text with a letter or a digit in it never becomes empty.
 
@@ -589,12 +1004,15 @@ def normalize(text: str, language: str) -> str:
     text = re.sub(INVISIBLE, "", text)  # what can't be seen is no unit and parts no word
     text = re.sub(rf"(?<=\d)(?={FRACTION})", " ", text)  # or NFKC would make 31/2 of 3½
     text = text.translate(APOSTROPHES)  # before NFKC, which takes some of them apart
-    text = unicodedata.normalize("NFKC", text).lower()
+    text = unicodedata.normalize("NFKC", text)
+    if parts[0] in DOTLESS_I:
+        text = text.replace("I", "ı").replace("İ", "i")
+    text = text.lower()
     if unit == "WER" and parts[0] in ENGLISH:
         return english(text) or words(text)
 
     if HANZI_LANGUAGES & set(parts):
-        text = read_out(text)
+        text = mandarin(text)
     text = words(text)
     if unit == "CER":
         return " ".join(text.replace(" ", ""))
@@ -668,75 +1086,57 @@ def _whisper_normalizer():
     return normalizer
 
 
-HANZI = "零一二三四五六七八九"
-TRADITIONAL = str.maketrans("萬億兩點負", "万亿两点负")  # what read_out writes; nothing else is simplified
-NUMERALS = re.compile(  # two things (两); a year, a telephone number, 1.2.3; any other number
-    r"(?P<two>(?<!第)(?<!百分之)2(?="  # counted: 两, not 二
-    r"[个個只隻条條张張位件台辆輛本天种種份家块塊杯瓶倍岁歲名周週秒米元"
-    r"场場项項公頭头層层部把座组組轮輪届屆]|次(?!元)|人(?![转轉])"
-    r"|点(?![\d零一二三四五六七八九])|年(?![级級])|小[时時]|分[钟鐘]))"
-    r"|(?P<digits>(?:1[1-9]|20)\d\d(?=(?:[-–—~至到](?:1[1-9]|20)\d\d)?年)"
-    r"|\d\d(?=[后後])"  # 80后, those born in the eighties
-    r"|0\d{2,3}-\d{7,8}(?!\d)|\d{3,4}-\d{3,4}-\d{4}(?!\d)|\d+(?:\.\d+){2,})"
-    r"|(?P<minus>(?<![\w%])-|(?<=[温为是约到至])-)?"
-    r"(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<point>\.\d+)?(?P<percent>%)?")
+# What wetext would misread -> what it reads as it is said; for text in NFKC and lower case.
+BEFORE_WETEXT = [(re.compile(pattern), replacement) for pattern, replacement in [
+    (r"(?<=\d),(?=\d{3}(?!\d))", ""),                         # 1,000: it stops at the comma
+    ("\u2044", "/"),                                           # NFKC writes ½ with this slash
+    (r"(?<=[\d%])\s*[–—−]\s*(?=\d)", "-"),                    # it knows one of the dashes
+    (r"(?<=[a-z])-(?=\d)", " "),                               # covid-19 is not minus 19
+    (r"%\s*[-~]\s*(?=\d)", "%到"),                            # nor is the 30 of 20%-30%
+    (r"(\d+(?:\.\d+)?)‰", r"千分之\1"),                        # it has no ‰
+    (r"约(?=\d)", "约 "),                                      # 约1/4 becomes 四分之约一
+    (r"(?<=\d)\s*×\s*(?=\d)", "乘"),                          # 7×24: 24 digit by digit
+    (r"(?<![\d.])(\d)\.(\d+)\.(\d+)(?![\d.])", r"\1点\2点\3"),  # it reads one point of 1.2.3
+    (r"(?<=\d)(?=(?:st|nd|rd|th)(?![a-z]))", " "),             # 1st is not one second
+]]
+MONTH_DAY = re.compile(r"(?<![\d.])(1[0-2])\.(\d\d)(?![\d.%‰])")  # it reads 12.25 as a day
+# What it reads in capitals only: currencies, o2o; and a letter behind digits, which is no unit.
+CAPITALS = re.compile(r"(?<![a-z])(?:cny|rmb|hkd|usd|eur|gbp|jpy)(?=\s?\d)|(?<![a-z])[a-z](?=\$\d)"
+                      r"|(?<![a-z])[a-z]2[a-z](?![a-z])|(?<=\d)[a-z](?![\w/.])")
+DIGITS = str.maketrans("0123456789", "零一二三四五六七八九")
+SAID_ALIKE = str.maketrans("两幺〇", "二一零")
 
 
-def read_out(text: str) -> str:
-    """Digits -> spoken hanzi, so that 2023年 and 二零二三年 are one.
+def mandarin(text: str) -> str:
+    """Numbers, dates, times, amounts, units -> hanzi as they are said; all hanzi simplified.
 
-    Read digit by digit: years (1100 to 2099 before 年), telephone numbers, a zero at the front,
-    seven digits or more without commas. All else is a number: 三百零五, 三点一四, 百分之八十, 负五; 2 is
-    两 before a measure word. Where two ways are common, both sides get the first: 零 (〇, ○ after a
-    digit), 一 (幺 beside digits), 二 (两 before 百千万亿), 万 (萬). Nothing else is simplified: opencc
-    would do it, and is one more package whose version moves the number. Text without a digit keeps
-    its meaning and its length.
+    By wetext, the rules of WeTextProcessing; erhua and interjections stay. For text in NFKC and
+    lower case. What is said in two ways is folded: 两 is 二, 幺 is 一, 〇 and ○ are 零, 百分之一百 is
+    百分之百.
     """
-    text = NUMERALS.sub(_reading, text.translate(TRADITIONAL)).replace("〇", "零")
-    text = re.sub(rf"(?<=[{HANZI}○])○", "零", text)
-    text = re.sub(rf"(?<=[{HANZI}幺])幺|幺(?=[{HANZI}幺])", "一", text)
-    text = re.sub("百分之一百(?![零一二三四五六七八九])", "百分之百", text)
-    return re.sub("两(?=[百千万亿])", "二", text)
+    text = re.sub(r"[^\D0-9]", lambda digit: str(int(digit[0])), text)  # of other scripts
+    if re.search(r"\d", text):
+        for pattern, replacement in BEFORE_WETEXT:
+            text = pattern.sub(replacement, text)
+        text = MONTH_DAY.sub(lambda number: f"{number[1]}点{number[2].translate(DIGITS)}", text)
+        text = CAPITALS.sub(lambda match: match[0].upper(), text)
+    clauses = re.split("([,。!?;])", text)  # its time goes into those with digits
+    text = "".join(map(_say, clauses)).lower()
+    text = text.translate(DIGITS).translate(SAID_ALIKE)  # it may have left digits
+    text = re.sub("(?<=[零一二三四五六七八九])○|○(?=[零一二三四五六七八九])", "零", text)
+    return re.sub("百分之一百(?![零一二三四五六七八九])", "百分之百", text)
 
 
-def _reading(match) -> str:
-    """How a match of NUMERALS is said."""
-    if match["two"]:
-        return "两"
-    if match["digits"]:
-        return _digit_by_digit(match["digits"])
-    whole = match["whole"].replace(",", "")
-    has_no_commas = whole == match["whole"]
-    zero_led = len(whole) > 1 and int(whole[0]) == 0
-    if len(whole) > 12 or has_no_commas and (len(whole) > 6 or zero_led):
-        said = _digit_by_digit(whole)
-    else:
-        said = cardinal(whole)
-    sign = "负" if match["minus"] else ""
-    percent = "百分之" if match["percent"] else ""
-    return sign + percent + said + _digit_by_digit(match["point"] or "")
+@lru_cache(maxsize=10_000)
+def _say(clause) -> str:
+    return _wetext().normalize(clause)
 
 
-def _digit_by_digit(digits) -> str:
-    digits = digits.replace("-", "")
-    return "".join("点" if c == "." else HANZI[int(c)] for c in digits)
-
-
-def cardinal(digits: str) -> str:
-    """At most 12 digits, no zero at the front, in Mandarin: 10203 -> 一万零二百零三, 15 -> 十五."""
-    said = ""
-    zero = False
-    for place, digit in zip(range(len(digits) - 1, -1, -1), map(int, digits)):
-        if digit:
-            said += "零" * (zero and said != "") + HANZI[digit] + ("", "十", "百", "千")[place % 4]
-        zero = not digit
-        if place % 4 == 0:  # 10^8, 10^4, 1
-            section = int(digits[:len(digits) - place][-4:])
-            said += ("", "万", "亿")[place // 4] if section else ""
-            zero = not section
-    if said.startswith("一十"):
-        return said.removeprefix("一")
-    return said or "零"
+@lru_cache(maxsize=1)
+def _wetext():
+    from wetext import Normalizer  # takes half a second
+    return Normalizer(lang="zh", operator="tn", traditional_to_simple=True, remove_erhua=False,
+                      remove_interjections=False)
 
 
 KINDS = {"equal": "equal", "substitute": "sub", "delete": "del", "insert": "ins"}  # jiwer's: ours
@@ -784,6 +1184,11 @@ def error_rate(counts) -> float:
     return 100.0 * errors / units if units else math.nan
 
 
+# More than the public test sets have (WenetSpeech's has 24,774 clips). 10,000 draws of a million
+# clips would take ten minutes.
+MANY_BLOCKS = 30_000
+
+
 def bootstrap(numerators, denominators, n=10_000, seed=0, blocks=None) -> tuple[float, float]:
     """95 % interval of sum(numerators) / sum(denominators), see `bootstrap_rates`.
 
@@ -809,8 +1214,9 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
     """sum(numerators) / sum(denominators) of n corpora drawn with replacement -> (n,).
 
     Utterances are drawn (Bisani & Ney, ICASSP 2004), or, with one label an utterance in `blocks`,
-    whole blocks: all utterances of a speaker share a microphone and a voice. nan: a draw whose
-    denominators are all 0, and every draw if there is only one block.
+    whole blocks: all utterances of a speaker share a microphone and a voice. More than MANY_BLOCKS
+    are not drawn: their rates come from the normal distribution with the same mean and variance.
+    nan: a draw whose denominators are all 0, and every draw if there is only one block.
     """
     numerators = np.asarray(numerators, dtype=np.float64)
     denominators = np.asarray(denominators, dtype=np.float64)
@@ -821,9 +1227,11 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
     size = len(numerators)
     if size < 2 or not denominators.sum() > 0:
         return np.full(n, np.nan)
-    if size > 100_000:
-        n = 1_000  # of a million utterances, 10,000 draws would take ten minutes
     rng = np.random.default_rng(seed)
+    if size > MANY_BLOCKS:  # the distribution that the draws tend to, by the delta method
+        rate = numerators.sum() / denominators.sum()
+        deviation = np.sqrt(((numerators - rate * denominators) ** 2).sum()) / denominators.sum()
+        return rate + deviation * rng.standard_normal(n)
     rates = []
     for _ in range(n // 100):  # in groups: all draws of a large corpus would not fit in memory
         # How often each is drawn, (100, size).
@@ -839,7 +1247,8 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
 # "text" is None where the corpus promises a transcript and has none. A row without "duration" is a
 # whole file, whose header is read later. A row with "left_out": REASON goes into no manifest.
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
+AUDIO_SUFFIXES = set(  # what is read
+    ".wav .flac .mp3 .ogg .oga .opus .aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph".split())
 WENETSPEECH = {  # subset -> name of its manifest
     "L": "train", "M": "train_m", "S": "train_s",
     "DEV": "dev", "TEST_NET": "test_net", "TEST_MEETING": "test_meeting"}
@@ -898,7 +1307,7 @@ def wenetspeech(root):
     """ROOT holds WenetSpeech.json and the .opus files at the paths it names.
 
     Makes manifests of segments: train (L), train_m and train_s (M, S; parts of L), dev, test_net,
-    test_meeting. L whole needs about 10 GB of memory here, and as much to read. Raises
+    test_meeting. Memory does not grow with the corpus, but for 16 bytes a segment. Raises
     FileNotFoundError without the json, ValueError where it is cut off or an audio lacks a field.
     """
     path = root / "WenetSpeech.json"
@@ -940,13 +1349,20 @@ def _wenetspeech_audios(path):
 def folder(root, language=None):
     """All audio under ROOT, one manifest named like it; a transcript is the .txt of the same name.
 
-    An id is the path below ROOT with - for /. Links to folders are not followed. Raises
-    FileNotFoundError without audio.
+    An id is the path below ROOT with - for /. Links to folders are not followed. Other files, and
+    transcripts without audio, are left out and counted. Raises FileNotFoundError without audio.
     """
-    files = [p for p in root.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()]
+    visible = [p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    files = [p for p in visible if p.suffix.lower() in AUDIO_SUFFIXES]
+    used = set(files) | {p.with_suffix(".txt") for p in files}
+    others = [p for p in visible if p not in used]
     if not files:
         suffixes = ", *".join(sorted(AUDIO_SUFFIXES))
-        raise FileNotFoundError(f"{root}: no audio; expected files *{suffixes} in it or below")
+        found = sorted({p.suffix for p in others})
+        raise FileNotFoundError(f"{root}: no audio; expected files *{suffixes} in it or below; "
+                                f"suffixes found: {found}")
+    for path in sorted(others):
+        yield root.name, {"audio": str(path), "left_out": f"not read: *{path.suffix}"}
     for path in sorted(files):
         row = {"id": "-".join(path.relative_to(root).with_suffix("").parts), "audio": str(path)}
         transcript = path.with_suffix(".txt")
@@ -988,32 +1404,98 @@ CORPORA = {"librispeech": librispeech, "aishell1": aishell1, "wenetspeech": wene
 def write_corpus(rows, out) -> None:
     """Write (manifest's name, row) pairs as OUT/NAME.jsonl; print what is in each and what is not.
 
-    Raises ValueError, before anything is written, where two rows of a manifest share an id, or if
-    nothing is left.
+    Rows go to the disk as they come: WenetSpeech has 15 million. Raises ValueError, and leaves OUT
+    as it was, where two rows of a manifest share an id, or if nothing is left.
     """
     out = Path(os.path.abspath(out))
-    manifests = defaultdict(dict)                      # name -> {id: row}
-    left_out = defaultdict(lambda: defaultdict(list))  # name -> {reason: audio paths}
-    for name, row in tqdm(rows, desc="corpus", unit="clip", mininterval=REFRESH_SEC):
+    drafts = {}  # name: Draft
+    try:
+        for name, row in tqdm(rows, desc="corpus", unit="clip", mininterval=REFRESH_SEC):
+            if name not in drafts:
+                drafts[name] = Draft(out / f"{name}.jsonl")
+            drafts[name].add(row)
+        drafts = dict(sorted(drafts.items()))
+        for draft in drafts.values():
+            draft.check_ids()
+        if not any(draft.offsets for draft in drafts.values()):
+            reasons = {name: draft.reasons() for name, draft in drafts.items()}
+            raise ValueError(f"no utterance is left. Left out: {reasons}")
+        for draft in drafts.values():
+            draft.publish()
+    finally:
+        for draft in drafts.values():
+            draft.discard()
+
+
+class Draft:
+    """A manifest while it is written, under a temporary name, and what is said about it."""
+    def __init__(self, path):
+        self.path = path
+        self.temporary = path.with_name(path.name + ".tmp")
+        self.file = None
+        self.offsets = array("q")  # of the lines, bytes
+        self.hashes = array("Q")   # of their ids
+        self.seconds = 0.0
+        self.speakers = set()
+        self.without_text = 0
+        self.left_out = Counter()  # reason: rows
+        self.first = {}            # reason: audio of the first of them
+
+    def add(self, row) -> None:
         reason = _why_left_out(row)
         if reason:
-            left_out[name][reason].append(row["audio"])
-            continue
-        first = manifests[name].setdefault(row["id"], row)
-        if first is not row:
-            raise ValueError(f"{name}: expected one id each: {first['audio']} and {row['audio']} "
-                             f"are both {row['id']!r}")
-    if not manifests:
-        reasons = {name: _count_by_reason(files) for name, files in left_out.items()}
-        raise ValueError(f"no utterance is left. Left out: {reasons}")
+            self.left_out[reason] += 1
+            self.first.setdefault(reason, row["audio"])
+            return
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.temporary.open("w+b")
+        self.offsets.append(self.file.tell())
+        self.hashes.append(hash_id(row["id"]))
+        self.seconds += row["duration"]
+        self.without_text += "text" not in row
+        if "speaker" in row:
+            self.speakers.add(row["speaker"])
+        row = row | {"audio": os.path.relpath(row["audio"], os.path.realpath(self.path.parent))}
+        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
-    for name in sorted(manifests.keys() | left_out.keys()):
-        path = out / f"{name}.jsonl"
-        kept = manifests[name].values()
-        if kept:
-            relative = (row | {"audio": os.path.relpath(row["audio"], out)} for row in kept)
-            write_jsonl(path, relative)
-        print(f"{path}: {_summary(kept, left_out[name])}")
+    def check_ids(self) -> None:
+        pair = _first_repeated(np.array(self.hashes), lambda i: self._read(i)["id"])
+        if pair:
+            first, second = map(self._read, pair)
+            raise ValueError(f"{self.path.stem}: expected one id each: {first['audio']} and "
+                             f"{second['audio']} are both {first['id']!r}")
+
+    def _read(self, i) -> dict:
+        self.file.seek(self.offsets[i])
+        row = json.loads(self.file.readline())
+        return row | {"audio": os.path.normpath(self.path.parent / row["audio"])}
+
+    def publish(self) -> None:
+        """Put the manifest in place; print what it holds."""
+        if self.file:
+            self.file.close()
+            os.replace(self.temporary, self.path)
+        said = f"{len(self.offsets)} utterances, {self.seconds / 3600:.2f} h, "
+        said += f"{len(self.speakers) or 'unknown'} speakers"
+        if self.without_text:
+            said += f", {self.without_text} without text"
+        if not self.offsets:
+            said += "; not written"
+        if self.left_out:
+            said += f"; left out: {self.reasons()}"
+        print(f"{self.path}: {said}")
+
+    def reasons(self) -> str:
+        items = self.left_out.items()
+        return "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in items)
+
+    def discard(self) -> None:
+        if self.file:
+            self.file.close()
+            self.temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: something was published, or was there before
+            self.path.parent.rmdir()
 
 
 def _why_left_out(row) -> str | None:
@@ -1035,26 +1517,6 @@ def _why_left_out(row) -> str | None:
     if row["start"] < 0 or not row["duration"] > 0:
         return "bad times"
     return None
-
-
-def _summary(kept, left_out) -> str:
-    """What a manifest holds, in words."""
-    hours = sum(row["duration"] for row in kept) / 3600
-    speakers = {row["speaker"] for row in kept if "speaker" in row}
-    said = f"{len(kept)} utterances, {hours:.2f} h, {len(speakers) or 'unknown'} speakers"
-    without_text = sum("text" not in row for row in kept)
-    if without_text:
-        said += f", {without_text} without text"
-    if not kept:
-        said += "; not written"
-    if left_out:
-        said += f"; left out: {_count_by_reason(left_out)}"
-    return said
-
-
-def _count_by_reason(left_out) -> str:
-    items = left_out.items()
-    return "; ".join(f"{len(files)} {reason} (first: {files[0]})" for reason, files in items)
 
 
 # --------------------------------------------------------------------------------- 7. demo corpus

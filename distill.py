@@ -237,26 +237,34 @@ def roll_out(student, batches, step, args):
       first_error  rollouts, scored up to and including the first id that differs from theirs
 
     One generate writes the rollouts of the whole share: on a GPU a token of 120 rows takes as long as
-    one of 12. The encoder's output is used again, with its graph, where it belongs to the only
-    micro-batch; the graphs of several would not fit, so there it is computed again: None.
+    one of 12; --rollout_batch cuts it where memory asks for that. The encoder's output is used again,
+    with its graph, where it belongs to the only micro-batch or --freeze leaves no graph but the
+    adapter's; the graphs of several would not fit, so there it is computed again: None.
     """
     if args.states == "reference":
         return [(None, *references(student, batch)) for batch in batches]
-    alone = len(batches) == 1
-    with torch.set_grad_enabled(alone):
+    keep = len(batches) == 1 or args.freeze == "encoder"
+    with torch.set_grad_enabled(keep):
         prompts = [model.encode_audio(student, batch) for batch in batches]
     embeds, prompt_mask = model.join_prompts(prompts)                       # (sum of B, P, D), (.., P)
     clips = [u.id for batch in batches for u in batch.utterances]
     uniforms = data.keyed_uniforms(args.seed, step, clips, args.max_new_tokens)
-    ids, mask = model.generate(                                             # (sum of B, R)
-        student.body, student.head.weight, embeds, prompt_mask, stop=student.stop,
-        blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, uniforms=uniforms)
+    ids = torch.full(uniforms.shape, student.pad_id, device=student.device)  # (sum of B, R)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    size = args.rollout_batch or len(clips)
+    for first in range(0, len(clips), size):
+        part = slice(first, first + size)
+        written, valid = model.generate(
+            student.body, student.head.weight, embeds[part], prompt_mask[part], stop=student.stop,
+            blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, uniforms=uniforms[part])
+        ids[part, :written.shape[1]] = written
+        mask[part, :written.shape[1]] = valid
     rollouts = []
     sizes = [len(batch.utterances) for batch in batches]
     for prompt, rows, valid in zip(prompts, ids.split(sizes), mask.split(sizes)):
         n_columns = int(valid.any(0).sum())  # the longest rollout of the share may lie elsewhere
-        rollouts.append((prompt if alone else None, rows[:, :n_columns], valid[:, :n_columns]))
+        rollouts.append((prompt if keep else None, rows[:, :n_columns], valid[:, :n_columns]))
     return rollouts
 
 
@@ -306,12 +314,19 @@ def learning_rate(step, args) -> float:
 
 
 def make_optimizer(parameters, args):
-    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases."""
+    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases.
+
+    fused on a GPU: otherwise a step would hold another 4 bytes a parameter for a moment.
+    """
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98),
+                                  fused=parameters[0].is_cuda or None)
+    if args.shard_optimizer:
+        model.shard(optimizer)
+    return optimizer
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -319,19 +334,24 @@ def make_optimizer(parameters, args):
 def distil(args):
     """The algorithm at the top of this file."""
     rank, world, device, stop = model.setup(args)
-    pool = [u for path in args.data for u in data.read_manifest(path)]
+    pool = data.read_manifests(args.data)
     dev = data.read_manifest(args.dev) if args.dev else []
-    data.check_labelled(dev if args.states == "rollout" else dev + pool)
+    data.check_labelled(dev)
+    if args.states != "rollout":
+        data.check_labelled(pool)
     data.check_decodable(dev[rank::world])  # the first evaluation would stop the run
     student = model.load_student(args.student, device)
     teacher = model.load_teacher(args.teacher, device)
     model.check_same_features(student, teacher)
     to_teacher = model.vocabulary_map(student, teacher)                     # (V,) -1: none
-    parameters = list(student.net.parameters())
+    parameters = model.trainable(student, args.freeze)
+    if args.recompute:
+        model.recompute(student)
     optimizer = make_optimizer(parameters, args)
     start, best = model.start_run(args, student, optimizer, {}, rank)
     plan = data.Plan(data.measure(pool), args.batch, args.seed)
-    share = data.Steps(pool, plan, args.micro_batch, rank, world, student.n_mels)
+    share = data.Steps(pool, plan, args.micro_batch, rank, world, student.n_mels,
+                       micro_batch_sec=args.micro_batch_sec)
     batches = iter(data.loader(share, range(start, args.steps), args.workers))
     log = model.Log(args, rank, start)
     log.say(f"student {model.n_parameters(student):,} parameters, teacher "
@@ -376,7 +396,7 @@ def distil(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         if totals["tokens"]:  # without a token there is no gradient, and AdamW would still decay
-            optimizer.step()
+            model.update(optimizer)
         optimizer.zero_grad(set_to_none=True)
         trained += totals["tokens"]
         stopping = totals["stop"] > 0
@@ -396,7 +416,7 @@ def distil(args):
             line |= {"not_scored": int(t["not_scored"]), "rejected": int(t["rejected"]),
                      "audio_per_sec": t["audio_sec"] / (t["seconds"] / world)}
             log.write(line | agreement)
-        if rank == 0 and (last or stopping or (step + 1) % args.save_every == 0):
+        if last or stopping or (step + 1) % args.save_every == 0:
             info = {"best": best, "flags": model.kept_flags(args)}
             model.save_training(args.out, step + 1, student, optimizer, {}, info)
         if stopping:
@@ -453,7 +473,8 @@ def demo_commands(args, root) -> dict[str, str]:
     opd = f"{run} distill.py --teacher {root}/teacher --data {train} --dev {dev} --resume {common}"
     for flag, default in vars(parse_args([])).items():  # other flags given are for these stages
         if getattr(args, flag) != default and flag not in ("out", "device", "seed"):
-            opd += f" --{flag} {getattr(args, flag)}"
+            value = getattr(args, flag)
+            opd += f" --{flag}" if value is True else f" --{flag} {value}"
     commands = {
         "data": f"python data.py demo --out {root}/data --seed {args.seed}",
         # The teacher has a corpus of its own: more voices, other sentences, no clip of the student's.
@@ -464,13 +485,13 @@ def demo_commands(args, root) -> dict[str, str]:
         "more": f"{sft} --student {root}/base --data {train} --out {root}/more --steps {args.steps} {GO_ON}",
         # TD, a short stage on the teacher's transcripts of a little other audio; then OPD as before.
         "transcripts": f"{run} evaluate.py --model {root}/teacher --data {pool} --device {args.device} "
-                       f"--out {root}/transcripts --as_manifest {root}/transcripts/td.jsonl",
+                       f"--resume --out {root}/transcripts --as_manifest {root}/transcripts/td.jsonl",
         "td": f"{sft} --student {root}/base --data {root}/transcripts/td.jsonl --out {root}/td "
               f"--steps {max(1, args.steps // 3)} {GO_ON}",
         "td_opd": f"{opd} --student {root}/td --out {root}/td_opd",
     }
     for name in SYSTEMS:
-        commands[f"eval/{name}"] = (f"{run} evaluate.py --model {root}/{name} --data {test} "
+        commands[f"eval/{name}"] = (f"{run} evaluate.py --resume --model {root}/{name} --data {test} "
                                     f"--device {args.device} --out {root}/eval/{name}")
     commands["overlap"] = (f"{run} overlap.py --student {root}/base --compare {root}/td "
                            f"--teacher {root}/teacher --data {test} --out {root}/overlap {common}")
@@ -554,6 +575,7 @@ def parse_args(argv=None):
     add("--temperature", type=not_negative, default=1.0,
         help="of the student's sampling; 0 = greedy, as published")
     add("--max_new_tokens", type=at_least_one, default=64, help="longest rollout, tokens")
+    add("--rollout_batch", type=at_least_one, help="utterances a rollout (a process's share of the step)")
     # objective
     add("--divergence", default="reverse", choices=["reverse", "forward"],
         help="KL(student || teacher) or KL(teacher || student)")
@@ -566,10 +588,14 @@ def parse_args(argv=None):
     add("--steps", type=at_least_one, default=600, help="optimiser updates")
     add("--batch", type=at_least_one, default=16, help="utterances a step, over all processes")
     add("--micro_batch", type=at_least_one, default=16, help="utterances a forward: memory, not the result")
-    add("--lr", type=positive, default=1e-3, help="peak learning rate")
+    add("--micro_batch_sec", type=positive, help="instead: seconds a forward, padding included")
+    add("--lr", type=not_negative, default=1e-3, help="peak learning rate")
     add("--warmup", type=whole_number, default=20, help="updates of linear warm-up")
     add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
     add("--clip", type=positive, default=1.0, help="largest gradient norm")
+    add("--freeze", choices=["encoder"], help="train adapter and LM alone")
+    add("--recompute", action="store_true", help="less memory, more time: activations are made twice")
+    add("--shard_optimizer", action="store_true", help="share AdamW's moments out over the processes")
     # bookkeeping
     add("--log_every", type=at_least_one, default=25, help="steps between log lines")
     add("--eval_every", type=at_least_one, default=100, help="steps between dev error rates")

@@ -41,7 +41,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import huggingface_hub
@@ -52,6 +52,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer,
@@ -559,6 +560,28 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def trainable(asr: ASR, freeze=None) -> list[nn.Parameter]:
+    """The parameters to train. freeze "encoder": adapter and LM alone, not the Whisper encoder."""
+    if freeze == "encoder":
+        asr.net.audio_encoder.whisper.requires_grad_(False)
+    return [p for p in asr.net.parameters() if p.requires_grad]
+
+
+def recompute(asr: ASR) -> None:
+    """Keep only the inputs of encoder blocks and LM layers: backward runs each of them again
+    (Chen et al. 2016, arXiv 1604.06174), about a third more arithmetic.
+
+    transformers' own switch looks at net.training, which is False here, and would do nothing.
+    """
+    def keep_inputs(forward, *args, **kwargs):
+        if not torch.is_grad_enabled():  # rollouts keep nothing anyway
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    for layer in [*asr.net.audio_encoder.whisper.layers, *asr.body.layers]:
+        layer.forward = partial(keep_inputs, layer.forward)
+
+
 def causal_mask(valid):
     """(B, K) valid columns -> (B, 1, K, K): a column sees the valid ones up to itself.
 
@@ -665,6 +688,8 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     ask_every = 1 if device.type == "cpu" else 8
     if temperature > 0:
         uniforms = torch.as_tensor(uniforms, device=device)
+    if device.type == "cuda":
+        weight = weight.bfloat16()  # once: `logits` would do it at every token
     ids = torch.full((len(embeds), max_new_tokens), pad_id, device=device)      # (B, R)
     mask = torch.zeros_like(ids, dtype=torch.bool)                              # (B, R)
     rows = torch.arange(len(embeds), device=device)                             # (b,) still written
@@ -673,7 +698,9 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     valid = prompt_mask                                                         # (b, P+t) columns
     attend = causal_mask(prompt_mask)                                           # (b, 1, queries, P+t)
     positions = positions_of(prompt_mask)                                       # (b, queries)
-    with autocast(device):  # around the loop: weights are cast to bf16 once, not at every token
+    # Autocast keeps its bf16 casts of weights to the end of this context, so that they are made once a
+    # rollout. A bf16 copy of the LM would need as much memory, and round otherwise than scoring does.
+    with autocast(device):
         for t in range(max_new_tokens):
             output = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
                           attention_mask={"full_attention": attend}, use_cache=True)
@@ -1311,6 +1338,10 @@ def find_place(kind):
         return rank, world, torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
+    # cuDNN would plan attention anew for every shape, that is, for every decoded token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Partial sums stay in fp32: rounded to bf16, a sum over the vocabulary loses small terms.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return rank, world, device
 
 
@@ -1515,6 +1546,75 @@ def agreement(hidden, student, teacher, to_teacher, k, chunk) -> dict[str, float
     return {name: sums[name] / sums["states"] for name in AGREEMENT}
 
 
+# ---------------------------------------------------------------------------- optimiser shared over ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def get_rank() -> int:
+    """0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def shard(optimizer) -> None:
+    """ZeRO-1 (Rajbhandari et al. 2020, arXiv 1910.02054): one rank keeps a parameter's moments.
+
+    Largest first, each goes to the rank that has least. Whole parameters and AdamW's own arithmetic:
+    the update is to the last bit that of an optimiser that is not shared.
+    """
+    n_elements = [0] * (dist.get_world_size() if dist.is_initialized() else 1)
+    owner = {}
+    parameters = [p for p, _ in numbered(optimizer)]
+    for p in sorted(parameters, key=torch.numel, reverse=True):
+        owner[p] = n_elements.index(min(n_elements))
+        n_elements[owner[p]] += p.numel()
+    for group in optimizer.param_groups:
+        group["owners"] = [owner[p] for p in group["params"]]
+
+
+def numbered(optimizer) -> list[tuple]:
+    """(parameter, owner) in the order of their numbers in its state. owner None: not shared."""
+    pairs = []
+    for group in optimizer.param_groups:
+        owners = group.get("owners", [None] * len(group["params"]))
+        pairs += zip(group["params"], owners)
+    return pairs
+
+
+def update(optimizer) -> None:
+    """optimizer.step(); of a shared one, each rank's part, then every owner sends its weights."""
+    for p, owner in numbered(optimizer):
+        if owner not in (None, get_rank()):
+            p.grad = None  # AdamW passes over it, and makes no moments for it
+    optimizer.step()
+    for p, owner in numbered(optimizer):
+        if owner is not None and dist.is_initialized():
+            dist.broadcast(p.data, owner)
+
+
+def gather_state(optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state by its names on disk, whole on rank 0 wherever it lies; elsewhere {}."""
+    rank = get_rank()
+    state = optimizer.state_dict()["state"]
+    tensors = {}
+    for i, (p, owner) in enumerate(numbered(optimizer)):
+        if not state or rank not in (0, owner):
+            continue
+        for name in MOMENTS:
+            if rank > 0:
+                dist.send(state[i][name], 0)
+                continue
+            if owner in (None, 0):
+                value = state[i][name]
+            else:
+                value = torch.empty_like(p)
+                dist.recv(value, owner)
+            tensors[f"optimizer.{i}.{name}"] = value.detach().cpu()
+        if rank == 0:
+            tensors[f"optimizer.{i}.step"] = next(iter(state.values()))["step"].clone().cpu()  # one for all
+    return tensors
+
+
 # ---------------------------------------------------------------------------- training state, resume
 
 def start_run(args, asr, optimizer, modules, rank) -> tuple[int, float]:
@@ -1562,14 +1662,14 @@ def keep_best(asr, out, error, best, rank) -> float:
 def save_training(out, step, asr, optimizer, modules=None, info=None) -> None:
     """Write OUT/state/step-N, then drop older ones: a full checkpoint plus what a resumed run needs.
 
-    modules: {name: module} trained beside the network; info: what load_training gives back.
-    There is no RNG and no data position to save: every draw and every batch is a function of (seed, step).
+    All ranks call it, rank 0 writes. modules: {name: module} trained beside the network; info: what
+    load_training gives back. There is no RNG and no data position to save: every draw and every batch
+    is a function of (seed, step).
     """
+    tensors = gather_state(optimizer)
+    if get_rank() > 0:
+        return
     folder = Path(out) / "state"
-    tensors = {}
-    for i, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer.{i}.{name}"] = value.cpu()
     for module_name, module in (modules or {}).items():
         for name, value in module.state_dict().items():
             tensors[f"{module_name}.{name}"] = value.cpu()
@@ -1598,12 +1698,18 @@ def load_training(out, asr, optimizer, modules=None) -> dict | None:
             if name in stored:  # a tied head is not
                 value.copy_(file.get_tensor(name))
     state = {}
+    parameters = numbered(optimizer)
     with open_weights(folder / "training.safetensors") as file:
-        for key in file.keys():
-            if key.startswith("optimizer."):
-                _, i, name = key.split(".")
-                value = file.get_tensor(key)
-                state.setdefault(int(i), {})[name] = value if name == "step" else value.to(asr.device)
+        stored = {int(key.split(".")[1]) for key in file.keys() if key.startswith("optimizer.")}
+        if stored and stored != set(range(len(parameters))):
+            raise ValueError(f"{folder}: moments of {len(stored)} parameters, but {len(parameters)} are "
+                             "trained: was --freeze another one?")
+        for i, (p, owner) in enumerate(parameters):
+            if i not in stored or owner not in (None, get_rank()):
+                continue
+            state[i] = {"step": file.get_tensor(f"optimizer.{i}.step")}
+            for name in MOMENTS:
+                state[i][name] = file.get_tensor(f"optimizer.{i}.{name}").to(p.device)
         for module_name, module in (modules or {}).items():
             for name, value in module.state_dict().items():
                 value.copy_(file.get_tensor(f"{module_name}.{name}"))

@@ -34,7 +34,7 @@ def opd(seed, manifest, flags="", base="base", teacher="teacher"):
 
 
 def transcripts(teacher, manifest):
-    return f"evaluate.py --model {teacher} --data {manifest} --as_manifest OUT/td.jsonl --device cpu"
+    return f"evaluate.py --model {teacher} --data {manifest} --resume --as_manifest OUT/td.jsonl --device cpu"
 
 
 def stages(seed, part):
@@ -108,7 +108,7 @@ def run(folder, name, command) -> None:
         lines = (out / "td.jsonl").open(encoding="utf-8").readlines()
         (out / "td500.jsonl").write_text("".join(lines[:500]), encoding="utf-8")
     if command.startswith(("sft.py", "distill.py")):
-        execute(folder, out, f"evaluate.py --model {name} --data data/test.jsonl --out {name}/test --device cpu")
+        execute(folder, out, f"evaluate.py --model {name} --data data/test.jsonl --resume --out {name}/test --device cpu")
     (out / "done").write_text(with_out + "\n")
 
 

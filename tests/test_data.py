@@ -131,9 +131,10 @@ def test_decode_formats_and_segments(tmp_path, extension, options, tolerance):
     assert whole.dtype == np.float32 and whole.shape == x.shape
     assert np.abs(whole - x).max() <= tolerance  # ogg and mp3 are lossy
     part = data.load_audio(dataclasses.replace(u, start_sec=0.25, duration_sec=0.4))
-    np.testing.assert_allclose(part, whole[4000:10400], rtol=0, atol=2e-7)  # not 0: an mp3 decoder rounds by where it started
+    # Not 0: a segment and a whole mp3 are read by two decoders, and one rounds by where it started.
+    np.testing.assert_allclose(part, whole[4000:10400], rtol=0, atol=3e-6)
     tail = data.load_audio(dataclasses.replace(u, start_sec=0.75))  # no duration: to the end of the file
-    np.testing.assert_allclose(tail, whole[12000:], rtol=0, atol=2e-7)
+    np.testing.assert_allclose(tail, whole[12000:], rtol=0, atol=3e-6)
 
 
 def test_channels_are_averaged(tmp_path):

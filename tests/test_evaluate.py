@@ -205,7 +205,7 @@ def test_a_broken_clip_stops_the_run_or_counts_as_deleted(broken, checkpoints, t
              "--device", "cpu", "--max_new_tokens", 8]
     with pytest.raises(data.AudioError, match="broken.jsonl:2: gone"):
         run(*words)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "hyps.jsonl").exists()
     run(*words, "--keep_going", "--as_manifest", tmp_path / "td.jsonl")
     summary, rows = read_outputs(tmp_path / "out")
     shown = capsys.readouterr()
@@ -473,8 +473,7 @@ def test_errors_page(spoken, tmp_path, corpus):
 def test_length_chart():
     rows = []
     for i, (seconds, wrong) in enumerate([(0.5, 1), (0.9, 3), (2.5, 0), (11.0, 10)]):
-        rows.append({"id": f"u{i}", "duration": seconds, "substitutions": wrong, "deletions": 0,
-                     "insertions": 0, "units": 10})
+        rows.append(evaluate.Scored("test", "en", None, seconds, data.Counts(wrong, 0, 0, 10), ()))
     chart = evaluate.length_chart(rows)
     bar = r'height="([\d.]+)" rx.*?>([\d.]+)</text>.*?>([\d.]+–[\d.]+)</text>.*?>(\d+)</text>'
     assert re.findall(bar, chart) == [
