@@ -1,7 +1,7 @@
 """What speech and text *are* in this project: manifests, audio, log-mel, batches, and the metric.
 
 In reading order:
-  1. manifest   JSON Lines, one utterance a line                   read_manifest, write_jsonl
+  1. manifest   JSON Lines, one utterance a line, and its index    read_manifest, write_jsonl
   2. audio      file or segment -> 16 kHz mono float32             load_audio
   3. features   Whisper's log-mel, 100 frames a second             log_mel
   4. batches    a pure function of (seed, step): resume is free    load_batch, Plan, Steps, loader
@@ -26,6 +26,7 @@ import argparse
 import atexit
 import ctypes
 import difflib
+import fcntl
 import hashlib
 import json
 import math
@@ -36,10 +37,15 @@ import random
 import re
 import signal
 import sys
+import tempfile
+import threading
 import unicodedata
+import uuid
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import zip_longest
@@ -98,37 +104,258 @@ MEANINGS = {"audio_filepath": "audio", "offset": "start", "lang": "language",
             "begin_time": "start", "end": "duration", "end_time": "duration"}
 
 
-def read_manifest(path) -> list[Utterance]:
-    """Read a JSON Lines manifest in file order. No audio is opened.
+def read_manifest(path) -> "Manifest":
+    """Open a JSON Lines manifest: its utterances in file order. No audio is opened.
 
     Raises ValueError, naming file, line and value, for a line that can't be used, for an id that
     stands twice, and for a manifest without an utterance.
     """
-    path = Path(path)
-    utterances = []
-    first_line = {}  # id -> number of its line
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
+    return Manifest([path])
+
+
+def read_manifests(paths) -> "Manifest":
+    """Open several manifests as one sequence; see `read_manifest`."""
+    return Manifest(paths)
+
+
+class Manifest(Sequence):
+    """A read-only sequence of the utterances of one or more manifests.
+
+    A line is parsed when its clip is asked for. What is needed of all lines at once lies in an
+    index (INDEX_COLUMNS), mapped into memory: all processes of a machine share it, loader workers
+    too, and nothing grows by a Python object a line. At 100,000 h that is 1 GB instead of 36 GB.
+    """
+    def __init__(self, paths):
+        self.paths = [Path(path) for path in paths]
+        self.files = [path.open("rb") for path in self.paths]  # pread: forks may share them
+        self.indices = [_open_index(path, file) for path, file in zip(self.paths, self.files)]
+        self.ends = np.cumsum([len(index["offset"]) for index in self.indices])
+
+    def __reduce__(self):  # what is sent to a spawned process; it opens the files again
+        return Manifest, (self.paths,)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        i = range(len(self))[i]  # counts negative ones from the end; IndexError
+        part = int(np.searchsorted(self.ends, i, side="right"))
+        index = self.indices[part]
+        line = i - int(self.ends[part]) + len(index["offset"])
+        return _read_utterance(self.paths[part], self.files[part], index, line)
+
+    def column(self, name) -> np.ndarray:
+        """One of INDEX_COLUMNS for all utterances, (n,)."""
+        columns = [index[name] for index in self.indices]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+    def first_without(self, name) -> Utterance | None:
+        """The first utterance for which a column is 0."""
+        places = np.flatnonzero(self.column(name) == 0)
+        return self[places[0]] if len(places) else None
+
+    def first_repeated(self) -> Utterance | None:
+        """The first utterance whose id stands earlier too, in another of the manifests."""
+        pair = _first_repeated(self.column("id_hash"), lambda i: self[i].id)
+        return self[pair[1]] if pair else None
+
+    def durations(self) -> np.ndarray:
+        """Seconds, (n,) float32; see `measure`. Headers are read once: what they say is kept."""
+        for part, index in enumerate(self.indices):
+            if np.isnan(index["duration"]).any():
+                self.indices[part] = _open_index(self.paths[part], self.files[part], measured=True)
+        durations = self.column("duration")
+        unreadable = np.isnan(durations)
+        return np.where(unreadable, np.float32(0), durations) if unreadable.any() else durations
+
+
+# What an index holds of each utterance, and its type for `array` and for numpy.
+INDEX_COLUMNS = {
+    "offset": "q",     # of its line in the manifest, bytes
+    "id_hash": "Q",    # 64 bits of its id
+    "number": "I",     # of its line, from 1; blank lines count
+    "duration": "f",   # seconds; NaN where the line has none and the header was not read yet
+    "labelled": "b",   # it has a transcript, perhaps "", and a language
+    "scorable": "b"}   # it has a language that `metric` knows, or no reference
+INDEX_VERSION = 1      # one more whenever another manifest is valid, or is read otherwise
+
+
+def _open_index(path, file, measured=False) -> dict[str, np.ndarray]:
+    """The index of a manifest: a kept one if the manifest is still the same, else a new one.
+
+    It is kept beside the manifest, or under ~/.cache where that can't be written, or in memory.
+    measured: also read the lengths that it lacks from the headers of the audio.
+    """
+    stamp = _stamp(file)
+    with _locked(file):  # one process makes it, those beside it wait and then find it
+        index = None
+        for place in _index_places(path):
+            index = index or _load_index(place, stamp)
+        if index is None:
+            index = _keep_index(path, stamp, _index_lines(path, file))
+        if measured:
+            durations = _measure_lines(path, file, index)
+            if not np.array_equal(durations, index["duration"], equal_nan=True):
+                index = _keep_index(path, stamp, index | {"duration": durations})
+    return index
+
+
+def _stamp(file) -> bytes:
+    """Changes when the manifest does: size, time, first and last bytes."""
+    status = os.fstat(file.fileno())
+    facts = (INDEX_VERSION, INDEX_COLUMNS, status.st_size, status.st_mtime_ns)
+    first = os.pread(file.fileno(), 4096, 0)
+    last = os.pread(file.fileno(), 4096, max(0, status.st_size - 4096))
+    return hashlib.blake2b(repr(facts).encode() + first + last, digest_size=32).digest()
+
+
+@contextmanager
+def _locked(file):
+    # A file system without locks (or one a machine) costs only time: every process makes the same.
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _index_places(path) -> list[Path]:
+    path = Path(os.path.abspath(path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
+    return [path.with_name(path.name + ".index"), cache / "opd-asr" / f"{name}.index"]
+
+
+def _load_index(place, stamp):
+    """Columns mapped into memory; None if there are none, or those of another manifest."""
+    columns = {}
+    try:
+        with place.open("rb") as file:
+            if file.read(len(stamp)) != stamp:
+                return None
+            position = len(stamp)
+            bytes_a_line = sum(np.dtype(kind).itemsize for kind in INDEX_COLUMNS.values())
+            n = (os.fstat(file.fileno()).st_size - position) // bytes_a_line
+            for name, kind in INDEX_COLUMNS.items():
+                column = np.memmap(file, kind, "r", position, (n,))
+                columns[name] = np.asarray(column)
+                position += column.nbytes
+    except OSError:
+        return None
+    return columns
+
+
+def _keep_index(path, stamp, columns):
+    """Write an index where it can be written, by way of a temporary file -> its columns."""
+    for place in _index_places(path):
+        temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(stamp)
+                for name in INDEX_COLUMNS:
+                    file.write(columns[name])
+            os.replace(temporary, place)
+        except OSError:  # a read-only folder, a full disk
+            with suppress(OSError):
+                temporary.unlink()
             continue
-        where = f"{path}:{number}"
-        utterance = _parse_line(line, path.parent, where)
-        if utterance.id in first_line:
-            earlier = first_line[utterance.id]
-            raise ValueError(f"{where}: id {utterance.id!r} already stands on line {earlier}")
-        first_line[utterance.id] = number
-        utterances.append(utterance)
-    if not utterances:
+        return _load_index(place, stamp) or columns
+    return columns
+
+
+def _index_lines(path, file) -> dict[str, np.ndarray]:
+    """Check and index every line of a manifest."""
+    columns = {name: array(kind) for name, kind in INDEX_COLUMNS.items()}
+    folder = os.path.dirname(os.path.abspath(path))
+    name = str(path)
+    offset = 0
+    file.seek(0)
+    with tqdm(desc=f"index of {path.name}", total=os.fstat(file.fileno()).st_size, unit="B",
+              unit_scale=True, delay=3, mininterval=REFRESH_SEC) as progress:
+        for number, line in enumerate(file, start=1):
+            u = _parse_line(line, folder, f"{name}:{number}")
+            if u:
+                columns["offset"].append(offset)
+                columns["id_hash"].append(hash_id(u.id))
+                columns["number"].append(number)
+                columns["duration"].append(math.nan if u.duration_sec is None else u.duration_sec)
+                columns["labelled"].append(u.text is not None and u.language is not None)
+                columns["scorable"].append(u.text is None or _has_metric(u.language))
+            offset += len(line)
+            if number % 1000 == 0:
+                progress.update(offset - progress.n)
+    index = {name: np.frombuffer(column, INDEX_COLUMNS[name]) for name, column in columns.items()}
+    if not len(index["offset"]):
         raise ValueError(f"{path}: the manifest has no utterance")
-    return utterances
+    pair = _first_repeated(index["id_hash"], lambda i: _read_utterance(path, file, index, i).id)
+    if pair:
+        u = _read_utterance(path, file, index, pair[1])
+        raise ValueError(f"{u.line}: id {u.id!r} already stands on line {index['number'][pair[0]]}")
+    return index
 
 
-def _parse_line(line, folder, where) -> Utterance:
-    """A line of a manifest, bytes."""
+@lru_cache
+def _has_metric(language) -> bool:
+    try:
+        return bool(metric(language))
+    except ValueError:
+        return False
+
+
+def hash_id(name) -> int:
+    """64 bits of an id, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest())
+
+
+def _first_repeated(hashes, get_id) -> tuple[int, int] | None:
+    """Places of the first id that stands twice: the earlier and the later one.
+
+    Ids are compared where hashes are equal: among 36 million, two may be by chance.
+    """
+    ordered = np.sort(hashes)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(repeated):
+        return None
+    first = {}
+    for i in np.flatnonzero(np.isin(hashes, repeated)).tolist():
+        earlier = first.setdefault(get_id(i), i)
+        if earlier != i:
+            return earlier, i
+    return None
+
+
+def _measure_lines(path, file, index) -> np.ndarray:
+    """The column of durations, with those that were missing; still NaN where a file is unreadable."""
+    durations = index["duration"].copy()
+    missing = np.flatnonzero(np.isnan(durations))
+    for i in tqdm(missing, desc=f"lengths of {path.name}", unit="clip", delay=3,
+                  mininterval=REFRESH_SEC):
+        durations[i] = _seconds(_read_utterance(path, file, index, i), unreadable=math.nan)
+    return durations
+
+
+def _read_utterance(path, file, index, i) -> Utterance:
+    offsets = index["offset"]
+    start = int(offsets[i])
+    end = int(offsets[i + 1]) if i + 1 < len(offsets) else os.fstat(file.fileno()).st_size
+    line = os.pread(file.fileno(), end - start, start).split(b"\n")[0]  # blank lines may follow
+    return _parse_line(line, os.path.dirname(os.path.abspath(path)), f"{path}:{index['number'][i]}")
+
+
+def _parse_line(line, folder, where) -> Utterance | None:
+    """A line of a manifest, bytes; None if it is blank."""
     try:
         line = line.decode()
+        if not line or line.isspace():
+            return None
         row = json.loads(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: expected UTF-8: {error}: {line[:80]!r}") from None
+        raise ValueError(f"{where}: expected UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error}): {line[:80]!r}") from None
     if not isinstance(row, dict):
@@ -167,9 +394,9 @@ def _real_folder(path):
 
 
 def _check_types(row, where) -> None:
-    for key, types in MANIFEST_KEYS.items():
-        value = row.get(key)
-        if value is None:  # null is as good as no value
+    for key, value in row.items():
+        types = MANIFEST_KEYS.get(key)
+        if types is None or value is None:  # null is as good as no value
             continue
         is_nan = value != value
         if not isinstance(value, types) or isinstance(value, bool) or is_nan:
@@ -226,6 +453,39 @@ def write_jsonl(path, rows) -> None:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
+
+
+def read_json(path) -> dict:
+    """A file that holds one JSON object. Raises ValueError naming the file and what is in it instead."""
+    raw = Path(path).read_bytes()
+    try:
+        value = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found {describe(raw)} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {describe(raw)}")
+    return value
+
+
+def describe(raw) -> str:
+    """What a file that can't be read seems to be, by its first bytes."""
+    if raw.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, which `git lfs pull` replaces by the file"
+    if not raw:
+        return "an empty file"
+    return repr(raw[:60])
+
+
+def check_outputs(*files) -> None:
+    """Raise OSError naming the file or folder if files that long work will end in can't be written.
+
+    Makes nothing: what is tried is the folder that they, or their folder, would be made in.
+    """
+    for file in map(Path, files):
+        if file.is_dir():
+            raise IsADirectoryError(f"{file}: a file is to be written here, and there is a folder")
+        folder = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 # --------------------------------------------------------------------------------------- 2. audio
@@ -359,9 +619,10 @@ def _segment_samples(utterance, rate, frames, max_sec) -> tuple[int, int]:
 
 
 def _find_damage(file) -> str | None:
-    """What is wrong with a file that libsndfile opens and reads without complaint: only its log tells."""
+    """What is wrong with a file that libsndfile reads without complaint: only its log tells."""
     log = file.extra_info
-    size = re.search(r"^\s*(?:data|SSND|Data Size|Riff size|riff)\s*: (\d+) \(should be (\d+)\)", log, re.M)
+    size = re.search(r"^\s*(?:data|SSND|Data Size|Riff size|riff)\s*: (\d+) \(should be (\d+)\)",
+                     log, re.MULTILINE)
     if size and int(size[1]) < NO_SIZE and int(size[1]) - int(size[2]) > 64:
         return f"the header promises {size[1]} bytes of samples, the file holds {size[2]}"
     if "Last page lacks an end-of-stream bit" in log and "Junk after the last page" in log:
@@ -381,7 +642,8 @@ def _is_length_right(file) -> bool:
     if file.format in ("MP3", "OGG"):  # a guess; or that of the first of several files joined
         return False
     if file.format == "FLAC":
-        with open(file.name, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open(file.name, "rb") as raw:
+            content = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
             second = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22").search(content, 1)
             if second:  # libsndfile stops there, FFmpeg loses samples
                 raise OSError(f"a second flac begins at byte {second.start()}: join samples, not files")
@@ -534,29 +796,27 @@ class Plan:
     number of processes makes the same update.
     """
     def __init__(self, durations, global_batch, seed):
-        self.durations = list(durations)
+        self.durations = np.asarray(durations, dtype=np.float32)  # (n,)
         self.global_batch = global_batch
         self.seed = seed
         self.steps_per_epoch = math.ceil(len(self.durations) / global_batch)
-        self._number = None   # of the epoch that is kept: the next step asks for the same one
-        self._batches = None
+        self._number = None  # of the epoch whose order is kept: the next step asks for the same one
+        self._order = None   # (n,) uint32
 
     def __getitem__(self, step) -> list[int]:
         """Indices of the utterances of one step."""
-        return self.epoch(step // self.steps_per_epoch)[step % self.steps_per_epoch]
+        number, batch = divmod(step, self.steps_per_epoch)
+        if number != self._number:
+            self._number = number
+            numbers = np.arange(len(self.durations), dtype=np.uint32)
+            self._order = np.random.default_rng([self.seed, number]).permutation(numbers)
+        rows = self._order[batch * self.global_batch:(batch + 1) * self.global_batch]
+        return rows[self.durations[rows].argsort(kind="stable")].tolist()
 
     def epoch(self, number) -> list[list[int]]:
         """Batches of indices of one epoch."""
-        if number == self._number:
-            return self._batches
-        order = list(range(len(self.durations)))
-        random.Random(f"{self.seed}/{number}").shuffle(order)
-        batches = []
-        for first in range(0, len(order), self.global_batch):
-            batch = order[first:first + self.global_batch]
-            batches.append(sorted(batch, key=self.durations.__getitem__))
-        self._number, self._batches = number, batches
-        return batches
+        first = number * self.steps_per_epoch
+        return [self[step] for step in range(first, first + self.steps_per_epoch)]
 
 
 @dataclass
@@ -565,71 +825,118 @@ class Steps(torch.utils.data.Dataset):
 
     Micro-batches are cut after sharing out, lengths still sorted. A rank may get fewer rows than
     another, or none. augment: optional function (mel (n_mels, T), utterance, step) -> mel.
+    micro_batch_sec: a micro-batch's most seconds, padding included; where given, it decides alone.
     """
-    utterances: list[Utterance]
+    utterances: Sequence[Utterance]
     plan: Plan
     micro_batch: int
     rank: int = 0
     world: int = 1
     n_mels: int = 128
     augment: Callable | None = None
+    micro_batch_sec: float | None = None
 
     def __getitem__(self, step) -> list[Batch]:
         augment = partial(self.augment, step=step) if self.augment else None
-        mine = self.plan[step][self.rank::self.world]
         batches = []
-        for first in range(0, len(mine), self.micro_batch):
-            rows = [self.utterances[i] for i in mine[first:first + self.micro_batch]]
+        for indices in self.cut(self.plan[step][self.rank::self.world]):
+            rows = [self.utterances[i] for i in indices]
             batches.append(load_batch(rows, self.n_mels, augment))
+        return batches
+
+    def cut(self, share) -> list[list[int]]:
+        """Indices of this rank, by length -> those of each micro-batch. A clip too long is alone."""
+        batches = []
+        for i in share:  # a batch is padded to the length of its last clip
+            n = len(batches[-1]) + 1 if batches else math.inf
+            fits = n <= self.micro_batch
+            if self.micro_batch_sec is not None:
+                fits = n * self.plan.durations[i] <= self.micro_batch_sec
+            if not fits:
+                batches.append([])
+            batches[-1].append(i)
         return batches
 
 
 def loader(dataset, items, workers):
     """Yield dataset[i] for i in `items`, in that order, made ahead of time by `workers` processes.
 
-    0 workers: made in this process, when asked for.
+    0 workers: made in this process, when asked for. However this process ends, its workers do too.
     """
     atexit.register(_kill_workers)
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers,
-        prefetch_factor=4 if workers else None, worker_init_fn=_outlive_sigterm)
+        prefetch_factor=4 if workers else None, worker_init_fn=_start_worker)
 
 
-def _outlive_sigterm(_worker):
-    # torchrun and schedulers signal every process of a group: the trainer saves and stops, and
-    # needs its loader until then.
+def _start_worker(_number):
+    # torchrun, schedulers and Ctrl-C signal every process of a group. What that means is the trainer's
+    # decision: at SIGTERM it saves first, and needs its loader until then.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # By default every tensor on its way to the trainer is an open file: with small micro-batches,
+    # more than the 1,024 that many systems allow.
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer():
+    multiprocessing.parent_process().join()  # killed ones too, which run no _kill_workers
+    os._exit(1)
 
 
 def _kill_workers():
     # Python ends its children by SIGTERM, which these ignore, and would wait for them for ever.
+    # DataLoader would take each one's end for a failure, and raise from here.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
+
+
+def check_decodable(utterances) -> None:
+    """Raise AudioError for a clip that could not be evaluated; say which are silent or clipped.
+
+    To be called before long work that such a clip would end: decoding costs a tenth of the features.
+    """
+    for utterance in utterances:
+        try:
+            load_audio(utterance, MAX_EVAL_SEC)
+        except AudioError as error:
+            load_audio(utterance, MAX_EVAL_SEC, for_training=False)
+            print(f"evaluated all the same: {error}", file=sys.stderr)
 
 
 def check_labelled(utterances) -> None:
     """Raise ValueError, naming the line, unless every utterance has a transcript and a language.
 
-    An empty transcript is one: nothing is said there.
+    The transcript may be "": nothing is said there.
     """
+    if isinstance(utterances, Manifest):
+        first = utterances.first_without("labelled")
+        utterances = [first] if first else []
     for u in utterances:
         if u.text is None or not u.language:
             raise ValueError(f"{u.line}: {u.id}: 'text' and 'language' are needed here, "
                              f"found {u.text!r}, {u.language!r}")
 
 
-def measure(utterances) -> list[float]:
-    """Durations in seconds, by the manifest or else by the file's header; 0.0 if unreadable."""
-    durations = []
-    for utterance in utterances:
-        duration = utterance.duration_sec
-        if duration is None:
-            try:
-                duration = _file_seconds(utterance.audio) - utterance.start_sec
-            except UNREADABLE:
-                duration = 0.0  # load_audio rejects it, with its reason, when it is its turn
-        durations.append(duration)
-    return durations
+def measure(utterances) -> np.ndarray:
+    """Durations in seconds, (n,) float32, by the manifest or else by the file's header.
+
+    0.0 if that is unreadable: load_audio rejects it, with its reason, when it is its turn.
+    """
+    if isinstance(utterances, Manifest):
+        return utterances.durations()
+    return np.array([_seconds(u, unreadable=0.0) for u in utterances], dtype=np.float32)
+
+
+def _seconds(utterance, unreadable) -> float:
+    if utterance.duration_sec is not None:
+        return utterance.duration_sec
+    try:
+        return _file_seconds(utterance.audio) - utterance.start_sec
+    except UNREADABLE:
+        return unreadable
 
 
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
@@ -676,10 +983,13 @@ def metric(language: str | None) -> str:
 
 
 def _parts(language):
-    """"zh-CN" -> ["zh", "cn"]."""
+    """"zh-CN" -> ["zh", "cn"]. Raises ValueError."""
     if not language:
-        raise ValueError("no language given: it decides between character and word error rate")
-    return re.findall(r"[^\W\d_]+", language.lower())
+        raise ValueError("no 'language', which decides between character and word error rate")
+    parts = re.findall(r"[^\W\d_]+", language.lower())
+    if not parts:
+        raise ValueError(f"language {language!r}: expected a code, such as en or zh-CN")
+    return parts
 
 
 def normalize(text: str, language: str) -> str:
@@ -881,13 +1191,29 @@ def error_rate(counts) -> float:
     return 100.0 * errors / units if units else math.nan
 
 
+# More than the public test sets have (WenetSpeech's has 24,774 clips). 10,000 draws of a million
+# clips would take ten minutes.
+MANY_BLOCKS = 30_000
+
+
 def bootstrap(numerators, denominators, n=10_000, seed=0, blocks=None) -> tuple[float, float]:
     """95 % interval of sum(numerators) / sum(denominators), see `bootstrap_rates`.
 
     Paired comparisons pass differences of errors as numerators. Rates are fractions, not percent.
     """
-    rates = bootstrap_rates(numerators, denominators, n, seed, blocks)
-    low, high = np.percentile(rates, [2.5, 97.5])
+    return interval(bootstrap_rates(numerators, denominators, n, seed, blocks))
+
+
+def interval(rates) -> tuple[float, float]:
+    """95 % interval of drawn rates (n,). Those that are nan, of draws without a unit, are left out.
+
+    (nan, nan) if they are more than a tenth: fewer than three utterances or so have a reference then,
+    and what is resampled is mainly whether there is anything to divide by.
+    """
+    defined = rates[~np.isnan(rates)]
+    if len(defined) < 0.9 * len(rates):
+        return math.nan, math.nan
+    low, high = np.percentile(defined, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -895,7 +1221,9 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
     """sum(numerators) / sum(denominators) of n corpora drawn with replacement -> (n,).
 
     Utterances are drawn (Bisani & Ney, ICASSP 2004), or, with one label an utterance in `blocks`,
-    whole blocks: all utterances of a speaker share a microphone and a voice.
+    whole blocks: all utterances of a speaker share a microphone and a voice. More than MANY_BLOCKS
+    are not drawn: their rates come from the normal distribution with the same mean and variance.
+    nan: a draw whose denominators are all 0, and every draw if there is only one block.
     """
     numerators = np.asarray(numerators, dtype=np.float64)
     denominators = np.asarray(denominators, dtype=np.float64)
@@ -903,17 +1231,20 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
         _, block = np.unique(np.asarray(blocks), return_inverse=True)  # number of each one's block
         numerators = np.bincount(block, numerators)
         denominators = np.bincount(block, denominators)
-    if not denominators.sum() > 0:
-        return np.full(n, np.nan)
     size = len(numerators)
-    if size > 100_000:
-        n = 1_000  # of a million utterances, 10,000 draws would take ten minutes
+    if size < 2 or not denominators.sum() > 0:
+        return np.full(n, np.nan)
     rng = np.random.default_rng(seed)
+    if size > MANY_BLOCKS:  # the distribution that the draws tend to, by the delta method
+        rate = numerators.sum() / denominators.sum()
+        deviation = np.sqrt(((numerators - rate * denominators) ** 2).sum()) / denominators.sum()
+        return rate + deviation * rng.standard_normal(n)
     rates = []
     for _ in range(n // 100):  # in groups: all draws of a large corpus would not fit in memory
         # How often each is drawn, (100, size).
         times = rng.multinomial(size, np.full(size, 1 / size), size=100)
-        rates.append((times @ numerators) / np.maximum(times @ denominators, 1e-12))
+        drawn = times @ denominators
+        rates.append((times @ numerators) / np.where(drawn > 0, drawn, np.nan))
     return np.concatenate(rates)
 
 
@@ -983,7 +1314,7 @@ def wenetspeech(root):
     """ROOT holds WenetSpeech.json and the .opus files at the paths it names.
 
     Makes manifests of segments: train (L), train_m and train_s (M, S; parts of L), dev, test_net,
-    test_meeting. L whole needs about 10 GB of memory here, and as much to read. Raises
+    test_meeting. Memory does not grow with the corpus, but for 16 bytes a segment. Raises
     FileNotFoundError without the json, ValueError where it is cut off or an audio lacks a field.
     """
     path = root / "WenetSpeech.json"
@@ -1080,32 +1411,98 @@ CORPORA = {"librispeech": librispeech, "aishell1": aishell1, "wenetspeech": wene
 def write_corpus(rows, out) -> None:
     """Write (manifest's name, row) pairs as OUT/NAME.jsonl; print what is in each and what is not.
 
-    Raises ValueError, before anything is written, where two rows of a manifest share an id, or if
-    nothing is left.
+    Rows go to the disk as they come: WenetSpeech has 15 million. Raises ValueError, and leaves OUT
+    as it was, where two rows of a manifest share an id, or if nothing is left.
     """
     out = Path(os.path.abspath(out))
-    manifests = defaultdict(dict)                      # name -> {id: row}
-    left_out = defaultdict(lambda: defaultdict(list))  # name -> {reason: audio paths}
-    for name, row in tqdm(rows, desc="corpus", unit="clip", mininterval=REFRESH_SEC):
+    drafts = {}  # name: Draft
+    try:
+        for name, row in tqdm(rows, desc="corpus", unit="clip", mininterval=REFRESH_SEC):
+            if name not in drafts:
+                drafts[name] = Draft(out / f"{name}.jsonl")
+            drafts[name].add(row)
+        drafts = dict(sorted(drafts.items()))
+        for draft in drafts.values():
+            draft.check_ids()
+        if not any(draft.offsets for draft in drafts.values()):
+            reasons = {name: draft.reasons() for name, draft in drafts.items()}
+            raise ValueError(f"no utterance is left. Left out: {reasons}")
+        for draft in drafts.values():
+            draft.publish()
+    finally:
+        for draft in drafts.values():
+            draft.discard()
+
+
+class Draft:
+    """A manifest while it is written, under a temporary name, and what is said about it."""
+    def __init__(self, path):
+        self.path = path
+        self.temporary = path.with_name(path.name + ".tmp")
+        self.file = None
+        self.offsets = array("q")  # of the lines, bytes
+        self.hashes = array("Q")   # of their ids
+        self.seconds = 0.0
+        self.speakers = set()
+        self.without_text = 0
+        self.left_out = Counter()  # reason: rows
+        self.first = {}            # reason: audio of the first of them
+
+    def add(self, row) -> None:
         reason = _why_left_out(row)
         if reason:
-            left_out[name][reason].append(row["audio"])
-            continue
-        first = manifests[name].setdefault(row["id"], row)
-        if first is not row:
-            raise ValueError(f"{name}: expected one id each: {first['audio']} and {row['audio']} "
-                             f"are both {row['id']!r}")
-    if not manifests:
-        reasons = {name: _count_by_reason(files) for name, files in left_out.items()}
-        raise ValueError(f"no utterance is left. Left out: {reasons}")
+            self.left_out[reason] += 1
+            self.first.setdefault(reason, row["audio"])
+            return
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.temporary.open("w+b")
+        self.offsets.append(self.file.tell())
+        self.hashes.append(hash_id(row["id"]))
+        self.seconds += row["duration"]
+        self.without_text += "text" not in row
+        if "speaker" in row:
+            self.speakers.add(row["speaker"])
+        row = row | {"audio": os.path.relpath(row["audio"], os.path.realpath(self.path.parent))}
+        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
-    for name in sorted(manifests.keys() | left_out.keys()):
-        path = out / f"{name}.jsonl"
-        kept = manifests[name].values()
-        if kept:
-            place = os.path.realpath(out)  # ".." leads from there, not from a link to it
-            write_jsonl(path, (row | {"audio": os.path.relpath(row["audio"], place)} for row in kept))
-        print(f"{path}: {_summary(kept, left_out[name])}")
+    def check_ids(self) -> None:
+        pair = _first_repeated(np.array(self.hashes), lambda i: self._read(i)["id"])
+        if pair:
+            first, second = map(self._read, pair)
+            raise ValueError(f"{self.path.stem}: expected one id each: {first['audio']} and "
+                             f"{second['audio']} are both {first['id']!r}")
+
+    def _read(self, i) -> dict:
+        self.file.seek(self.offsets[i])
+        row = json.loads(self.file.readline())
+        return row | {"audio": os.path.normpath(self.path.parent / row["audio"])}
+
+    def publish(self) -> None:
+        """Put the manifest in place; print what it holds."""
+        if self.file:
+            self.file.close()
+            os.replace(self.temporary, self.path)
+        said = f"{len(self.offsets)} utterances, {self.seconds / 3600:.2f} h, "
+        said += f"{len(self.speakers) or 'unknown'} speakers"
+        if self.without_text:
+            said += f", {self.without_text} without text"
+        if not self.offsets:
+            said += "; not written"
+        if self.left_out:
+            said += f"; left out: {self.reasons()}"
+        print(f"{self.path}: {said}")
+
+    def reasons(self) -> str:
+        items = self.left_out.items()
+        return "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in items)
+
+    def discard(self) -> None:
+        if self.file:
+            self.file.close()
+            self.temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: something was published, or was there before
+            self.path.parent.rmdir()
 
 
 def _why_left_out(row) -> str | None:
@@ -1129,31 +1526,11 @@ def _why_left_out(row) -> str | None:
     return None
 
 
-def _summary(kept, left_out) -> str:
-    """What a manifest holds, in words."""
-    hours = sum(row["duration"] for row in kept) / 3600
-    speakers = {row["speaker"] for row in kept if "speaker" in row}
-    said = f"{len(kept)} utterances, {hours:.2f} h, {len(speakers) or 'unknown'} speakers"
-    without_text = sum("text" not in row for row in kept)
-    if without_text:
-        said += f", {without_text} without text"
-    if not kept:
-        said += "; not written"
-    if left_out:
-        said += f"; left out: {_count_by_reason(left_out)}"
-    return said
-
-
-def _count_by_reason(left_out) -> str:
-    items = left_out.items()
-    return "; ".join(f"{len(files)} {reason} (first: {files[0]})" for reason, files in items)
-
-
 # --------------------------------------------------------------------------------- 7. demo corpus
 
 # Clips of each split, half of them English, half Mandarin. Made in this order, so that what the
 # others hold does not depend on the size of the pool.
-SIZES = {"test": 500, "dev": 100, "train": 1000, "teacher": 4500, "pool": 500}
+SIZES = {"test": 500, "dev": 100, "train": 700, "teacher": 4500, "pool": 500}
 # Whose sentences a split may not repeat: dev's and test's stand nowhere else, and the teacher's
 # corpus has none of train's.
 AVOIDS = {"test": [], "dev": ["test"], "train": ["test", "dev"],
@@ -1328,6 +1705,34 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """A script's docstring as it stands, and the default of each flag. For all scripts."""
 
 
+def whole_number(text) -> int:
+    """Type of a flag: 0, 1, 2, ..."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, found {text!r}")
+    return int(text)
+
+
+def at_least_one(text) -> int:
+    """Type of a flag: 1, 2, 3, ..."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, found {text!r}")
+    return int(text)
+
+
+def not_negative(text) -> float:
+    """Type of a flag: a finite number, 0 or more."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, found {text!r}")
+    return float(text)
+
+
+def positive(text) -> float:
+    """Type of a flag: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return float(text)
+
+
 def parse_args(argv=None):
     """Flags -> namespace."""
     parser = argparse.ArgumentParser(
@@ -1341,8 +1746,8 @@ def parse_args(argv=None):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if name == "demo":
             command.add_argument("--out", default="runs/data", help="folder for manifests and audio")
-            command.add_argument("--seed", type=int, default=0, help="of sentences, voices and noise")
-            command.add_argument("--pool", type=int, default=SIZES["pool"], help="clips in the pool")
+            command.add_argument("--seed", type=whole_number, default=0, help="of sentences, voices and noise")
+            command.add_argument("--pool", type=at_least_one, default=SIZES["pool"], help="clips in the pool")
         else:
             command.add_argument("root", metavar="ROOT", help="where the corpus lies")
             command.add_argument("out", metavar="OUT", help="folder for the manifests")

@@ -7,13 +7,15 @@ For every batch of audio x:
   (3) student  z_S[t] = logits of S at (x, y_<t)  teacher forcing on its own words  differentiable
   (4) loss     L = 1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t))
                                         = sum_v p_S(v) (log p_S(v) - log p_T(v))
-               exact: v runs over every id that both vocabularies have
+               exact: v runs over every id that both vocabularies have, p_S and p_T are
+               renormalised on these (with one vocabulary that changes nothing)
   (5) update   one AdamW step
 The transcripts of --data are never read: all that is learnt comes from the teacher.
 
   symbol     variable   shape    meaning
   y          ids, mask  (B, R)   rollout with its EOS, right-padded; True on emitted tokens
-  z_S, z_T   z_s, z_t   (N, V)   logits that predict each emitted token, in the student's vocabulary
+  z_S, z_T   z_s, z_t   (n, V)   logits that predict each token, both in the student's vocabulary;
+                                 n: tokens of a micro-batch
   p, log p   p_, logp_           probabilities; log-probabilities in nats
   N          n_tokens   ()       emitted tokens that the teacher can score, EOS included: of the
                                  whole step, all ranks and micro-batches
@@ -71,6 +73,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 import model
+from data import at_least_one, not_negative, positive, whole_number
 
 
 # ---------------------------------------------------------------------------- the objective
@@ -78,29 +81,29 @@ import model
 # and z_t. Pass logits or log-probabilities, which differ by a constant a row; never some of each.
 
 def reverse_kl(z_s, z_t):
-    """KL(p_S || p_T) of each row: logits (N, V) twice -> (N,) nats.
+    """KL(p_S || p_T) of each row: logits (n, V) twice -> (n,) nats.
 
       D_t = sum_v p_S(v) (log p_S(v) - log p_T(v))                                       [dev 1]
     """
-    logp_s = z_s.log_softmax(-1)                                            # (N, V)
-    logp_t = z_t.log_softmax(-1)                                            # (N, V)
+    logp_s = z_s.log_softmax(-1)                                            # (n, V)
+    logp_t = z_t.log_softmax(-1)                                            # (n, V)
     log_ratio = (logp_s - logp_t).masked_fill(torch.isneginf(logp_s), 0.0)  # 0 log 0 = 0
-    return (logp_s.exp() * log_ratio).sum(-1)                               # (N,)
+    return (logp_s.exp() * log_ratio).sum(-1)                               # (n,)
 
 
 def forward_kl(z_s, z_t):
-    """KL(p_T || p_S) of each row: logits (N, V) twice -> (N,) nats.
+    """KL(p_T || p_S) of each row: logits (n, V) twice -> (n,) nats.
 
       D_t = sum_v p_T(v) (log p_T(v) - log p_S(v))                    (Eq. 1, on a union support)
     """
-    logp_s = z_s.log_softmax(-1)                                            # (N, V)
-    logp_t = z_t.log_softmax(-1)                                            # (N, V)
+    logp_s = z_s.log_softmax(-1)                                            # (n, V)
+    logp_t = z_t.log_softmax(-1)                                            # (n, V)
     log_ratio = (logp_t - logp_s).masked_fill(torch.isneginf(logp_t), 0.0)  # 0 log 0 = 0
-    return (logp_t.exp() * log_ratio).sum(-1)                               # (N,)
+    return (logp_t.exp() * log_ratio).sum(-1)                               # (n,)
 
 
 def union_support(z_s, z_t, k):
-    """U_t = topk(z_S[t], k) u topk(z_T[t], k), section 3.3: logits (N, V) twice -> (N, V) bool."""
+    """U_t = topk(z_S[t], k) u topk(z_T[t], k), section 3.3: logits (n, V) twice -> (n, V) bool."""
     k = min(k, z_s.shape[-1])
     support = torch.zeros_like(z_s, dtype=torch.bool)
     support.scatter_(-1, z_s.topk(k).indices, True)
@@ -109,27 +112,28 @@ def union_support(z_s, z_t, k):
 
 
 def sampled_kl(z_s, z_t, y):
-    """Reverse KL from the emitted ids alone, as policy gradients have it: logits (N, V) twice,
-    y (N,) ~ p_S -> (N,) nats.
+    """Reverse KL from the emitted ids alone, as policy gradients have it: logits (n, V) twice,
+    y (n,) ~ p_S -> (n,) nats.
 
       value     -A_t,   A_t = log p_T(y_t) - log p_S(y_t)      its mean over y ~ p_S is reverse KL
       gradient  -A_t d log p_S(y_t),   A_t taken as a number
 
     Unbiased (for the sum over positions; N itself depends on the draws) only where y was drawn from
-    this very p_S, at temperature 1. reverse_kl sums over all v what this leaves to one draw; it is
-    here to compare with, and for teachers that give the log-probability of a token and no more.
+    this very p_S: at temperature 1, with one vocabulary. reverse_kl sums over all v what this leaves
+    to one draw; it is here to compare with, and for teachers that give one log-probability a token.
     """
-    logp_s = z_s.log_softmax(-1).gather(-1, y[:, None])[:, 0]               # (N,)
-    logp_t = z_t.log_softmax(-1).gather(-1, y[:, None])[:, 0]               # (N,)
+    logp_s = z_s.log_softmax(-1).gather(-1, y[:, None])[:, 0]               # (n,)
+    logp_t = z_t.log_softmax(-1).gather(-1, y[:, None])[:, 0]               # (n,)
     impossible = torch.isneginf(logp_s)  # rounding may draw an id of p = 0 on a GPU: it says nothing
     logp_s = logp_s.masked_fill(impossible, 0.0)
     logp_t = logp_t.masked_fill(impossible, 0.0)
-    advantage = (logp_t - logp_s).detach()                                  # (N,)
-    return -advantage * (1 + logp_s - logp_s.detach())      # the bracket is 1, with d log p_S(y_t)
+    advantage = (logp_t - logp_s).detach()                                  # (n,)
+    # The bracket is 1, so this has the value above; its gradient is d log p_S(y_t).
+    return -advantage * (1 + logp_s - logp_s.detach())                      # (n,)
 
 
 def token_divergence(z_s, z_t, y, divergence="reverse", support="full", top_k=32, tau=1.0):
-    """D_t of each row: logits z_s, z_t (N, V) of one vocabulary, emitted ids y (N,) -> (N,) nats.
+    """D_t of each row: logits z_s, z_t (n, V) of one vocabulary, emitted ids y (n,) -> (n,) nats.
 
       reverse  D_t = tau^2 KL(p_S || p_T),   p_S = softmax(z_S / tau),   p_T = softmax(z_T / tau)
       forward  D_t = tau^2 KL(p_T || p_S)
@@ -137,45 +141,46 @@ def token_divergence(z_s, z_t, y, divergence="reverse", support="full", top_k=32
 
     tau^2: the gradient of logits divided by tau shrinks by 1 / tau twice over (Hinton et al. 2015,
     section 2). Ids outside the support get no gradient: mass that the student wastes there is never
-    pulled back, and with k = 1 and equal argmax the loss is 0.
+    pulled back, and with k = 1 and equal argmax the loss is 0. Raises ValueError for other names.
     """
+    if divergence not in ("reverse", "forward") or support not in ("full", "union", "sampled"):
+        raise ValueError(f"no such divergence or support: {divergence!r}, {support!r}")
     if support == "sampled":
+        if (divergence, tau) != ("reverse", 1.0):
+            raise ValueError("support 'sampled' estimates reverse KL at tau = 1")
         return sampled_kl(z_s, z_t, y)
     if support == "union":  # which ids are compared is a choice: there is nothing to differentiate
-        outside = ~union_support(z_s.detach(), z_t, top_k)                  # (N, V)
+        outside = ~union_support(z_s.detach(), z_t, top_k)                  # (n, V)
         z_s = z_s.masked_fill(outside, -math.inf)
         z_t = z_t.masked_fill(outside, -math.inf)
-    kl = {"reverse": reverse_kl, "forward": forward_kl}[divergence]
+    kl = reverse_kl if divergence == "reverse" else forward_kl
     return tau ** 2 * kl(z_s / tau, z_t / tau)
 
 
-def backward_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, divergence, chunk):
-    """Heads, loss and gradient of N rows, `chunk` rows at a time -> sum_t D_t, ().
+def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, divergence, chunk):
+    """Heads, loss and its gradient for n rows, `chunk` at a time -> sum_t D_t (), its gradient (n, D).
 
-    So nothing of size (N, V) ever exists. hidden_s (N, D) has its graph, hidden_t (N, D_t) none;
-    y (N,): emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary;
-    to_teacher (V,): the teacher's id of each student id, -1: none; divergence: (z_s, z_t, y) -> D_t.
-    The rows are cut from the graph: a chunk's backward ends in the head's weight and in the rows,
-    and one last backward carries the rows' gradient into the body. The gradient is that of the sum;
-    average_gradients divides it by N.
+    So nothing of size (n, V) ever exists. hidden_s (n, D), hidden_t (n, D'), y (n,): emitted ids;
+    head_s, head_t: hidden rows -> logits, each in its own vocabulary; to_teacher (V,): the teacher's
+    id of each student id, -1: none; divergence: (z_s, z_t, y) -> D_t. A chunk's rows are cut from the
+    graph: its backward ends in the head's weight, where it adds to the gradient, and in the rows. The
+    caller carries the rows' gradient into the body, and divides by N.
     """
     total = torch.zeros((), device=hidden_s.device)
-    grads = []
+    grad_rows = torch.zeros_like(hidden_s)                                  # (n, D)
     ruled_out = to_teacher < 0                                              # (V,)
     for i in range(0, len(hidden_s), chunk):
         rows = hidden_s[i:i + chunk].detach().requires_grad_()              # (C, D)
         z_s = head_s(rows).masked_fill(ruled_out, -math.inf)                # (C, V)
         with torch.no_grad():
-            z_t = head_t(hidden_t[i:i + chunk])                             # (C, V_t)
+            z_t = head_t(hidden_t[i:i + chunk])                             # (C, V')
             z_t = z_t[:, to_teacher.clamp(min=0)]                           # (C, V)
             z_t = z_t.masked_fill(ruled_out, -math.inf)
         d = divergence(z_s, z_t, y[i:i + chunk])                            # (C,)
         d.sum().backward()
-        grads.append(rows.grad)
+        grad_rows[i:i + chunk] = rows.grad
         total += d.detach().sum()
-    if grads:
-        hidden_s.backward(torch.cat(grads))                                 # (N, D)
-    return total
+    return total, grad_rows
 
 
 # ---------------------------------------------------------------------------- one step
@@ -183,7 +188,7 @@ def backward_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, diverg
 def backward_of_share(student, teacher, to_teacher, batches, step, args):
     """(1) to (4) for this rank's micro-batches: adds the gradient of sum_t D_t to the student's.
 
-    -> sums for the log; hidden_s (N, D) and hidden_t (N, D_t) of the last batch, for model.agreement.
+    -> sums for the log; hidden_s (n, D) and hidden_t (n, D') of the last batch, for model.agreement.
     """
     # (1) rollout  y ~ p_S(. | x)                                                          [dev 2]
     #     An empty transcript (EOS at once) is a rollout like any other.                   [dev 5]
@@ -191,8 +196,9 @@ def backward_of_share(student, teacher, to_teacher, batches, step, args):
 
     log = Counter()
     for batch, (prompt_s, ids, mask) in zip(batches, rollouts):             # ids, mask (B, R)
-        scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R) the mask, up to
-        if args.states == "first_error":                                    # an id that T lacks
+        # What can be scored: the mask, up to the first id that the teacher's vocabulary lacks.
+        scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R)
+        if args.states == "first_error":
             scored = scored & up_to_first_difference(ids, references(student, batch)[0])
 
         # (2) teacher  z_T[t] = logits of T at (x, y_<t)
@@ -200,20 +206,22 @@ def backward_of_share(student, teacher, to_teacher, batches, step, args):
         with torch.no_grad():
             prompt_t = model.encode_audio(teacher, batch)
             ids_t = to_teacher[ids].clamp(min=0)                            # (B, R)
-            hidden_t = model.response_hidden(                               # (N, D_t)
+            hidden_t = model.response_hidden(                               # (n, D')
                 teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, scored)
 
         # (3) student  z_S[t] = logits of S at (x, y_<t), now with gradients
         if prompt_s is None:
             prompt_s = model.encode_audio(student, batch)
-        hidden_s = model.response_hidden(                                   # (N, D)
+        hidden_s = model.response_hidden(                                   # (n, D)
             student.body, prompt_s.embeds, prompt_s.mask, ids, scored)
 
         # (4) loss     sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z)
         divergence = partial(token_divergence, divergence=args.divergence, support=args.support,
                              top_k=args.top_k, tau=args.tau)
-        loss = backward_in_chunks(hidden_s, hidden_t, ids[scored], student.logits, teacher.logits,
-                                  to_teacher, divergence, args.chunk)
+        loss, grad_rows = loss_in_chunks(hidden_s, hidden_t, ids[scored], student.logits,
+                                         teacher.logits, to_teacher, divergence, args.chunk)
+        if len(hidden_s):
+            hidden_s.backward(grad_rows)
 
         log.update(loss=loss, tokens=len(hidden_s), not_scored=(mask & ~scored).sum(),
                    audio_sec=batch.audio_sec)
@@ -229,26 +237,34 @@ def roll_out(student, batches, step, args):
       first_error  rollouts, scored up to and including the first id that differs from theirs
 
     One generate writes the rollouts of the whole share: on a GPU a token of 120 rows takes as long as
-    one of 12. The encoder's output is used again, with its graph, where it belongs to the only
-    micro-batch; the graphs of several would not fit, so there it is computed again: None.
+    one of 12; --rollout_batch cuts it where memory asks for that. The encoder's output is used again,
+    with its graph, where it belongs to the only micro-batch or --freeze leaves no graph but the
+    adapter's; the graphs of several would not fit, so there it is computed again: None.
     """
     if args.states == "reference":
         return [(None, *references(student, batch)) for batch in batches]
-    alone = len(batches) == 1
-    with torch.set_grad_enabled(alone):
+    keep = len(batches) == 1 or args.freeze == "encoder"
+    with torch.set_grad_enabled(keep):
         prompts = [model.encode_audio(student, batch) for batch in batches]
     embeds, prompt_mask = model.join_prompts(prompts)                       # (sum of B, P, D), (.., P)
     clips = [u.id for batch in batches for u in batch.utterances]
     uniforms = data.keyed_uniforms(args.seed, step, clips, args.max_new_tokens)
-    ids, mask = model.generate(                                             # (sum of B, R)
-        student.body, student.head.weight, embeds, prompt_mask, stop=student.stop,
-        blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, uniforms=uniforms)
+    ids = torch.full(uniforms.shape, student.pad_id, device=student.device)  # (sum of B, R)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    size = args.rollout_batch or len(clips)
+    for first in range(0, len(clips), size):
+        part = slice(first, first + size)
+        written, valid = model.generate(
+            student.body, student.head.weight, embeds[part], prompt_mask[part], stop=student.stop,
+            blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, uniforms=uniforms[part])
+        ids[part, :written.shape[1]] = written
+        mask[part, :written.shape[1]] = valid
     rollouts = []
     sizes = [len(batch.utterances) for batch in batches]
     for prompt, rows, valid in zip(prompts, ids.split(sizes), mask.split(sizes)):
         n_columns = int(valid.any(0).sum())  # the longest rollout of the share may lie elsewhere
-        rollouts.append((prompt if alone else None, rows[:, :n_columns], valid[:, :n_columns]))
+        rollouts.append((prompt if keep else None, rows[:, :n_columns], valid[:, :n_columns]))
     return rollouts
 
 
@@ -298,12 +314,19 @@ def learning_rate(step, args) -> float:
 
 
 def make_optimizer(parameters, args):
-    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases."""
+    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases.
+
+    fused on a GPU: otherwise a step would hold another 4 bytes a parameter for a moment.
+    """
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98),
+                                  fused=parameters[0].is_cuda or None)
+    if args.shard_optimizer:
+        model.shard(optimizer)
+    return optimizer
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -311,18 +334,24 @@ def make_optimizer(parameters, args):
 def distil(args):
     """The algorithm at the top of this file."""
     rank, world, device, stop = model.setup(args)
-    pool = [u for path in args.data for u in data.read_manifest(path)]
+    pool = data.read_manifests(args.data)
     dev = data.read_manifest(args.dev) if args.dev else []
-    data.check_labelled(dev if args.states == "rollout" else dev + pool)
+    data.check_labelled(dev)
+    if args.states != "rollout":
+        data.check_labelled(pool)
+    data.check_decodable(dev[rank::world])  # the first evaluation would stop the run
     student = model.load_student(args.student, device)
     teacher = model.load_teacher(args.teacher, device)
     model.check_same_features(student, teacher)
     to_teacher = model.vocabulary_map(student, teacher)                     # (V,) -1: none
-    parameters = list(student.net.parameters())
+    parameters = model.trainable(student, args.freeze)
+    if args.recompute:
+        model.recompute(student)
     optimizer = make_optimizer(parameters, args)
     start, best = model.start_run(args, student, optimizer, {}, rank)
     plan = data.Plan(data.measure(pool), args.batch, args.seed)
-    share = data.Steps(pool, plan, args.micro_batch, rank, world, student.n_mels)
+    share = data.Steps(pool, plan, args.micro_batch, rank, world, student.n_mels,
+                       micro_batch_sec=args.micro_batch_sec)
     batches = iter(data.loader(share, range(start, args.steps), args.workers))
     log = model.Log(args, rank, start)
     log.say(f"student {model.n_parameters(student):,} parameters, teacher "
@@ -346,15 +375,16 @@ def distil(args):
         # ---- (1) to (4): the gradient of the sum over this rank's tokens
         began = time.time()
         n_tokens = 0
-        hidden = None
+        states = None
         micro_batches = log.reject(next(batches))
         if micro_batches:
-            sums, hidden = backward_of_share(student, teacher, to_teacher, micro_batches, step, args)
+            sums, states = backward_of_share(student, teacher, to_teacher, micro_batches, step, args)
             log.add(sums)
             n_tokens = sums["tokens"]
-        at_teacher = {}
+        agreement = {}
         if last or (step + 1) % args.log_every == 0:
-            at_teacher = model.agreement(hidden, student, teacher, to_teacher, args.top_k, args.chunk)
+            agreement = model.agreement(states, student, teacher, to_teacher, args.top_k,
+                                        args.chunk)
 
         # ---- (5) update: every token of the step weighs 1 / N, wherever it landed           [dev 4]
         totals = model.all_sum({"tokens": n_tokens, "stop": len(stop)}, device)
@@ -366,11 +396,11 @@ def distil(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         if totals["tokens"]:  # without a token there is no gradient, and AdamW would still decay
-            optimizer.step()
+            model.update(optimizer)
         optimizer.zero_grad(set_to_none=True)
         trained += totals["tokens"]
         stopping = totals["stop"] > 0
-        log.add({"seconds": time.time() - began})
+        log.add({"seconds": time.time() - began})  # of this rank
         log.bar.update()
 
         # ---- bookkeeping
@@ -384,9 +414,10 @@ def distil(args):
             for name in ("truncated", "empty", "repeats"):
                 line[name] = t[name] / n_clips
             line |= {"not_scored": int(t["not_scored"]), "rejected": int(t["rejected"]),
-                     "audio_per_sec": t["audio_sec"] * world / t["seconds"]}
-            log.write(line | at_teacher)
-        if rank == 0 and (last or stopping or (step + 1) % args.save_every == 0):
+                     "audio_per_sec": t["audio_sec"] / (t["seconds"] / world)}
+            log.write(line | agreement)
+        evaluates = dev and (step + 1) % args.eval_every == 0  # saved first: it might fail
+        if last or stopping or evaluates or (step + 1) % args.save_every == 0:
             info = {"best": best, "flags": model.kept_flags(args)}
             model.save_training(args.out, step + 1, student, optimizer, {}, info)
         if stopping:
@@ -404,8 +435,11 @@ def distil(args):
 
 # ---------------------------------------------------------------------------- the demo
 
-TEACHER = "--d_model 112 --encoder_layers 3 --steps 1800 --lr 2e-3"
+TEACHER = "--d_model 112 --encoder_layers 3 --steps 2200 --lr 2e-3"
 GO_ON = "--lr 1e-3 --warmup 20"
+
+
+SYSTEMS = ("base", "more", "opd", "td", "td_opd", "teacher")
 
 
 def demo(args):
@@ -413,20 +447,35 @@ def demo(args):
     runs/demo), each as the command that a reader could type; then Table 1 and Table 2."""
     if int(os.environ.get("RANK", 0)) > 0:
         return  # rank 0 starts every stage, with as many processes as this one was started with
+    root = Path(args.out or "runs/demo")
+    data.check_outputs(root / "result.json", root / "result.png")
+    seconds = {}
+    for name, command in demo_commands(args, root).items():
+        seconds[name] = run_stage(root / name, command)
+    print("seconds: " + "  ".join(f"{name} {s:.0f}" for name, s in seconds.items())
+          + f"  all {sum(seconds.values()):.0f}")
+    write_result(root, seconds)
+
+
+def demo_commands(args, root) -> dict[str, str]:
+    """{stage: command}, in order; each writes to ROOT/stage."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1:  # started alone: a process a GPU; on a CPU two of one thread each, which bear
         processes = min(2, os.cpu_count())  # a busy machine better than two threads do
         if args.device != "cpu" and torch.cuda.is_available():
             processes = torch.cuda.device_count()
-    root = Path(args.out or "runs/demo")
-    train, pool, dev, test = (f"{root}/data/{split}.jsonl" for split in ("train", "pool", "dev", "test"))
+    train = f"{root}/data/train.jsonl"
+    pool = f"{root}/data/pool.jsonl"
+    dev = f"{root}/data/dev.jsonl"
+    test = f"{root}/data/test.jsonl"
     run = f"torchrun --standalone --nproc_per_node {processes}"
     common = f"--device {args.device} --seed {args.seed}"
     sft = f"{run} sft.py --dev {dev} --resume {common}"
     opd = f"{run} distill.py --teacher {root}/teacher --data {train} --dev {dev} --resume {common}"
     for flag, default in vars(parse_args([])).items():  # other flags given are for these stages
         if getattr(args, flag) != default and flag not in ("out", "device", "seed"):
-            opd += f" --{flag} {getattr(args, flag)}"
+            value = getattr(args, flag)
+            opd += f" --{flag}" if value is True else f" --{flag} {value}"
     commands = {
         "data": f"python data.py demo --out {root}/data --seed {args.seed}",
         # The teacher has a corpus of its own: more voices, other sentences, no clip of the student's.
@@ -437,23 +486,19 @@ def demo(args):
         "more": f"{sft} --student {root}/base --data {train} --out {root}/more --steps {args.steps} {GO_ON}",
         # TD, a short stage on the teacher's transcripts of a little other audio; then OPD as before.
         "transcripts": f"{run} evaluate.py --model {root}/teacher --data {pool} --device {args.device} "
-                       f"--out {root}/transcripts --as_manifest {root}/transcripts/td.jsonl",
+                       f"--resume --out {root}/transcripts --as_manifest {root}/transcripts/td.jsonl",
         "td": f"{sft} --student {root}/base --data {root}/transcripts/td.jsonl --out {root}/td "
-              f"--steps {args.steps // 3} {GO_ON}",
+              f"--steps {max(1, args.steps // 3)} {GO_ON}",
         "td_opd": f"{opd} --student {root}/td --out {root}/td_opd",
     }
-    systems = ("base", "more", "opd", "td", "td_opd", "teacher")
-    for name in systems:
-        commands[f"eval/{name}"] = (f"{run} evaluate.py --model {root}/{name} --data {test} "
+    for name in SYSTEMS:
+        commands[f"eval/{name}"] = (f"{run} evaluate.py --resume --model {root}/{name} --data {test} "
                                     f"--device {args.device} --out {root}/eval/{name}")
     commands["overlap"] = (f"{run} overlap.py --student {root}/base --compare {root}/td "
                            f"--teacher {root}/teacher --data {test} --out {root}/overlap {common}")
-    hyps = " ".join(f"{root}/eval/{name}/hyps.jsonl" for name in systems)
+    hyps = " ".join(f"{root}/eval/{name}/hyps.jsonl" for name in SYSTEMS)
     commands["compare"] = f"python evaluate.py --compare {hyps} --out {root}/compare"
-    seconds = {name: run_stage(root / name, command) for name, command in commands.items()}
-    print("seconds: " + "  ".join(f"{name} {s:.0f}" for name, s in seconds.items())
-          + f"  all {sum(seconds.values()):.0f}")
-    write_result(root, seconds)
+    return commands
 
 
 def run_stage(out, command) -> float:
@@ -462,7 +507,7 @@ def run_stage(out, command) -> float:
     note = out / "stage.json"
     stage = {"command": command, "seconds": 0.0, "done": False}
     if note.exists():
-        stage = json.loads(note.read_text())
+        stage = data.read_json(note)
     elif out.exists() and any(out.iterdir()):
         stage["command"] = "(not by the demo)"
     if stage["command"] != command:
@@ -500,7 +545,7 @@ def write_result(root, seconds) -> None:
         if rate == "pooled":
             system |= {"below_base": row["difference"],
                        "below_base_interval": [row["difference_low"], row["difference_high"]]}
-    overlap = json.loads((root / "overlap" / "overlap.json").read_text())
+    overlap = data.read_json(root / "overlap" / "overlap.json")
     for system, report in (("base", overlap), ("td", overlap["compare"])):
         for name in ("vuss", "overlap"):
             entry = report[name]
@@ -523,35 +568,41 @@ def parse_args(argv=None):
     add("--dev", help="manifest to measure the error rate on while training")
     add("--out", help="folder to write to (the demo: runs/demo)")
     add("--resume", action="store_true", help="continue from the newest state in --out, if there is one")
-    add("--seed", type=int, default=0, help="decides data order and rollouts")
+    add("--seed", type=whole_number, default=0, help="decides data order and rollouts")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     # rollout
     add("--states", default="rollout", choices=["rollout", "reference", "first_error"],
         help="learn at the student's rollouts, at the transcripts, or at rollouts up to where they differ")
-    add("--temperature", type=float, default=1.0, help="of the student's sampling; 0 = greedy, as published")
-    add("--max_new_tokens", type=int, default=64, help="longest rollout, tokens")
+    add("--temperature", type=not_negative, default=1.0,
+        help="of the student's sampling; 0 = greedy, as published")
+    add("--max_new_tokens", type=at_least_one, default=64, help="longest rollout, tokens")
+    add("--rollout_batch", type=at_least_one, help="utterances a rollout (a process's share of the step)")
     # objective
     add("--divergence", default="reverse", choices=["reverse", "forward"],
         help="KL(student || teacher) or KL(teacher || student)")
     add("--support", default="full", choices=["full", "union", "sampled"],
         help="ids compared: all; both top-k sets, renormalised; the emitted one (policy gradient)")
-    add("--top_k", type=int, default=32, help="k of the union support, and of the logged overlap")
-    add("--tau", type=float, default=1.0, help="temperature of both distributions inside the divergence")
-    add("--chunk", type=int, default=128, help="rows whose logits exist at a time")
+    add("--top_k", type=at_least_one, default=32, help="k of the union support, and of the logged overlap")
+    add("--tau", type=positive, default=1.0, help="temperature of both distributions inside the divergence")
+    add("--chunk", type=at_least_one, default=128, help="rows whose logits exist at a time")
     # optimisation
-    add("--steps", type=int, default=600, help="optimiser updates")
-    add("--batch", type=int, default=16, help="utterances a step, over all processes")
-    add("--micro_batch", type=int, default=16, help="utterances a forward: memory, not the result")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--warmup", type=int, default=20, help="updates of linear warm-up")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--steps", type=at_least_one, default=600, help="optimiser updates")
+    add("--batch", type=at_least_one, default=16, help="utterances a step, over all processes")
+    add("--micro_batch", type=at_least_one, default=16, help="utterances a forward: memory, not the result")
+    add("--micro_batch_sec", type=positive, help="instead: seconds a forward, padding included")
+    add("--lr", type=not_negative, default=1e-3, help="peak learning rate")
+    add("--warmup", type=whole_number, default=20, help="updates of linear warm-up")
+    add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
+    add("--clip", type=positive, default=1.0, help="largest gradient norm")
+    add("--freeze", choices=["encoder"], help="train adapter and LM alone")
+    add("--recompute", action="store_true", help="less memory, more time: activations are made twice")
+    add("--shard_optimizer", action="store_true", help="share AdamW's moments out over the processes")
     # bookkeeping
-    add("--log_every", type=int, default=25, help="steps between log lines")
-    add("--eval_every", type=int, default=100, help="steps between dev error rates")
-    add("--save_every", type=int, default=100, help="steps between training states")
-    add("--eval_batch", type=int, default=32, help="utterances a batch in dev decoding")
-    add("--workers", type=int, default=1, help="loader processes a rank")
+    add("--log_every", type=at_least_one, default=25, help="steps between log lines")
+    add("--eval_every", type=at_least_one, default=100, help="steps between dev error rates")
+    add("--save_every", type=at_least_one, default=100, help="steps between training states")
+    add("--eval_batch", type=at_least_one, default=32, help="utterances a batch in dev decoding")
+    add("--workers", type=whole_number, default=1, help="loader processes a rank")
     args = parser.parse_args(argv)
     given = [args.student, args.teacher, args.data, args.out]
     if any(given[:3]) and not all(given):

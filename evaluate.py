@@ -19,6 +19,10 @@ is scored as it is: empty, truncated and looping ones are counted and shown, nev
 receives hyps.jsonl, summary.json and errors.html (the worst clips to read and hear, confusions,
 error rate by length; one page that loads nothing).
 
+Transcripts are appended to OUT/part-RANK.jsonl, batch by batch, and leave it for hyps.jsonl when all
+are there. A run that was stopped goes on with --resume, on any number of processes, and ends in the
+same hyps.jsonl; of each process the batch at work is lost. Nodes share --out.
+
 hyps.jsonl: a manifest in the order of --data, with these keys added to each line
   set                  its manifest: the file's name without .jsonl
   hyp                  the transcript
@@ -26,17 +30,22 @@ hyps.jsonl: a manifest in the order of --data, with these keys added to each lin
   looping              true if its end repeats itself, see is_looping
   substitutions, deletions, insertions, units    where the line has a text
   failed               only where the clip could not be decoded (--keep_going): the reason
+A silent or clipped clip is transcribed like any other, and named on stderr.
 
 summary.json
   results              one entry a set and language:
     set, language, metric          metric is WER, CER or MER
-    rate, low, high                percent, with its 95 % interval
+    rate, low, high                percent, with its 95 % interval: null of a single block, and where
+                                   a tenth of the resampled corpora has no reference unit
     resampled, blocks              what the interval resamples, speakers or utterances; how many
     substitutions, deletions, insertions, units, utterances
     sentence_error                 percent of the utterances that have an error
+    no_speech, insertions_per_minute    utterances whose reference is empty; units written on them per
+                                   minute of their audio (null without any, or if it isn't to be had)
     empty, truncated, looping, failed              how many utterances
     set_audio_sec, set_seconds     audio decoded and time taken for the whole set, model load
-                                   excluded; real-time factor (RTF) = set_seconds / set_audio_sec
+                                   excluded, mean of the processes, with the time before a resume;
+                                   real-time factor (RTF) = set_seconds / set_audio_sec
   macro_average        mean of the entries' rates: every set and language weighs the same
   pooled               rate, low, high, resampled, blocks, errors, units: all sets and languages
                        as one corpus, words and characters alike
@@ -54,12 +63,14 @@ several sets or languages also all pooled (set all, language and metric pooled)
 
 import argparse
 import base64
+import bisect
 import hashlib
 import io
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -67,9 +78,9 @@ import time
 from collections import Counter, defaultdict
 from html import escape
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -79,6 +90,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 import model
+from data import at_least_one, not_negative
 
 FEW_SPEAKERS = 20  # below it, an interval over speakers is too narrow more often than it says
 WORST = 30         # clips with a player in errors.html
@@ -86,7 +98,7 @@ WORST = 30         # clips with a player in errors.html
 
 # ---------------------------------------------------------------------------- transcripts
 
-def read_sets(paths) -> dict[str, list[data.Utterance]]:
+def read_sets(paths) -> dict[str, data.Manifest]:
     """Manifests -> {set: utterances}. Raises ValueError, before any work, for what could not be
     scored or written afterwards."""
     stems = [Path(path).stem for path in paths]
@@ -94,16 +106,22 @@ def read_sets(paths) -> dict[str, list[data.Utterance]]:
     for path, stem in zip(paths, stems):
         name = stem if stems.count(stem) == 1 else path
         sets[name] = data.read_manifest(path)
-    seen = set()
-    for utterances in sets.values():
-        for u in utterances:
-            if u.text is not None and not u.language:
-                raise ValueError(f"{u.line}: {u.id}: no 'language', which decides what is counted")
-            if u.id in seen:
-                raise ValueError(f"{u.line}: id {u.id!r} stands in another set too, "
-                                 "and hyps.jsonl is one manifest")
-            seen.add(u.id)
+        u = sets[name].first_without("scorable")
+        if u:
+            check_language(u.language, f"{u.line}: {u.id}")
+    u = data.read_manifests(paths).first_repeated()
+    if u:
+        raise ValueError(f"{u.line}: id {u.id!r} stands in another set too, "
+                         "and hyps.jsonl is one manifest")
     return sets
+
+
+def check_language(language, where) -> None:
+    """Raise ValueError, naming the line, unless a transcript in this language can be scored."""
+    try:
+        data.metric(language)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def gather(results, world) -> dict:
@@ -117,33 +135,158 @@ def gather(results, world) -> dict:
     return merged
 
 
-def find_undecodable(utterances) -> dict[str, dict]:
-    """{id: result} of the clips that can't be decoded: no transcript, the reason in "failed"."""
+def transcribe_all(args, rank, world, device):
+    """Write a transcript of every clip of --data into OUT/part-RANK.jsonl.
+
+    -> {set: utterances}, provenance (None off rank 0). A batch holds the same clips whoever decodes
+    it and whenever, so that a resumed run and any number of ranks write the same transcripts.
+    """
+    sets = read_sets(args.data)
+    facts, done = None, [None]
+    if rank == 0:
+        facts = provenance(args, device, world)
+        done[0] = prepare_parts(args, sum(map(len, sets.values())), facts)
+    if world > 1:
+        dist.broadcast_object_list(done)  # from rank 0: nobody looks while others already write
+    clips = data.read_manifests(args.data)
+    missing = np.flatnonzero(~done[0])[rank::world]
+    failed = gather(find_undecodable((clips[i] for i in missing), args.keep_going), world)
+    asr = model.load(args.model, device)
+    first = 0
+    with (Path(args.out) / f"part-{rank}.jsonl").open("a", encoding="utf-8") as file:
+        for name, utterances in sets.items():
+            done_here = done[0][first:first + len(utterances)]
+            transcribe_set(asr, name, utterances, done_here, failed, first, file, args, rank, world)
+            first += len(utterances)
+    if world > 1:
+        dist.barrier()
+    return sets, facts
+
+
+def prepare_parts(args, n_clips, facts) -> np.ndarray:
+    """Make OUT ready for part files -> (n_clips,) bool: which clips have a transcript there.
+
+    Raises FileExistsError if any has and --resume is not given, ValueError if they were made with
+    another model, other data or other batches.
+    """
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    made_with = {key: facts[key] for key in ("model", "weights", "data")}
+    made_with |= {"batch": args.batch, "max_new_tokens": args.max_new_tokens}
+    made_with = json.dumps(made_with, indent=2)
+    note = out / "part.json"
+    if not any([cut_half_line(path) for path in out.glob("part-*.jsonl")]):
+        note.write_text(made_with, encoding="utf-8")
+        return np.zeros(n_clips, dtype=bool)
+    if not args.resume:
+        raise FileExistsError(f"{out} holds transcripts of a run that was stopped: continue it with "
+                              "--resume, or choose another --out")
+    if note.read_text(encoding="utf-8") != made_with:
+        raise ValueError(f"{out}: its transcripts were made with another --model, --data, --batch or "
+                         f"--max_new_tokens, see {note}; choose another --out")
+    _, _, offsets = find_transcripts(out, n_clips)
+    return offsets >= 0
+
+
+def cut_half_line(path) -> int:
+    """Cut off what a killed process left of a last line -> bytes that remain."""
+    with path.open("r+b") as file:
+        whole = sum(len(line) for line in file if line.endswith(b"\n"))
+        file.truncate(whole)
+    return whole
+
+
+def find_transcripts(out, n_clips):
+    """Part files; for each clip the number of its file, (n,), and its line's place there, (n,) bytes
+    or -1. Ten bytes a clip."""
+    paths = sorted(out.glob("part-*.jsonl"))
+    parts = np.zeros(n_clips, dtype=np.int16)
+    offsets = np.full(n_clips, -1, dtype=np.int64)
+    for number, path in enumerate(paths):
+        offset = 0
+        with path.open("rb") as file:
+            for line in file:
+                clip = json.loads(line)["clip"]
+                parts[clip] = number
+                offsets[clip] = offset
+                offset += len(line)
+    return paths, parts, offsets
+
+
+def transcribe_set(asr, name, utterances, done, failed, first, file, args, rank, world) -> None:
+    """Append this rank's share of a set to its part file, batch after batch.
+
+    done: (n,) bool, clips that have a transcript. failed: see find_undecodable. first: the number of the set's first clip in
+    --data. A batch that was written in part is made again as a whole.
+    """
+    seconds = data.measure(utterances)
+    order = seconds.argsort(kind="stable")  # clips of similar length go together
+    todo = []
+    for start in range(0, len(order), args.batch):
+        if not done[order[start:start + args.batch]].all():
+            todo.append(start)
+    clips, audio_sec = int(done.sum()), float(seconds[done].sum(dtype=float))
+    total_sec = float(seconds.sum(dtype=float))
+    bar = model.progress(round(total_sec), name, "s", rank, round(audio_sec))
+    for start in todo[rank::world]:
+        batch = order[start:start + args.batch]
+        began = time.time()
+        chosen = [utterances[i] for i in batch]
+        usable = [u for u in chosen if u.id not in failed]
+        results = model.transcribe(asr, usable, 0, 1, args.batch, args.max_new_tokens) | failed
+        share = (time.time() - began) / world / len(batch)
+        lines = ""
+        for i in batch:
+            result = results.get(utterances[i].id)
+            if result:
+                line = {"clip": first + int(i), "seconds": share} | result
+                lines += json.dumps(line, ensure_ascii=False) + "\n"
+        file.write(lines)
+        file.flush()  # what is killed after this loses nothing
+        clips = min(clips + len(batch) * world, len(order))  # the other ranks do about as much
+        audio_sec = min(audio_sec + seconds[batch].sum(dtype=float) * world, total_sec)
+        bar.set_postfix_str(f"{clips} of {len(order)} clips, {audio_sec / 3600:.2f} of "
+                            f"{total_sec / 3600:.2f} h", refresh=False)
+        bar.update(round(audio_sec) - bar.n)
+    bar.close()
+
+
+def find_undecodable(utterances, keep_going) -> dict[str, dict]:
+    """{id: result} of the clips that can't be decoded: no transcript, the reason in "failed". Without
+    keep_going the first one's data.AudioError is raised."""
     results = {}
     for u in utterances:
         try:
-            data.load_audio(u, data.MAX_EVAL_SEC, for_training=False)
+            data.check_decodable([u])
         except data.AudioError as error:
+            if not keep_going:
+                raise
             print(f"counted as all deleted: {error}", file=sys.stderr)
             results[u.id] = {"hyp": "", "stopped": True, "n_tokens": 0, "failed": error.reason}
     return results
 
 
-def transcribe_set(asr, name, utterances, args, rank, world) -> dict[str, dict]:
-    """{id: {"hyp", "stopped", "n_tokens"}} of all ranks. A clip that can't be decoded raises
-    data.AudioError, or with --keep_going has the reason in "failed"."""
-    bar = model.progress(len(utterances), name, "clip", rank)
-
-    def advance(n):  # the other ranks do about as much
-        bar.update(min(n * world, bar.total - bar.n))
-
-    failed = {}
-    if args.keep_going:  # decodes each clip once more than needed, but every rank has to know
-        failed = gather(find_undecodable(utterances[rank::world]), world)
-    usable = [u for u in utterances if u.id not in failed]
-    results = model.transcribe(asr, usable, rank, world, args.batch, args.max_new_tokens, advance)
-    bar.close()
-    return failed | gather(results, world)
+def finished_rows(sets, out, timing):
+    """Yield the rows of hyps.jsonl in the order of --data, from the part files. Fills in
+    timing[set] = seconds of audio, seconds it took. Raises ValueError if a clip has no transcript."""
+    paths, parts, offsets = find_transcripts(out, sum(map(len, sets.values())))
+    files = [path.open("rb") for path in paths]
+    clip = 0
+    for name, utterances in sets.items():
+        audio_sec = took = 0.0
+        for u, duration in zip(utterances, data.measure(utterances).tolist()):
+            if offsets[clip] < 0:
+                raise ValueError(f"{name}: no transcript of {u.id!r} ({u.line})")
+            file = files[parts[clip]]
+            file.seek(offsets[clip])
+            result = json.loads(file.readline())
+            clip += 1
+            del result["clip"]
+            took += result.pop("seconds")
+            if "failed" not in result:
+                audio_sec += duration
+            yield score(u, result, name)
+        timing[name] = audio_sec, took
 
 
 def is_looping(hyp) -> bool:
@@ -169,8 +312,7 @@ def print_transcripts(args, device) -> None:
         path = os.path.abspath(name)
         utterances.append(data.Utterance(name, path, language=args.language, line="--audio"))
     try:
-        for u in utterances:
-            data.load_audio(u, data.MAX_EVAL_SEC, for_training=False)  # before the model is: that may take minutes
+        data.check_decodable(utterances)
     except data.AudioError as error:
         raise SystemExit(str(error)) from None
     asr = model.load(args.model, device)
@@ -198,64 +340,145 @@ def add_counts(row) -> dict:
     return row
 
 
-def score(utterances, results, name="test") -> list[dict]:
-    """One row of hyps.jsonl a clip. Raises ValueError if a clip has no result."""
-    rows = []
-    for u in utterances:
-        if u.id not in results:
-            raise ValueError(f"{name}: no transcript of {u.id!r} ({u.line})")
-        row = {"id": u.id, "set": name, "audio": u.audio, "text": u.text, "language": u.language,
-               "duration": u.duration_sec, "start": u.start_sec or None, "speaker": u.speaker}
-        rows.append(add_counts(without_none(row | results[u.id])))
-    return rows
+def score(u, result, name="test") -> dict:
+    """A clip's row of hyps.jsonl."""
+    row = {"id": u.id, "set": name, "audio": u.audio, "text": u.text, "language": u.language,
+           "duration": u.duration_sec, "start": u.start_sec or None, "speaker": u.speaker}
+    return add_counts(without_none(row | result))
 
 
-def read_hyps(path) -> list[dict]:
-    """Rows of a hyps.jsonl, counted again. Raises ValueError naming the line.
+def read_hyps(path):
+    """Yield the rows of a hyps.jsonl, counted again. Raises ValueError naming the line.
 
     Any JSON Lines with "id" and "hyp" will do; "text" and "language" make a score.
     """
-    path = Path(path)
-    rows, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = {"set": path.stem, "stopped": True} | without_none(json.loads(line))
-        except (ValueError, AttributeError):
-            raise ValueError(f"{where}: expected a JSON object, found {line[:80]!r}") from None
-        for key in ("id", "hyp", "language") if "text" in row else ("id", "hyp"):
-            if key not in row:
-                raise ValueError(f"{where}: no {key!r}")
+    seen = set()
+    for where, row in read_rows(path):
+        check_hyp(row, where)
         row["id"] = str(row["id"])
         if row["id"] in seen:
             raise ValueError(f"{where}: id {row['id']!r} stands twice")
         seen.add(row["id"])
-        if "audio" in row:
-            row["audio"] = os.path.normpath(path.parent.absolute() / row["audio"])
-        rows.append(add_counts(row))
-    if not rows:
+        yield add_counts(row)
+    if not seen:
         raise ValueError(f"{path}: no transcript in it")
-    return rows
 
 
-def group_scored(rows, key) -> dict[str, list[dict]]:
-    """{value of the key: its rows}, of the rows that have a reference."""
-    groups = defaultdict(list)
-    for row in rows:
-        if "units" in row:
-            groups[row[key]].append(row)
-    return groups
+def read_rows(path):
+    """Yield (path:line, row) of a JSON Lines file; paths of audio are made absolute."""
+    path = Path(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = {"set": path.stem, "stopped": True} | without_none(json.loads(line))
+            except (ValueError, AttributeError):
+                found = data.describe(line)
+                raise ValueError(f"{where}: expected a JSON object, found {found}") from None
+            if "audio" in row:
+                row["audio"] = os.path.normpath(path.parent.absolute() / row["audio"])
+            yield where, row
+
+
+HYPS_KEYS = {"hyp": str, "stopped": bool, "text": str, "language": str, "audio": str, "set": str,
+             "speaker": str, "start": data.NUMBER, "duration": data.NUMBER}
+
+
+def check_hyp(row, where) -> None:
+    """Raise ValueError, naming line and key, unless a row of hyps.jsonl can be scored and written."""
+    for key in ("id", "hyp"):
+        if key not in row:
+            raise ValueError(f"{where}: no {key!r}")
+    for key, types in HYPS_KEYS.items():
+        if key in row and not isinstance(row[key], types):
+            raise ValueError(f"{where}: {key!r} has the wrong type: {row[key]!r}")
+        if re.search("[\ud800-\udfff]", str(row.get(key))):  # no file can hold it
+            raise ValueError(f"{where}: {key!r} has half a character (a lone surrogate): {row[key]!r}")
+    if "text" in row:
+        check_language(row.get("language"), where)
+
+
 
 
 def counts_of(row) -> data.Counts:
     return data.Counts(row["substitutions"], row["deletions"], row["insertions"], row["units"])
 
 
+TROUBLES = ("empty", "truncated", "looping", "failed")
+
+
+def troubles_of(row) -> tuple[str, ...]:
+    """What looks wrong even without a reference. A clip that could not be decoded is failed, not
+    empty."""
+    found = {"empty": not row["hyp"] and "failed" not in row, "truncated": not row["stopped"],
+             "looping": row["looping"], "failed": "failed" in row}
+    return tuple(trouble for trouble in TROUBLES if found[trouble])
+
+
+class Scored(NamedTuple):
+    """What is kept in memory of a clip that has a reference: numbers and shared words, no text."""
+    set: str
+    language: str
+    speaker: str | None
+    duration: float | None  # seconds
+    counts: data.Counts
+    troubles: tuple[str, ...]
+
+
+def without_texts(row) -> Scored:
+    """A row of hyps.jsonl that has a reference -> what is kept of it."""
+    speaker = row.get("speaker")
+    return Scored(sys.intern(row["set"]), sys.intern(row["language"]), speaker and sys.intern(speaker),
+                  row.get("duration"), counts_of(row), troubles_of(row))
+
+
+class Scores:
+    """What is kept of the rows of hyps.jsonl while they pass by: counts, and the worst clips."""
+    def __init__(self):
+        self.clips = 0
+        self.troubles = Counter()
+        self.scored = []                        # Scored, in the order of the rows
+        self.confusions = defaultdict(Counter)  # language and kind of error: what for what
+        self.worst = defaultdict(list)          # language: up to WORST of (-errors, units, id, row)
+
+    def watch(self, rows):
+        """Yield the rows as they are."""
+        for row in rows:
+            self.clips += 1
+            self.troubles.update(troubles_of(row))
+            if "units" in row:
+                scored = without_texts(row)
+                if scored.duration is None:
+                    scored = scored._replace(duration=float(data.measure([to_utterance(row)])[0]))
+                self.scored.append(scored)
+                if scored.counts.errors:
+                    self.add_errors(row)
+            yield row
+
+    def add_errors(self, row) -> None:
+        language, counts = row["language"], counts_of(row)
+        worst = self.worst[language]
+        bisect.insort(worst, (-counts.errors, counts.units, row["id"], row))
+        del worst[WORST:]
+        for kind, ref, hyp in data.align(row["text"], row["hyp"], language):
+            if kind != "equal":
+                what = f"{ref} → {hyp}" if kind == "sub" else ref or hyp
+                self.confusions[language, kind][what] += 1
+
+
+def group_scored(rows, key) -> dict[str, list[Scored]]:
+    """{value of the key: its rows}."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[getattr(row, key)].append(row)
+    return groups
+
+
 def errors_and_units(rows):
     """Errors (n,) and reference units (n,) of n rows, int64."""
-    counts = np.array([counts_of(row) for row in rows])  # (n, 4)
+    counts = np.array([row.counts for row in rows])  # (n, 4)
     return counts[:, :3].sum(1), counts[:, 3]
 
 
@@ -267,14 +490,14 @@ def percent(errors, units) -> float:
 def blocks_of(rows) -> tuple[str, list]:
     """What an interval resamples, and a label a row: its speaker, if every row names one and there
     are two or more, else its number."""
-    speakers = [row.get("speaker") for row in rows]
+    speakers = [row.speaker for row in rows]
     if all(speakers) and len(set(speakers)) > 1:
         return "speakers", speakers
     return "utterances", list(range(len(rows)))
 
 
 def corpus_rate(rows) -> dict:
-    """Error rate in percent, its 95 % interval, and what that rests on."""
+    """Error rate in percent, its 95 % interval (nan: see data.interval), and what that rests on."""
     errors, units = errors_and_units(rows)
     resampled, labels = blocks_of(rows)
     low, high = data.bootstrap(errors, units, blocks=labels)
@@ -289,10 +512,11 @@ def summarize(name, rows, audio_sec=None, seconds=None) -> list[dict]:
         entry = {"set": name, "language": language, "metric": data.metric(language)}
         entry |= corpus_rate(group)
         for field in data.Counts._fields:
-            entry[field] = sum(row[field] for row in group)
-        wrong = sum(counts_of(row).errors > 0 for row in group)
+            entry[field] = sum(getattr(row.counts, field) for row in group)
+        wrong = sum(row.counts.errors > 0 for row in group)
         entry["utterances"] = len(group)
         entry["sentence_error"] = 100 * wrong / len(group)
+        entry |= insertions_on_silence(group)
         entry |= count_troubles(group)
         entry |= {"set_audio_sec": audio_sec, "set_seconds": seconds}
         entries.append(entry)
@@ -300,32 +524,45 @@ def summarize(name, rows, audio_sec=None, seconds=None) -> list[dict]:
 
 
 def count_troubles(rows) -> dict:
-    """How many transcripts look wrong even without a reference. A clip that could not be decoded is
-    failed, not empty."""
-    counts = {"empty": 0, "truncated": 0, "looping": 0, "failed": 0}
+    """How many transcripts look wrong even without a reference, by trouble."""
+    counts = Counter()
     for row in rows:
-        counts["empty"] += not row["hyp"] and "failed" not in row
-        counts["truncated"] += not row["stopped"]
-        counts["looping"] += row["looping"]
-        counts["failed"] += "failed" in row
-    return counts
+        counts.update(row.troubles)
+    return {trouble: counts[trouble] for trouble in TROUBLES}
 
 
-def summarize_all(rows, timing) -> dict:
+def summarize_all(scores, timing) -> dict:
     """summary.json but for its provenance. timing: {set: (seconds of audio, seconds it took)}."""
     entries, scored = [], []
-    for name, group in group_scored(rows, "set").items():
+    for name, group in group_scored(scores.scored, "set").items():
         audio_sec, seconds = timing.get(name, (None, None))
         entries += summarize(name, group, audio_sec, seconds)
         scored += group
-    summary = {"results": entries, "macro_average": None, "pooled": None, "clips": len(rows)}
+    summary = {"results": entries, "macro_average": None, "pooled": None, "clips": scores.clips}
     rates = [e["rate"] for e in entries if e["units"]]
     if rates:
         errors, units = errors_and_units(scored)
         totals = {"errors": int(errors.sum()), "units": int(units.sum())}
         summary["macro_average"] = sum(rates) / len(rates)
         summary["pooled"] = corpus_rate(scored) | totals
-    return summary | count_troubles(rows)
+    return summary | {trouble: scores.troubles[trouble] for trouble in TROUBLES}
+
+
+def insertions_on_silence(rows) -> dict:
+    """What is written where nothing is said: clips whose reference has no unit, and insertions per
+    minute of them, nan if there is no such audio. Clips that failed to decode don't count."""
+    silent = [row for row in rows if not row.counts.units and "failed" not in row.troubles]
+    minutes = sum(row.duration for row in silent) / 60
+    insertions = sum(row.counts.insertions for row in silent)
+    return {"no_speech": len(silent),
+            "insertions_per_minute": insertions / minutes if minutes else math.nan}
+
+
+def interval(entry, low="low", high="high", form=".2f") -> str:
+    """[low, high], or - where there is no interval."""
+    if math.isnan(entry[low]):
+        return "-"
+    return f"[{entry[low]:{form}}, {entry[high]:{form}}]"
 
 
 def few_speakers(entry) -> bool:
@@ -340,7 +577,8 @@ def print_table(summary) -> None:
     caveat = ""
     for e in entries:
         width = max(width, len(f"{e['set']} {e['language']}"))
-        resampled.append(f"{e['blocks']} {e['resampled']}")
+        normal = " (normal approximation)" if e["blocks"] > data.MANY_BLOCKS else ""
+        resampled.append(f"{e['blocks']} {e['resampled']}{normal}")
         if few_speakers(e):
             caveat = f" (unreliable below {FEW_SPEAKERS} speakers)"
     if entries:
@@ -349,15 +587,18 @@ def print_table(summary) -> None:
     for e in entries:
         name = f"{e['set']} {e['language']}"
         edits = f"{e['substitutions']:6} {e['deletions']:6} {e['insertions']:6}"
-        interval = f"[{e['low']:.2f}, {e['high']:.2f}]"
         rtf = f"{e['set_seconds'] / e['set_audio_sec']:.4f}" if e["set_audio_sec"] else "-"
         print(f"{name:{width}} {e['utterances']:6} {e['units']:8} {edits}  {e['metric']} "
-              f"{e['rate']:6.2f} {interval:14} {e['sentence_error']:6.1f} %  {rtf:>6}")
+              f"{e['rate']:6.2f} {interval(e):14} {e['sentence_error']:6.1f} %  {rtf:>6}")
     if pooled:
-        print(f"all pooled {pooled['rate']:.2f} % [{pooled['low']:.2f}, {pooled['high']:.2f}], "
+        print(f"all pooled {pooled['rate']:.2f} % {interval(pooled)}, "
               f"{pooled['errors']} errors in {pooled['units']} units")
         print(f"macro average {summary['macro_average']:.2f} %; normaliser {data.NORMALISER}; "
               f"95 % intervals resample {', '.join(dict.fromkeys(resampled))}{caveat}")
+    for e in entries:
+        if e["no_speech"]:
+            print(f"{e['set']} {e['language']}: {e['no_speech']} clips without speech, "
+                  f"{e['insertions_per_minute']:.1f} insertions per minute of them")
     counted = " and counted as all deleted" if summary["failed"] else ""
     print(f"{summary['clips']} clips: {summary['empty']} empty, {summary['truncated']} truncated, "
           f"{summary['looping']} looping, {summary['failed']} failed to decode{counted}")
@@ -372,15 +613,17 @@ def compare_rows(reference, rows) -> dict:
     errors_b, _ = errors_and_units(rows)
     _, labels = blocks_of(reference)
     gains = 100 * data.bootstrap_rates(errors_a - errors_b, units, blocks=labels)  # (n_draws,) points
-    low, high = np.percentile(gains, [2.5, 97.5]).tolist()
+    low, high = data.interval(gains)
     p_improvement = float((gains > 0).mean() + 0.5 * (gains == 0).mean())  # a tie is for neither
+    if math.isnan(low):
+        p_improvement = math.nan
     return corpus_rate(rows) | {
         "difference": percent(errors_a - errors_b, units), "difference_low": low,
         "difference_high": high, "p_improvement": p_improvement, "utterances": len(rows),
         "units": int(units.sum())}
 
 
-def read_systems(paths) -> dict[str, list[dict]]:
+def read_systems(paths) -> dict[str, list[Scored]]:
     """{system: its rows that have a reference}, clip by clip in the order of the first system's.
 
     A system is called by the folder of its hyps.jsonl, where that tells all of them apart, else by
@@ -389,15 +632,18 @@ def read_systems(paths) -> dict[str, list[dict]]:
     names = [Path(path).absolute().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    systems = {}
+    systems, references = {}, {}
     for name, path in zip(names, paths):
-        rows = {row["id"]: row for row in read_hyps(path) if "text" in row}
-        systems[name] = rows
+        systems[name], references[name] = {}, {}  # by id
+        for row in read_hyps(path):
+            if "text" in row:
+                systems[name][row["id"]] = without_texts(row)
+                references[name][row["id"]] = hash((row["text"], row["language"]))
     first = systems[names[0]]
     for name, rows in systems.items():
         odd = [i for i in first.keys() ^ rows.keys()]
         for i in first.keys() & rows.keys():
-            if (first[i]["text"], first[i]["language"]) != (rows[i]["text"], rows[i]["language"]):
+            if references[names[0]][i] != references[name][i]:
                 odd.append(i)
         if odd or not first:
             raise ValueError(f"{paths[0]} and {name}: {len(odd)} clips are not in both with one "
@@ -411,7 +657,7 @@ def compare(paths, out=None) -> list[dict]:
     reference = next(iter(systems))
     groups = defaultdict(list)  # set and language: places of its rows
     for i, row in enumerate(systems[reference]):
-        groups[row["set"], row["language"]].append(i)
+        groups[row.set, row.language].append(i)
     if len(groups) > 1:
         groups["all", "pooled"] = list(range(len(systems[reference])))
     width = max(map(len, systems))
@@ -424,8 +670,8 @@ def compare(paths, out=None) -> list[dict]:
             e = {"system": system, "set": name, "language": language, "metric": metric}
             e |= compare_rows(chosen, [rows[i] for i in places])
             entries.append(e)
-            rate = f"{e['rate']:.2f} [{e['low']:.2f}, {e['high']:.2f}]"
-            gain = f"{e['difference']:+.2f} [{e['difference_low']:+.2f}, {e['difference_high']:+.2f}]"
+            rate = f"{e['rate']:.2f} {interval(e)}"
+            gain = f"{e['difference']:+.2f} {interval(e, 'difference_low', 'difference_high', '+.2f')}"
             if system == reference:
                 print(f"{system:{width}}  {rate}")
             else:
@@ -478,29 +724,35 @@ def unfit_to_teach(row, max_wer) -> str | None:
     return None
 
 
-def write_teacher_manifest(rows, path, max_wer) -> None:
-    """Transcripts as references, for the TD stage. What is left out is counted by reason."""
-    kept, left_out = [], Counter()
-    for row in rows:
-        reason = unfit_to_teach(row, max_wer)
-        if reason:
-            left_out[reason] += 1
-            continue
-        audio = os.path.relpath(row["audio"], Path(path).absolute().parent)
-        line = {"id": row["id"], "audio": audio, "text": row["hyp"]}
-        for key in ("language", "duration", "start", "speaker"):
-            if key in row:
-                line[key] = row[key]
-        kept.append(line)
-    data.write_jsonl(path, kept)
+def write_teacher_manifest(hyps, path, max_wer) -> None:
+    """Transcripts of a hyps.jsonl as references, for the TD stage. What is left out is counted by
+    reason."""
+    counts = Counter()  # of lines that are kept, have no language, have no reference
+    left_out = Counter()
+
+    def lines():
+        for _, row in read_rows(hyps):
+            counts["unchecked"] += "units" not in row
+            reason = unfit_to_teach(row, max_wer)
+            if reason:
+                left_out[reason] += 1
+                continue
+            counts["kept"] += 1
+            counts["no language"] += "language" not in row
+            audio = os.path.relpath(row["audio"], Path(path).absolute().parent)
+            line = {"id": row["id"], "audio": audio, "text": row["hyp"]}
+            for key in ("language", "duration", "start", "speaker"):
+                if key in row:
+                    line[key] = row[key]
+            yield line
+
+    data.write_jsonl(path, lines())
     reasons = [f"{n} {reason}" for reason, n in left_out.most_common()]
-    said = f"{path}: {len(kept)} transcripts kept; left out: {', '.join(reasons) or 'none'}"
-    no_language = sum("language" not in line for line in kept)
-    if no_language:
-        said += f"; {no_language} have no language, which sft.py will ask for"
-    unchecked = sum("units" not in row for row in rows)
-    if max_wer is not None and unchecked:
-        said += f"; {unchecked} had no reference to hold against --max_wer"
+    said = f"{path}: {counts['kept']} transcripts kept; left out: {', '.join(reasons) or 'none'}"
+    if counts["no language"]:
+        said += f"; {counts['no language']} have no language, which sft.py will ask for"
+    if max_wer is not None and counts["unchecked"]:
+        said += f"; {counts['unchecked']} had no reference to hold against --max_wer"
     print(said)
 
 
@@ -550,16 +802,15 @@ def write_json(path, value) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_results(out, summary, rows) -> None:
-    """hyps.jsonl, summary.json, errors.html."""
-    lines = []
-    for row in rows:
-        if "audio" in row:
-            row = row | {"audio": os.path.relpath(row["audio"], out.absolute())}
-        lines.append(row)
-    data.write_jsonl(out / "hyps.jsonl", lines)
-    write_json(out / "summary.json", summary)
-    (out / "errors.html").write_text(errors_page(summary, rows), encoding="utf-8")
+def write_hyps(path, rows) -> None:
+    """Rows as hyps.jsonl, one after the other; audio relative to its folder."""
+    def lines():
+        for row in rows:
+            if "audio" in row:
+                row = row | {"audio": os.path.relpath(row["audio"], path.parent.absolute())}
+            yield row
+
+    data.write_jsonl(path, lines())
 
 
 # ---------------------------------------------------------------------------- errors.html
@@ -584,7 +835,7 @@ def player(row) -> str:
 def length_chart(rows) -> str:
     """Error rate by clip length as bars: the rate above, seconds and the number of clips below."""
     errors, units = errors_and_units(rows)
-    seconds = np.array(data.measure([to_utterance(row) for row in rows]))
+    seconds = np.array([row.duration for row in rows])
     step = next(s for s in (0.25, 0.5, 1, 2, 5, 10, 1e9) if seconds.max() / s <= 12)  # a dozen bars
     bins = (seconds / step).astype(int)
     first, last = bins.min(), bins.max()
@@ -604,24 +855,21 @@ def length_chart(rows) -> str:
     return f'<svg viewBox="0 0 {width} 190" width="{width}">{axis}{bars}</svg>'
 
 
-def confusions(alignments) -> str:
+def confusion_lists(confusions, language) -> str:
     """The most frequent substitutions, deletions and insertions, a list each."""
-    found = defaultdict(Counter)
-    for kind, ref, hyp in chain.from_iterable(alignments):
-        what = f"{ref} → {hyp}" if kind == "sub" else ref or hyp
-        found[kind][what] += 1
     lists = ""
     for kind, title in (("sub", "Substituted"), ("del", "Deleted"), ("ins", "Inserted")):
-        if found[kind]:
+        if confusions[language, kind]:
             lists += f"<div><h3>{title}</h3><table>"
-            for what, n in found[kind].most_common(8):
+            for what, n in confusions[language, kind].most_common(8):
                 lists += f"<tr><td>{escape(what)}</td><td>{n}</td></tr>"
             lists += "</table></div>"
     return lists
 
 
-def clip_card(row, pairs) -> str:
+def clip_card(row) -> str:
     """One clip to hear and to read: the units of its reference above those of its transcript."""
+    pairs = data.align(row["text"], row["hyp"], row["language"])
     notes = [row["set"]]
     if row.get("speaker"):
         notes.append(row["speaker"])
@@ -641,62 +889,53 @@ def clip_card(row, pairs) -> str:
     return f'<div class="clip"><div class="head">{head}</div>{words}</div>'
 
 
-def language_section(rows, n_worst) -> str:
+def language_section(scores, language, rows, n_worst) -> str:
     """Lengths, confusions and the worst clips of one language."""
-    language = rows[0]["language"]
-    aligned = [data.align(row["text"], row["hyp"], language) for row in rows]
-    errors, units = errors_and_units(rows)
-    order = sorted(range(len(rows)), key=lambda i: (-errors[i], units[i], rows[i]["id"]))
-    cards = [clip_card(rows[i], aligned[i]) for i in order[:n_worst] if errors[i]]
+    cards = [clip_card(row) for *_, row in scores.worst[language][:n_worst]]
     return (f'<h2>{escape(language)}</h2><div class="columns"><div>'
             f'<h3>{data.metric(language)}, %, by seconds; number of clips</h3>'
             f'{length_chart(rows)}</div>'
-            f'{confusions(aligned)}</div><h3>The {len(cards)} clips with the most errors: '
+            f'{confusion_lists(scores.confusions, language)}</div>'
+            f'<h3>The {len(cards)} clips with the most errors: '
             f'reference above, transcript below</h3>{"".join(cards)}')
 
 
 def table_row(e) -> str:
     """One entry of summary.json."""
-    rate = f"{e['metric']} <b>{e['rate']:.2f}</b> [{e['low']:.2f}, {e['high']:.2f}]"
+    rate = f"{e['metric']} <b>{e['rate']:.2f}</b> {interval(e)}"
     cells = [escape(f"{e['set']} {e['language']}"), e["utterances"], e["units"], e["substitutions"],
              e["deletions"], e["insertions"], rate, f"{e['sentence_error']:.1f}"]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def errors_page(summary, rows) -> str:
+def errors_page(summary, scores) -> str:
     """One page that loads and runs nothing. Worst clips are shared out over the languages."""
-    groups = group_scored(rows, "language")
+    groups = group_scored(scores.scored, "language")
     n_worst = max(5, WORST // max(1, len(groups)))
-    sections = [language_section(group, n_worst) for _, group in sorted(groups.items())]
+    sections = ""
+    for language, rows in sorted(groups.items()):
+        sections += language_section(scores, language, rows, n_worst)
     table = map(table_row, summary["results"])
     source = summary["model"] if "model" in summary else next(iter(summary["rescored"]))
+    troubles = {trouble: summary[trouble] for trouble in TROUBLES}
     template = Path(__file__).resolve().parent / ".assets" / "errors.html"
     return Template(template.read_text(encoding="utf-8")).substitute(
         source=escape(source), normaliser=escape(summary["normaliser"]), table="".join(table),
-        clips=len(rows), **count_troubles(rows), sections="".join(sections))
+        clips=scores.clips, **troubles, sections=sections)
 
 
 # ---------------------------------------------------------------------------- main
 
-def transcribe_all(args, rank, world, device):
-    """-> rows of hyps.jsonl, {set: (seconds of audio, seconds it took)}. Both empty off rank 0."""
-    sets = read_sets(args.data)
-    asr = model.load(args.model, device)
-    rows, timing = [], {}
-    for name, utterances in sets.items():
-        began = time.time()
-        results = transcribe_set(asr, name, utterances, args, rank, world)
-        seconds = time.time() - began
-        if rank == 0:
-            rows += score(utterances, results, name)
-            decoded = [u for u in utterances if "failed" not in results[u.id]]
-            timing[name] = sum(data.measure(decoded)), seconds
-    return rows, timing
-
-
 @record  # torchrun then shows what stopped a process, at the end
 def main(args):
     """Do what the flags ask for, see the top of this file. Returns the entries of --compare."""
+    outputs = []
+    if args.out:
+        names = "compare.json compare.png" if args.compare else "hyps.jsonl summary.json errors.html"
+        outputs += [Path(args.out) / name for name in names.split()]
+    if args.as_manifest:
+        outputs.append(args.as_manifest)
+    data.check_outputs(*outputs)
     if args.compare:
         return compare(args.compare, args.out)
     rank, world, device = model.setup_scoring(args)
@@ -704,16 +943,24 @@ def main(args):
         if rank == 0:
             print_transcripts(args, device)
         return model.finish()
+    out, timing = Path(args.out), {}
     if args.rescore:
-        rows, timing = read_hyps(args.rescore), {}
+        facts = provenance(args, device, world)
+        rows = read_hyps(args.rescore)
     else:
-        rows, timing = transcribe_all(args, rank, world, device)
+        sets, facts = transcribe_all(args, rank, world, device)
+        rows = finished_rows(sets, out, timing)
     if rank == 0:
-        summary = summarize_all(rows, timing)
+        scores = Scores()
+        write_hyps(out / "hyps.jsonl", scores.watch(rows))
+        summary = summarize_all(scores, timing)
         print_table(summary)
-        write_results(Path(args.out), summary | provenance(args, device, world), rows)
+        write_json(out / "summary.json", summary | facts)
+        (out / "errors.html").write_text(errors_page(summary | facts, scores), encoding="utf-8")
         if args.as_manifest:
-            write_teacher_manifest(rows, args.as_manifest, args.max_wer)
+            write_teacher_manifest(out / "hyps.jsonl", args.as_manifest, args.max_wer)
+        for path in [*out.glob("part-*.jsonl"), *out.glob("part.json")]:
+            path.unlink()  # all is in hyps.jsonl
     model.finish()
 
 
@@ -730,12 +977,14 @@ def parse_args(argv=None):
     parser.add_argument("--out", help="folder for what is written")
     # transcripts to train on
     parser.add_argument("--as_manifest", help="also write transcripts as references, to this file")
-    parser.add_argument("--max_wer", type=float, help="percent from their text at most")
+    parser.add_argument("--max_wer", type=not_negative, help="percent from their text at most")
     # decoding
     parser.add_argument("--language", help="of --audio, for a teacher that wants to be told")
     parser.add_argument("--keep_going", action="store_true", help="count broken clips as deleted")
-    parser.add_argument("--batch", type=int, default=32, help="utterances a forward")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest transcript, tokens")
+    parser.add_argument("--resume", action="store_true", help="go on where a run into --out stopped")
+    parser.add_argument("--batch", type=at_least_one, default=32, help="utterances a forward")
+    parser.add_argument("--max_new_tokens", type=at_least_one, default=128,
+                        help="longest transcript, tokens")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
     flags = ("model", "data", "audio", "rescore", "compare", "out")

@@ -41,21 +41,23 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import huggingface_hub
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer,
-    Qwen3ASRConfig, Qwen3ASRForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM)
+    Qwen3ASRConfig, Qwen3ASRForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM,
+    WhisperFeatureExtractor)
 from transformers.models.qwen3_asr.processing_qwen3_asr import LANGUAGE_CODE_TO_NAME
 
 import data
@@ -315,7 +317,7 @@ class ASR:
     audio_id: int             # placeholder in the prompt, one for each audio embedding
     stop: torch.Tensor        # (V,) True for ids that end a transcript; see stop_and_blocked
     blocked: torch.Tensor     # (V,) True for ids that no transcript may contain
-    other_files: dict[str, str] = field(default_factory=dict)  # name -> text; see read_other_files
+    other_files: dict[str, bytes] = field(default_factory=dict)  # name -> content; see read_other_files
 
     @property
     def device(self):
@@ -558,6 +560,28 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def trainable(asr: ASR, freeze=None) -> list[nn.Parameter]:
+    """The parameters to train. freeze "encoder": adapter and LM alone, not the Whisper encoder."""
+    if freeze == "encoder":
+        asr.net.audio_encoder.whisper.requires_grad_(False)
+    return [p for p in asr.net.parameters() if p.requires_grad]
+
+
+def recompute(asr: ASR) -> None:
+    """Keep only the inputs of encoder blocks and LM layers: backward runs each of them again
+    (Chen et al. 2016, arXiv 1604.06174), about a third more arithmetic.
+
+    transformers' own switch looks at net.training, which is False here, and would do nothing.
+    """
+    def keep_inputs(forward, *args, **kwargs):
+        if not torch.is_grad_enabled():  # rollouts keep nothing anyway
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    for layer in [*asr.net.audio_encoder.whisper.layers, *asr.body.layers]:
+        layer.forward = partial(keep_inputs, layer.forward)
+
+
 def causal_mask(valid):
     """(B, K) valid columns -> (B, 1, K, K): a column sees the valid ones up to itself.
 
@@ -572,6 +596,12 @@ def causal_mask(valid):
 def positions_of(valid):
     """(B, K) valid columns -> (B, K) position of each column in its row, padding not counted."""
     return (valid.cumsum(1) - 1).clamp(min=0)
+
+
+def check_attention(body) -> None:
+    """Raise ValueError unless the LM takes a mask of bools: eager attention would add it as 0 and 1."""
+    if body.config._attn_implementation != "sdpa":
+        raise ValueError(f"attention {body.config._attn_implementation!r}: expected 'sdpa'")
 
 
 class Logits(torch.autograd.Function):
@@ -610,6 +640,7 @@ def response_hidden(body, embeds, prompt_mask, ids, mask) -> torch.Tensor:
     ids, mask (B, R): responses, padded on the right. The caller applies the head to these N rows
     alone: no logits are made for prompt or padding.
     """
+    check_attention(body)
     # The last column predicts nothing that is scored, so it is not fed; see the drawing at the top.
     n_prompt = prompt_mask.shape[1]
     columns = torch.cat([embeds, body.embed_tokens(ids[:, :-1])], dim=1)        # (B, P+R-1, D)
@@ -652,10 +683,13 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     collective, and the host asks the device how many rows are left at every token on a CPU, at every
     eighth on a GPU.
     """
+    check_attention(body)
     device = embeds.device
     ask_every = 1 if device.type == "cpu" else 8
     if temperature > 0:
         uniforms = torch.as_tensor(uniforms, device=device)
+    if device.type == "cuda":
+        weight = weight.bfloat16()  # once: `logits` would do it at every token
     ids = torch.full((len(embeds), max_new_tokens), pad_id, device=device)      # (B, R)
     mask = torch.zeros_like(ids, dtype=torch.bool)                              # (B, R)
     rows = torch.arange(len(embeds), device=device)                             # (b,) still written
@@ -664,7 +698,9 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     valid = prompt_mask                                                         # (b, P+t) columns
     attend = causal_mask(prompt_mask)                                           # (b, 1, queries, P+t)
     positions = positions_of(prompt_mask)                                       # (b, queries)
-    with autocast(device):  # around the loop: weights are cast to bf16 once, not at every token
+    # Autocast keeps its bf16 casts of weights to the end of this context, so that they are made once a
+    # rollout. A bf16 copy of the LM would need as much memory, and round otherwise than scoring does.
+    with autocast(device):
         for t in range(max_new_tokens):
             output = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
                           attention_mask={"full_attention": attend}, use_cache=True)
@@ -716,8 +752,8 @@ def transcribe(asr: ASR, utterances, rank=0, world=1, micro_batch=16, max_new_to
     results = {}
     for start in range(rank * micro_batch, len(order), world * micro_batch):
         clips = [utterances[i] for i in order[start:start + micro_batch]]
-        batch = data.load_batch(
-            clips, asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC, for_training=False)
+        batch = data.load_batch(clips, asr.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC,
+                                for_training=False)
         ids, mask = roll_out(asr, encode_audio(asr, batch), max_new_tokens)     # (B, R)
         stopped = (asr.stop[ids] & mask).any(1).tolist()
         n_tokens = mask.sum(1).tolist()
@@ -787,8 +823,8 @@ def save(asr: ASR, path, extra: dict[str, dict] | None = None) -> None:
 
 def write_files(asr: ASR, folder, extra) -> None:
     """Write the files of a checkpoint into a folder. A tied head is not stored."""
-    for name, text in asr.other_files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in (derived_files(asr) | asr.other_files).items():
+        (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(asr.net.config, indent=2))
     asr.tokenizer.save_pretrained(folder)
     for name, content in extra.items():
@@ -802,6 +838,34 @@ def write_files(asr: ASR, folder, extra) -> None:
     if asr.net.config["tie_word_embeddings"]:
         del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in folder.glob("*.safetensors"):  # made readable to their owner alone
+        shutil.copymode(folder / "config.json", file)
+
+
+def derived_files(asr: ASR) -> dict[str, bytes]:
+    """Return the files that a published folder has for other programs -> {name: content}.
+
+    They repeat tokenizer.json, in the parts that Qwen2Tokenizer is made of, the ids that end a transcript,
+    and what the features are.
+    """
+    tokenizer = asr.tokenizer
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    files = {
+        "added_tokens.json": tokenizer.get_added_vocab(),
+        "special_tokens_map.json": tokenizer.special_tokens_map | {"additional_special_tokens": special},
+        "generation_config.json": {
+            "bos_token_id": asr.pad_id,
+            "eos_token_id": asr.stop.nonzero()[:, 0].tolist(),
+            "pad_token_id": asr.pad_id,
+        },
+        "preprocessor_config.json": WhisperFeatureExtractor(feature_size=asr.n_mels).to_dict(),
+    }
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    files["vocab.json"] = bpe["vocab"]
+    files = {name: json.dumps(value, indent=2, ensure_ascii=False) for name, value in files.items()}
+    merges = [f"{left} {right}" for left, right in bpe["merges"]]
+    files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""])
+    return {name: text.encode() for name, text in files.items()}
 
 
 def load(name, device="cpu", dtype=None) -> ASR:
@@ -811,7 +875,7 @@ def load(name, device="cpu", dtype=None) -> ASR:
     GPU. Raises FileNotFoundError, and ValueError that names every weight, token or key that does not fit.
     """
     path = find_checkpoint(name)
-    config = json.loads((path / "config.json").read_text())
+    config = data.read_json(path / "config.json")
     model_type = config.get("model_type")
     if model_type == "arkasr":
         return load_arkasr(path, config, device, dtype or torch.float32)
@@ -864,12 +928,28 @@ def find_checkpoint(name) -> Path:
     return path
 
 
+TOKENIZER_FILES = """
+tokenizer.json tokenizer_config.json vocab.json added_tokens.json special_tokens_map.json generation_config.json
+""".split()
+
+
 def load_tokenizer(name) -> PreTrainedTokenizerFast:
-    """Read the tokenizer of a checkpoint: tokenizer.json, or Qwen's vocab.json and merges.txt."""
+    """Read the tokenizer of a checkpoint: tokenizer.json, or Qwen's vocab.json and merges.txt.
+
+    Raises ValueError naming the folder or file that is no such thing.
+    """
     path = find_checkpoint(name)
+    for file in sorted(path.iterdir()):
+        if file.name in TOKENIZER_FILES:
+            data.read_json(file)  # raises, naming the file; the libraries don't name it
+    tokenizer_class = Qwen2Tokenizer
     if (path / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    return Qwen2Tokenizer.from_pretrained(path)
+        tokenizer_class = PreTrainedTokenizerFast
+    try:
+        return tokenizer_class.from_pretrained(path)
+    except Exception as error:  # whatever it is, it does not say which files it is about
+        raise ValueError(f"{path}: no tokenizer can be made of tokenizer.json, "
+                         f"or vocab.json and merges.txt: {error}") from error
 
 
 OTHER_FILES = """
@@ -878,35 +958,55 @@ special_tokens_map.json added_tokens.json vocab.json merges.txt
 """.split()
 
 
-def read_other_files(path) -> dict[str, str]:
-    """Read the publisher's code, and the files that it wants beside the weights -> {name: text}.
+def read_other_files(path) -> dict[str, bytes]:
+    """Read the publisher's code, and the files that it wants beside the weights -> {name: content}.
 
-    `save` carries them along. They are text to us and never run; of generation_config.json, `assemble`
+    `save` carries them along. They are bytes to us and never run; of generation_config.json, `assemble`
     reads the ids that end a transcript.
     """
     files = {}
     for file in sorted(path.iterdir()):
         if file.name in OTHER_FILES or file.suffix == ".py":
-            files[file.name] = file.read_text(encoding="utf-8")
+            files[file.name] = file.read_bytes()
     return files
 
 
-def read_weights(path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a directory, by name: model.safetensors, or the shards that its index lists.
+def weight_files(path) -> list[Path]:
+    """Return the files of a directory's weights: model.safetensors, or the shards that its index lists.
 
     Raises FileNotFoundError naming the files that are missing.
     """
     names = ["model.safetensors"]
     index = path / "model.safetensors.index.json"
     if not (path / "model.safetensors").exists() and index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(data.read_json(index).get("weight_map", {}).values()))
+        if not names:
+            raise ValueError(f"{index}: expected the key 'weight_map', with the file of each weight")
     missing = [name for name in names if not (path / name).exists()]
     if missing:
         raise FileNotFoundError(f"{path}: {', '.join(missing)} not found; "
                                 "weights are read from safetensors only")
+    return [path / name for name in names]
+
+
+def open_weights(file):
+    """Open a safetensors file. Raises ValueError naming it unless it is one, and whole."""
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        with open(file, "rb") as raw:
+            start = data.describe(raw.read(60))
+        raise ValueError(f"{file}: expected weights in safetensors, found {file.stat().st_size} bytes "
+                         f"that are not, or not whole ({error}); they start with {start}") from None
+
+
+def read_weights(path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a directory, by name. Raises as weight_files and open_weights do."""
     tensors = {}
-    for name in names:
-        tensors |= load_file(path / name)
+    for file in weight_files(path):
+        with open_weights(file) as weights:
+            for name in weights.keys():
+                tensors[name] = weights.get_tensor(name)
     return tensors
 
 
@@ -1118,6 +1218,8 @@ def load_qwen3_asr(path, config, device, dtype) -> Qwen3ASR:
     else:
         net_config = native_qwen3_asr_config(config)
         key_mapping = None
+    for file in weight_files(path):
+        open_weights(file)  # transformers would not say which file is broken
     net, report = Qwen3ASRForConditionalGeneration.from_pretrained(
         path,
         config=net_config,
@@ -1204,7 +1306,8 @@ def assemble_qwen3_asr(net, tokenizer, device) -> Qwen3ASR:
 
 def setup(args):
     """Join the processes that torchrun started, if any -> rank, world, device, and a list that
-    SIGTERM makes non-empty."""
+    SIGTERM makes non-empty. Raises OSError if --out can't be written."""
+    data.check_outputs(Path(args.out) / "metrics.jsonl", Path(args.out) / "model.safetensors")
     rank, world, device = find_place(args.device)
     if world > 1:
         # Hours, since the others wait while rank 0 saves; NCCL's own limit is ten minutes.
@@ -1235,6 +1338,10 @@ def find_place(kind):
         return rank, world, torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
+    # cuDNN would plan attention anew for every shape, that is, for every decoded token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Partial sums stay in fp32: rounded to bf16, a sum over the vocabulary loses small terms.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return rank, world, device
 
 
@@ -1439,6 +1546,75 @@ def agreement(hidden, student, teacher, to_teacher, k, chunk) -> dict[str, float
     return {name: sums[name] / sums["states"] for name in AGREEMENT}
 
 
+# ---------------------------------------------------------------------------- optimiser shared over ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def get_rank() -> int:
+    """0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def shard(optimizer) -> None:
+    """ZeRO-1 (Rajbhandari et al. 2020, arXiv 1910.02054): one rank keeps a parameter's moments.
+
+    Largest first, each goes to the rank that has least. Whole parameters and AdamW's own arithmetic:
+    the update is to the last bit that of an optimiser that is not shared.
+    """
+    n_elements = [0] * (dist.get_world_size() if dist.is_initialized() else 1)
+    owner = {}
+    parameters = [p for p, _ in numbered(optimizer)]
+    for p in sorted(parameters, key=torch.numel, reverse=True):
+        owner[p] = n_elements.index(min(n_elements))
+        n_elements[owner[p]] += p.numel()
+    for group in optimizer.param_groups:
+        group["owners"] = [owner[p] for p in group["params"]]
+
+
+def numbered(optimizer) -> list[tuple]:
+    """(parameter, owner) in the order of their numbers in its state. owner None: not shared."""
+    pairs = []
+    for group in optimizer.param_groups:
+        owners = group.get("owners", [None] * len(group["params"]))
+        pairs += zip(group["params"], owners)
+    return pairs
+
+
+def update(optimizer) -> None:
+    """optimizer.step(); of a shared one, each rank's part, then every owner sends its weights."""
+    for p, owner in numbered(optimizer):
+        if owner not in (None, get_rank()):
+            p.grad = None  # AdamW passes over it, and makes no moments for it
+    optimizer.step()
+    for p, owner in numbered(optimizer):
+        if owner is not None and dist.is_initialized():
+            dist.broadcast(p.data, owner)
+
+
+def gather_state(optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state by its names on disk, whole on rank 0 wherever it lies; elsewhere {}."""
+    rank = get_rank()
+    state = optimizer.state_dict()["state"]
+    tensors = {}
+    for i, (p, owner) in enumerate(numbered(optimizer)):
+        if not state or rank not in (0, owner):
+            continue
+        for name in MOMENTS:
+            if rank > 0:
+                dist.send(state[i][name], 0)
+                continue
+            if owner in (None, 0):
+                value = state[i][name]
+            else:
+                value = torch.empty_like(p)
+                dist.recv(value, owner)
+            tensors[f"optimizer.{i}.{name}"] = value.detach().cpu()
+        if rank == 0:
+            tensors[f"optimizer.{i}.step"] = next(iter(state.values()))["step"].clone().cpu()  # one for all
+    return tensors
+
+
 # ---------------------------------------------------------------------------- training state, resume
 
 def start_run(args, asr, optimizer, modules, rank) -> tuple[int, float]:
@@ -1486,14 +1662,14 @@ def keep_best(asr, out, error, best, rank) -> float:
 def save_training(out, step, asr, optimizer, modules=None, info=None) -> None:
     """Write OUT/state/step-N, then drop older ones: a full checkpoint plus what a resumed run needs.
 
-    modules: {name: module} trained beside the network; info: what load_training gives back.
-    There is no RNG and no data position to save: every draw and every batch is a function of (seed, step).
+    All ranks call it, rank 0 writes. modules: {name: module} trained beside the network; info: what
+    load_training gives back. There is no RNG and no data position to save: every draw and every batch
+    is a function of (seed, step).
     """
+    tensors = gather_state(optimizer)
+    if get_rank() > 0:
+        return
     folder = Path(out) / "state"
-    tensors = {}
-    for i, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer.{i}.{name}"] = value.cpu()
     for module_name, module in (modules or {}).items():
         for name, value in module.state_dict().items():
             tensors[f"{module_name}.{name}"] = value.cpu()
@@ -1515,21 +1691,27 @@ def load_training(out, asr, optimizer, modules=None) -> dict | None:
     if not saved:
         return None
     folder = saved[-1]
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    with open_weights(folder / "model.safetensors") as file:
         stored = set(file.keys())
         for key, value in asr.net.state_dict().items():
             name = key.removeprefix("lm.")
             if name in stored:  # a tied head is not
                 value.copy_(file.get_tensor(name))
     state = {}
-    with safe_open(folder / "training.safetensors", "pt") as file:
-        for key in file.keys():
-            if key.startswith("optimizer."):
-                _, i, name = key.split(".")
-                value = file.get_tensor(key)
-                state.setdefault(int(i), {})[name] = value if name == "step" else value.to(asr.device)
+    parameters = numbered(optimizer)
+    with open_weights(folder / "training.safetensors") as file:
+        stored = {int(key.split(".")[1]) for key in file.keys() if key.startswith("optimizer.")}
+        if stored and stored != set(range(len(parameters))):
+            raise ValueError(f"{folder}: moments of {len(stored)} parameters, but {len(parameters)} are "
+                             "trained: was --freeze another one?")
+        for i, (p, owner) in enumerate(parameters):
+            if i not in stored or owner not in (None, get_rank()):
+                continue
+            state[i] = {"step": file.get_tensor(f"optimizer.{i}.step")}
+            for name in MOMENTS:
+                state[i][name] = file.get_tensor(f"optimizer.{i}.{name}").to(p.device)
         for module_name, module in (modules or {}).items():
             for name, value in module.state_dict().items():
                 value.copy_(file.get_tensor(f"{module_name}.{name}"))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((folder / "training.json").read_text())
+    return data.read_json(folder / "training.json")

@@ -73,6 +73,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 import model
+from data import at_least_one, not_negative, whole_number
 
 KS = (1, 8, 16, 32)  # reported whatever --top_k is
 OF_K = ("vuss", "overlap", "mass_s", "mass_t", "union_kl_reverse", "union_kl_forward")
@@ -334,7 +335,7 @@ def measure_student(name, utterances, batches, args, rank, world, device):
     for indices in batches[rank::world]:
         chosen = [utterances[i] for i in indices]
         batch = data.load_batch(
-            chosen, student.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC)
+            chosen, student.n_mels, keep_going=False, max_sec=data.MAX_EVAL_SEC, for_training=False)
         measured |= measure_batch(student, teacher, to_teacher, batch, args.states, args)
         bar.update(min(len(indices) * world, bar.total - bar.n))
     bar.close()
@@ -599,10 +600,12 @@ def main(args) -> None:
     """Measure one student after the other; write, print and draw what was found."""
     if args.check:
         return check(args)
+    data.check_outputs(Path(args.out) / "overlap.json", Path(args.out) / "overlap.png")
     rank, world, device = model.setup_scoring(args)
     utterances = data.read_manifest(args.data)
     if args.states == "reference":
         data.check_labelled(utterances)
+    data.check_decodable(utterances[rank::world])
     batches = data.Plan(data.measure(utterances), args.batch, args.seed).epoch(0)
     # A last batch of two clips would set the smallest and the largest mean.
     full_batches = [indices for indices in batches if len(indices) == args.batch]
@@ -638,14 +641,14 @@ def parse_args(argv=None):
     # states
     parser.add_argument("--states", default="rollout", choices=["rollout", "reference"],
                         help="whose prefixes: the student's rollouts, or the manifest's transcripts")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollouts; 0 = greedy")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest rollout, tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of the rollouts and of the batches")
+    parser.add_argument("--temperature", type=not_negative, default=1.0, help="of the rollouts; 0 = greedy")
+    parser.add_argument("--max_new_tokens", type=at_least_one, default=64, help="longest rollout, tokens")
+    parser.add_argument("--seed", type=whole_number, default=0, help="of the rollouts and of the batches")
     # statistics
-    parser.add_argument("--top_k", type=int, default=32, help="size of each model's set")
+    parser.add_argument("--top_k", type=at_least_one, default=32, help="size of each model's set")
     # cost
-    parser.add_argument("--batch", type=int, default=32, help="utterances a forward")
-    parser.add_argument("--chunk", type=int, default=256, help="states whose logits exist at a time")
+    parser.add_argument("--batch", type=at_least_one, default=32, help="utterances a forward")
+    parser.add_argument("--chunk", type=at_least_one, default=256, help="states whose logits exist at a time")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
     if not args.check and not args.out:

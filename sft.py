@@ -27,7 +27,6 @@ sums since the record before (*: of the logged step alone):
 """
 
 import argparse
-import json
 import math
 import time
 from functools import partial
@@ -42,6 +41,7 @@ from torchaudio.functional import mask_along_axis
 
 import data
 import model
+from data import at_least_one, not_negative, positive, whole_number
 
 
 # ---------------------------------------------------------------------------- the objective
@@ -52,17 +52,17 @@ def cross_entropy_sum(z, targets):
 
 
 def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
-    """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class after the vocabulary.
+    """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class V.
 
-    audio (B, A, D), n_audio (B,) embeddings of each row, responses: lists of ids -> sum of -log p (nats) over clips whose tokens fit
-    their frames, and how many clips don't fit and are left out.
+    audio (B, A, D), of which n_audio (B,) are each row's; responses: lists of ids -> sum of -log p
+    (nats) over the clips whose tokens fit their frames; how many don't fit and are left out.
     """
     labels = []
     fits = torch.zeros(len(responses), dtype=torch.bool)
     for i, response in enumerate(responses):
         row = torch.tensor([token for token in response if token != eos_id], dtype=torch.long)
         n_needed = len(row) + int((row[1:] == row[:-1]).sum())  # a repeat needs a blank between
-        fits[i] = 0 < n_needed <= int(n_audio[i])
+        fits[i] = n_needed <= int(n_audio[i])  # 0 where nothing is said: blanks alone
         if fits[i]:
             labels.append(row)
     n_skipped = len(responses) - len(labels)
@@ -70,8 +70,8 @@ def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
         return audio.sum() * 0.0, n_skipped
     logp = ctc_head(audio[fits.to(audio.device)].float()).log_softmax(-1)       # (B', A, V + 1)
     lengths = torch.tensor([len(row) for row in labels])
-    loss = F.ctc_loss(logp.transpose(0, 1), torch.cat(labels).to(audio.device), n_audio.cpu()[fits], lengths,
-                      blank=ctc_head.out_features - 1, reduction="sum")
+    loss = F.ctc_loss(logp.transpose(0, 1), torch.cat(labels).to(audio.device), n_audio.cpu()[fits],
+                      lengths, blank=ctc_head.out_features - 1, reduction="sum")
     return loss, n_skipped
 
 
@@ -83,7 +83,8 @@ def backward_of_batch(student, ctc_head, batch, args):
     ids, mask = data.pad_rows(responses, student.pad_id, student.device)        # (B, R)
     prompt = model.encode_audio(student, batch)
     hidden = model.response_hidden(student.body, prompt.embeds, prompt.mask, ids, mask)     # (N, D)
-    z = student.logits(hidden).masked_fill(student.blocked, -math.inf)          # (N, V) blocked ids have probability 0
+    z = student.logits(hidden)                                                  # (N, V)
+    z = z.masked_fill(student.blocked, -math.inf)  # what no transcript may contain has p = 0
     loss = cross_entropy_sum(z, ids[mask])
     sums = {"loss": loss.detach(), "tokens": len(hidden), "audio_sec": batch.audio_sec}
     if ctc_head is not None:
@@ -95,9 +96,10 @@ def backward_of_batch(student, ctc_head, batch, args):
 
 
 def spec_augment(mel, utterance, step, seed, freq=20, share=0.08):
-    """SpecAugment (Park et al. 2019) by torchaudio: two bands of mel bins and two stretches of time set to the clip's mean.
+    """SpecAugment (Park et al. 2019) by torchaudio: mel (n_mels, T) -> same.
 
-    mel (n_mels, T) -> same. Drawn from (seed, step, utterance id) alone, like everything random here.
+    Two bands of mel bins and two stretches of time are set to the clip's mean. Drawn from (seed, step,
+    utterance id) alone, like everything random here.
     """
     u = data.keyed_uniforms(seed, step, [utterance.id], 1)[0, 0]
     with torch.random.fork_rng(devices=[]):
@@ -140,18 +142,26 @@ def learning_rate(step, args) -> float:
 
 
 def make_optimizer(parameters, args):
-    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases."""
+    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases.
+
+    fused on a GPU: otherwise a step would hold another 4 bytes a parameter for a moment.
+    """
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98),
+                                  fused=parameters[0].is_cuda or None)
+    if args.shard_optimizer:
+        model.shard(optimizer)
+    return optimizer
 
 
 # ---------------------------------------------------------------------------- the loop
 
 def make_student(args, train, device):
-    """--student, or --init_encoder with --init_lm, or --init random with --tokenizer or one trained on the transcripts."""
+    """--student, or --init_encoder with --init_lm, or --init random, with --tokenizer or one trained on
+    the transcripts."""
     if args.student:
         return model.load_student(args.student, device)
     if args.init_encoder:
@@ -160,30 +170,36 @@ def make_student(args, train, device):
         tokenizer = model.load_tokenizer(args.tokenizer)
     else:
         tokenizer = model.train_tokenizer((u.text for u in train), args.vocab_size)
-    return model.random_student(tokenizer, args.d_model, args.encoder_layers, args.lm_layers, args.heads, device)
+    return model.random_student(tokenizer, args.d_model, args.encoder_layers, args.lm_layers,
+                                args.heads, device)
 
 
 @record  # torchrun then shows what stopped a process, at the end
 def main(args):
     """Train: see the top of this file."""
     rank, world, device, stop = model.setup(args)
-    train = [u for path in args.data for u in data.read_manifest(path)]
+    train = data.read_manifests(args.data)
     dev = data.read_manifest(args.dev) if args.dev else []
-    data.check_labelled(train + dev)
+    data.check_labelled(train)
+    data.check_labelled(dev)
+    data.check_decodable(dev[rank::world])  # the first evaluation would stop the run
     student = make_student(args, train, device)
     ctc_head = None
     modules = {}  # what is trained beside the student, and thrown away afterwards
     if args.ctc:
         ctc_head = nn.Linear(student.head.in_features, student.head.out_features + 1).to(device)
         modules["ctc_head"] = ctc_head
-    parameters = list(student.net.parameters())
+    parameters = model.trainable(student, args.freeze)
+    if args.recompute:
+        model.recompute(student)
     for module in modules.values():
         parameters += module.parameters()
     optimizer = make_optimizer(parameters, args)
     start, best = model.start_run(args, student, optimizer, modules, rank)
     plan = data.Plan(data.measure(train), args.batch, args.seed)
     augment = partial(spec_augment, seed=args.seed) if args.spec_augment else None
-    share = data.Steps(train, plan, args.micro_batch, rank, world, student.n_mels, augment)
+    share = data.Steps(train, plan, args.micro_batch, rank, world, student.n_mels, augment,
+                       args.micro_batch_sec)
     batches = iter(data.loader(share, range(start, args.steps), args.workers))
     log = model.Log(args, rank, start)
     log.say(f"{model.n_parameters(student):,} parameters, {len(train)} clips, {plan.steps_per_epoch} "
@@ -219,7 +235,7 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         if totals["tokens"]:  # without a token there is no gradient, and AdamW would still decay
-            optimizer.step()
+            model.update(optimizer)
         optimizer.zero_grad(set_to_none=True)
         trained += totals["tokens"]
         stopping = totals["stop"] > 0
@@ -238,7 +254,8 @@ def main(args):
             line |= {"rejected": int(t["rejected"]),
                      "audio_per_sec": t["audio_sec"] * world / t["seconds"]}
             log.write(line)
-        if rank == 0 and (last or stopping or (step + 1) % args.save_every == 0):
+        evaluates = dev and (step + 1) % args.eval_every == 0  # saved first: it might fail
+        if last or stopping or evaluates or (step + 1) % args.save_every == 0:
             info = {"best": best, "flags": model.kept_flags(args)}
             model.save_training(args.out, step + 1, student, optimizer, modules, info)
         if stopping:
@@ -279,7 +296,8 @@ def student_from_parts(encoder, lm, device="cpu") -> model.ASR:
         model.tie_head(tensors, path)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if "lm." + name not in tensors:
-            raise ValueError(f"{path}: its weights lack {name}")
+            raise ValueError(f"{path}: its weights lack {name}; expected a causal LM with a head of its own, "
+                             "or tie_word_embeddings true in config.json")
     extend_vocabulary(tensors, n_text, n_rows, tied)
 
     net = model.empty_student(model.student_config(lm_config, whisper_config, ids, n_rows))
@@ -297,7 +315,7 @@ def read_lm_config(path) -> dict:
 
     Raises ValueError for an LM that a student cannot have.
     """
-    config = json.loads((path / "config.json").read_text())
+    config = data.read_json(path / "config.json")
     lm_type = config.get("model_type")
     if lm_type not in model.LANGUAGE_MODELS:
         raise ValueError(f"{path}/config.json: model_type {lm_type!r}; "
@@ -336,7 +354,7 @@ def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
     Of GLM-ASR, transformers' layout is read and the original one, which is ARK-ASR's.
     """
     path = model.find_checkpoint(name)
-    config = json.loads((path / "config.json").read_text())
+    config = data.read_json(path / "config.json")
     tensors = model.read_weights(path)
     if config.get("model_type") == "glmasr":
         return convert_glmasr_encoder(path, config["audio_config"], tensors)
@@ -423,42 +441,49 @@ def interleave_rope(weight, heads):
 
 def parse_args(argv=None):
     """Flags -> namespace. Defaults are the demo's recipe for base."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("--data", nargs="+", required=True, help="manifests to train on")
     add("--dev", help="manifest to measure the error rate on while training")
     add("--out", required=True, help="folder to write to")
     add("--resume", action="store_true", help="continue from the newest state in --out, if there is one")
-    add("--seed", type=int, default=0, help="decides weights, data order and augmentation")
+    add("--seed", type=whole_number, default=0, help="decides weights, data order and augmentation")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     # student
     add("--student", help="checkpoint to start from, a directory or a Hub id")
-    add("--init_encoder", help="or: encoder of a GLM-ASR, ARK-ASR or Whisper checkpoint, with --init_lm and a new adapter")
+    add("--init_encoder",
+        help="or: encoder of a GLM-ASR, ARK-ASR or Whisper checkpoint, with --init_lm and a new adapter")
     add("--init_lm", help="Qwen2, Qwen2.5 or Qwen3 causal LM to put behind it")
     add("--init", choices=["random"], help="or: random weights of the size below")
-    add("--tokenizer", help="checkpoint directory to take the tokenizer from (else one is trained on --data)")
-    add("--vocab_size", type=int, default=640, help="size of that trained tokenizer")
-    add("--d_model", type=int, default=80, help="width of encoder and LM")
-    add("--encoder_layers", type=int, default=2, help="encoder blocks")
-    add("--lm_layers", type=int, default=2, help="LM blocks")
-    add("--heads", type=int, default=4, help="attention heads of both")
+    add("--tokenizer", help="checkpoint whose tokenizer to take (else one is trained on --data)")
+    add("--vocab_size", type=at_least_one, default=640, help="size of that trained tokenizer")
+    add("--d_model", type=at_least_one, default=80, help="width of encoder and LM")
+    add("--encoder_layers", type=at_least_one, default=2, help="encoder blocks")
+    add("--lm_layers", type=at_least_one, default=2, help="LM blocks")
+    add("--heads", type=at_least_one, default=4, help="attention heads of both")
     # optimisation
-    add("--steps", type=int, default=1200, help="optimiser updates")
-    add("--batch", type=int, default=16, help="utterances a step, over all processes")
-    add("--micro_batch", type=int, default=16, help="utterances a forward; lower it when out of memory, the update stays the same")
-    add("--lr", type=float, default=3e-3, help="peak learning rate")
-    add("--warmup", type=int, default=100, help="updates of linear warm-up")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--ctc", type=float, help="weight of the auxiliary CTC loss (1 with --init random, else 0)")
+    add("--steps", type=at_least_one, default=1200, help="optimiser updates")
+    add("--batch", type=at_least_one, default=16, help="utterances a step, over all processes")
+    add("--micro_batch", type=at_least_one, default=16,
+        help="utterances a forward; lower it when out of memory, the update stays the same")
+    add("--micro_batch_sec", type=positive, help="instead: seconds a forward, padding included")
+    add("--lr", type=not_negative, default=3e-3, help="peak learning rate")
+    add("--warmup", type=whole_number, default=100, help="updates of linear warm-up")
+    add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
+    add("--clip", type=positive, default=1.0, help="largest gradient norm")
+    add("--freeze", choices=["encoder"], help="train adapter and LM alone")
+    add("--recompute", action="store_true", help="less memory, more time: activations are made twice")
+    add("--shard_optimizer", action="store_true", help="share AdamW's moments out over the processes")
+    add("--ctc", type=not_negative, help="weight of the CTC loss (1 with --init random, else 0)")
     add("--spec_augment", action="store_true", help="mask bands and stretches of the features")
     # bookkeeping
-    add("--log_every", type=int, default=25, help="steps between log lines")
-    add("--eval_every", type=int, default=250, help="steps between dev error rates")
-    add("--save_every", type=int, default=250, help="steps between training states")
-    add("--eval_batch", type=int, default=32, help="utterances a batch in dev decoding")
-    add("--max_new_tokens", type=int, default=64, help="longest transcript in dev decoding, tokens")
-    add("--workers", type=int, default=1, help="loader processes a rank")
+    add("--log_every", type=at_least_one, default=25, help="steps between log lines")
+    add("--eval_every", type=at_least_one, default=250, help="steps between dev error rates")
+    add("--save_every", type=at_least_one, default=250, help="steps between training states")
+    add("--eval_batch", type=at_least_one, default=32, help="utterances a batch in dev decoding")
+    add("--max_new_tokens", type=at_least_one, default=64, help="longest transcript in dev decoding, tokens")
+    add("--workers", type=whole_number, default=1, help="loader processes a rank")
     args = parser.parse_args(argv)
     if bool(args.init_encoder) != bool(args.init_lm):
         parser.error("--init_encoder and --init_lm go together")

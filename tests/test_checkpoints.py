@@ -1,4 +1,4 @@
-"""Real checkpoints: the published student's layout and vocabulary, a student from parts, Qwen3-ASR as teacher, distill.py --check.
+"""Real checkpoints: the published student's layout and vocabulary, a student from parts, Qwen3-ASR as teacher.
 
 Nothing is downloaded: the formats are made here as the publishers write them, with small random weights, by name and shape from the
 published lists and by transformers' own classes and save_pretrained. The vocabulary of Qwen is the real one.
@@ -31,7 +31,7 @@ import evaluate
 import model
 import sft
 from conftest import ARK_ADDED, NOT_SPECIAL, ROWS, TEACHER_ADDED, TEXT_IDS, TEXTS, qwen_tokenizer_with, read_qwen_bpe, sound
-from test_model import LENGTHS, alone, close, glmasr_twin, mel_batch, rewrite, same_weights, some_responses
+from test_model import LENGTHS, alone, close, glmasr_twin, hidden_of, mel_batch, rewrite, roll_out, rows_of, same_weights, some_responses
 
 
 def randomise(net, seed, factor=3.0, embeddings=24.0):
@@ -313,7 +313,7 @@ def test_full_logits_are_those_of_transformers_parts(tokenizer, tmp_path, lm):
     expected = torch.cat([assembled_logits(parts, asr, batch.mel[i, :, :frames[i]], ids[i, :n[i]].tolist()) for i in range(len(frames))])
     for dtype, atol in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
         loaded = model.load(tmp_path / "m", dtype=dtype)
-        z = loaded.head(model.response_hidden(loaded, model.encode(loaded, batch), ids, mask)).float()
+        z = loaded.logits(hidden_of(loaded, batch, ids, mask))
         assert z.shape == expected.shape and expected.std() > 0.5
         error = (z - expected).abs().max() / expected.abs().max()
         assert error < atol, (dtype, error)
@@ -328,14 +328,16 @@ def test_full_logits_are_those_of_transformers_parts(tokenizer, tmp_path, lm):
 
 @torch.no_grad()
 def test_rows_of_unequal_width_do_not_depend_on_their_neighbours(tokenizer):
-    asr, batch = build(tokenizer, 4, lm_type="qwen3", head_dim=8), mel_batch()
+    asr = build(tokenizer, 4, lm_type="qwen3", head_dim=8)
+    batch = mel_batch()
     ids, mask = some_responses(asr, len(LENGTHS))
-    hidden = model.response_hidden(asr, model.encode(asr, batch), ids, mask).split(mask.sum(1).tolist())
-    written, own = model.generate(asr, model.encode(asr, batch), 10)
-    for i, n in enumerate(mask.sum(1).tolist()):
-        prompt = model.encode(asr, alone(batch, i))
-        close(hidden[i], model.response_hidden(asr, prompt, ids[i:i + 1, :n], mask[i:i + 1, :n]))
-        assert written[i, own[i]].tolist() == model.generate(asr, prompt, 10)[0][0].tolist()
+    lengths = mask.sum(1).tolist()
+    hidden = hidden_of(asr, batch, ids, mask).split(lengths)
+    written = rows_of(*roll_out(asr, batch, 10))
+    for i, n in enumerate(lengths):
+        one = alone(batch, i)
+        close(hidden[i], hidden_of(asr, one, ids[i:i + 1, :n], mask[i:i + 1, :n]))
+        assert rows_of(*roll_out(asr, one, 10)) == [written[i]]
 
 
 # ---------------------------------------------------------------------------- student: the real vocabulary
@@ -550,7 +552,7 @@ def test_a_student_from_parts_is_a_checkpoint(parts, tmp_path):
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["model_type"] == "arkasr" and config["audio_token_id"] == asr.audio_id and config["lm_type"] == "qwen3"
     batch = mel_batch()
-    assert torch.equal(model.generate(asr, model.encode(asr, batch), 6)[0], model.generate(again, model.encode(again, batch), 6)[0])
+    assert torch.equal(roll_out(asr, batch, 6)[0], roll_out(again, batch, 6)[0])
 
 
 def test_parts_of_another_kind_are_refused(parts, tmp_path):
@@ -743,10 +745,12 @@ def test_both_layouts_hold_the_same_teacher(qwen, listener, native):
 @torch.no_grad()
 def test_teacher_in_half_precision(qwen, listener, clips):
     """A frozen teacher on a GPU is read in bf16: as near as bf16 is."""
-    half, batch = model.load(qwen / "thinker", dtype=torch.bfloat16), data.load_batch(pick(clips, 11, 0, 8)[0])
+    half = model.load(qwen / "thinker", dtype=torch.bfloat16)
+    batch = data.load_batch(pick(clips, 11, 0, 8)[0])
     assert {p.dtype for p in half.net.parameters()} == {torch.bfloat16}
     ids, mask = some_responses(listener, 3)
-    expected, z = (asr.head(model.response_hidden(asr, model.encode(asr, batch), ids, mask)).float() for asr in (listener, half))
+    expected = listener.logits(hidden_of(listener, batch, ids, mask))
+    z = half.logits(hidden_of(half, batch, ids, mask))
     assert ((z - expected).norm() / expected.norm()) < 0.15
 
 
@@ -809,7 +813,7 @@ def test_prompt_is_the_processors(listener, native, clips, language, said):
 def test_an_unknown_language_is_an_error_that_names_the_line(listener, clips):
     batch = data.load_batch([dataclasses.replace(clips[0][3], language="klingon")])
     with pytest.raises(ValueError, match="clips.jsonl:4.*'klingon'"):
-        model.encode(listener, batch)
+        model.encode_audio(listener, batch)
 
 
 @torch.no_grad()
@@ -834,9 +838,10 @@ def test_teacher_forcing_is_the_native_forward(listener, native, clips, monkeypa
     calls, original = [], listener.net.get_audio_features
     monkeypatch.setattr(listener.net, "get_audio_features", lambda *args, **kw: calls.append(1) or original(*args, **kw))
     ids, mask = some_responses(listener, len(order))
-    prompt = model.encode(listener, data.load_batch(utterances))
-    model.generate(listener, prompt, 3)
-    logp = listener.head(model.response_hidden(listener, prompt, ids, mask)).log_softmax(-1)
+    prompt = model.encode_audio(listener, data.load_batch(utterances))
+    model.roll_out(listener, prompt, 3)
+    hidden = model.response_hidden(listener.body, prompt.embeds, prompt.mask, ids, mask)
+    logp = listener.logits(hidden).log_softmax(-1)
     assert len(calls) == 1
     expected = []
     for u, wave, row, n in zip(utterances, waves, ids, mask.sum(1).tolist()):
@@ -854,24 +859,26 @@ def test_teacher_forcing_is_the_native_forward(listener, native, clips, monkeypa
 def test_teachers_row_does_not_depend_on_its_neighbours(listener, clips):
     utterances, _ = pick(clips, 12, 1, 9, 3, 14)
     ids, mask = some_responses(listener, 5)
-    hidden = model.response_hidden(listener, model.encode(listener, data.load_batch(utterances)), ids, mask).split(mask.sum(1).tolist())
-    for u, h, row, own in zip(utterances, hidden, ids, mask):
-        close(h, model.response_hidden(listener, model.encode(listener, data.load_batch([u])), row[None, own], own[None, own]), 2e-5)
+    lengths = mask.sum(1).tolist()
+    together = hidden_of(listener, data.load_batch(utterances), ids, mask).split(lengths)
+    for i, n in enumerate(lengths):
+        one = data.load_batch(utterances[i:i + 1])
+        close(together[i], hidden_of(listener, one, ids[i:i + 1, :n], mask[i:i + 1, :n]), 2e-5)
 
 
 @torch.no_grad()
 def test_teacher_writes_what_transformers_generate_writes(listener, native, clips):
     order, limit, ends = [0, 3, 6, 8, 10, 11, 1, 15], 20, []
     utterances, waves = pick(clips, *order)
-    ids, mask = model.generate(listener, model.encode(listener, data.load_batch(utterances)), limit)
-    for u, wave, row, own in zip(utterances, waves, ids, mask):
+    rows = rows_of(*roll_out(listener, data.load_batch(utterances), limit))
+    for u, wave, row in zip(utterances, waves, rows):
         inputs = native.request(wave, u.language)
         expected = native.net.generate(**inputs, do_sample=False, max_new_tokens=limit, eos_token_id=listener.stop.nonzero()[:, 0].tolist(),
                                        pad_token_id=listener.pad_id, suppress_tokens=listener.blocked.nonzero()[:, 0].tolist())
         expected = expected[0, inputs["input_ids"].shape[1]:].tolist()
-        assert row[own].tolist() == expected
+        assert row == expected
         ends.append(listener.stop[expected[-1]].item())
-    assert len({tuple(row[own].tolist()) for row, own in zip(ids, mask)}) > 4  # the audio matters
+    assert len(set(map(tuple, rows))) > 4  # the audio matters
     assert any(ends) and not all(ends)  # both ways to end were seen
 
 
@@ -901,11 +908,14 @@ def test_language_is_the_teachers_own_greedy_prefix(qwen, native, clips, monkeyp
             expected[i] = written.tolist()
     order = list(expected)[:6]
     assert len(order) == 6 and len({tuple(expected[i]) for i in order}) > 1
-    calls, generate = [], model.generate
+    calls = []
+    original = model.roll_out
+
     def counted(asr, prompt, *args, **kw):
         calls.append(len(prompt.mask))
-        return generate(asr, prompt, *args, **kw)
-    monkeypatch.setattr(model, "generate", counted)
+        return original(asr, prompt, *args, **kw)
+
+    monkeypatch.setattr(model, "roll_out", counted)
     utterances = [dataclasses.replace(clips[0][i], language="en" if i == order[2] else None) for i in order]
     def prompts(utterances):
         batch = data.load_batch(utterances)
@@ -926,7 +936,7 @@ def test_a_teacher_that_names_no_language_is_an_error_that_names_the_clip(qwen, 
     asr, _ = outspoken(qwen)
     batch = data.load_batch([clips[0][4], dataclasses.replace(clips[0][5], language=None)])
     with pytest.raises(ValueError, match=r"clips.jsonl:6: .*5\.wav.*language"):
-        model.encode(asr, batch)
+        model.encode_audio(asr, batch)
 
 
 def test_segments_of_one_file_are_asked_one_by_one(qwen, clips):
@@ -1033,17 +1043,25 @@ def test_two_steps_from_a_qwen3_asr_teacher(checkpoints, qwen, student, native, 
     assert [s["step"] for s in steps] == [1, 2] and all(s["grad_norm"] > 0 for s in steps)
     assert not same_weights(model.load(tmp_path / "out").net, student.net)
 
-    pool, total, n, lost = data.read_manifest(args.data[0]), 0.0, 0, 0
+    pool = data.read_manifest(args.data[0])
+    total = 0.0
+    n_scored = 0
+    n_not_scored = 0
     for i in data.Plan(data.measure(pool), args.batch, args.seed)[0]:
-        prompt = model.encode(student, data.load_batch([pool[i]]))
-        ids = model.generate(student, prompt, 9, 1.0, data.keyed_uniforms(args.seed, 0, [pool[i].id], 9))[0]
+        one = data.load_batch([pool[i]])
+        ids, mask = roll_out(student, one, 9, 1.0, data.keyed_uniforms(args.seed, 0, [pool[i].id], 9))
         z_t, shared = native_logits(student, native, pool[i], ids[0].tolist())
         with torch.no_grad():
-            z_s = student.head(model.response_hidden(student, prompt, ids, torch.ones_like(ids, dtype=torch.bool)))[:len(z_t), shared].double()
-        logp_s, logp_t = z_s.log_softmax(-1), z_t.log_softmax(-1)
-        total, n, lost = total + (logp_s.exp() * (logp_s - logp_t)).sum().item(), n + len(z_t), lost + ids.shape[1] - len(z_t)
-    assert (steps[0]["tokens"], steps[0]["no_twin"]) == (n, lost) and n > 8 and lost > 0
-    assert steps[0]["loss"] == pytest.approx(total / n, rel=1e-4)
+            z_s = student.logits(hidden_of(student, one, ids, mask))[:len(z_t), shared].double()
+        logp_s = z_s.log_softmax(-1)
+        logp_t = z_t.log_softmax(-1)
+        total += (logp_s.exp() * (logp_s - logp_t)).sum().item()
+        n_scored += len(z_t)
+        n_not_scored += ids.shape[1] - len(z_t)
+    assert (steps[0]["tokens"], steps[0]["not_scored"]) == (n_scored, n_not_scored)
+    assert n_scored > 8
+    assert n_not_scored > 0
+    assert steps[0]["loss"] == pytest.approx(total / n_scored, rel=1e-4)
 
 
 def test_only_students_are_trained(qwen, checkpoints, corpus, tmp_path):
@@ -1068,113 +1086,6 @@ def test_evaluate_runs_a_qwen3_asr(qwen, native, corpus, tmp_path, layout):
         written = native.net.generate(**inputs, do_sample=False, max_new_tokens=8, eos_token_id=stop, pad_token_id=stop[0], suppress_tokens=blocked)
         text = native.processor.tokenizer.decode([i for i in written[0, inputs["input_ids"].shape[1]:].tolist() if i not in stop])
         assert row["hyp"] == text.strip()
-
-
-def untouched(folder):
-    """Every file of a folder with its bytes."""
-    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def run_check(monkeypatch, student, teacher, manifest, *more):
-    """distill.py --check -> student and teacher as it leaves them, weights before."""
-    seen, load_pair = [], distill.load_pair
-    def remember(args, device):
-        pair = load_pair(args, device)
-        seen.append((pair, [copy.deepcopy(asr.net.state_dict()) for asr in pair]))
-        return pair
-    monkeypatch.setattr(distill, "load_pair", remember)
-    stopped = None
-    try:
-        distill.main(["--check", "--student", str(student), "--teacher", str(teacher), "--data", str(manifest), "--device", "cpu", "--batch", "6",
-                      "--max_new_tokens", "10", *map(str, more)])
-    except SystemExit as error:
-        stopped = str(error)
-    for asr, before in zip(*seen[0]):
-        after = asr.net.state_dict()
-        assert all(torch.equal(after[k], before[k]) for k in before)
-    return seen[0][0], stopped
-
-
-def value_of(table, row):
-    """The number in a row of the printed table."""
-    return float(re.search(rf"^{re.escape(row)}\s+(-?[\d.e+-]+)", table, re.MULTILINE)[1])
-
-
-def mean_logp(asr, utterances, texts):
-    """Mean log-probability a token of texts on clips, each clip alone, blocked ids out of the question. Oracle."""
-    total, n = 0.0, 0
-    for u, text in zip(utterances, texts):
-        ids = torch.tensor([asr.encode_text(text)])
-        with torch.no_grad():
-            z = asr.head(model.response_hidden(asr, model.encode(asr, data.load_batch([u])), ids, torch.ones_like(ids, dtype=torch.bool)))
-        logp = z.masked_fill(asr.blocked, -math.inf).double().log_softmax(-1)
-        total, n = total + logp.gather(1, ids[0][:, None]).sum().item(), n + ids.shape[1]
-    return total / n
-
-
-@pytest.mark.parametrize("kind", ["student layout", "qwen3_asr"])
-def test_check_stops_a_teacher_that_does_not_know_the_audio(checkpoints, qwen, native, student, teacher, corpus, tmp_path, monkeypatch, capsys, kind):
-    other = checkpoints / "teacher" if kind == "student layout" else qwen / "hf"
-    before = untouched(checkpoints)
-    _, stopped = run_check(monkeypatch, checkpoints / "student", other, corpus / "dev.jsonl", "--out", tmp_path / "out")
-    table = capsys.readouterr().out
-    reference, shuffled = value_of(table, "log p_T of references"), value_of(table, "log p_T of other clips' references")
-    assert f"references {reference:.3f}, other clips' references {shuffled:.3f}" in stopped and reference < shuffled + 1
-    assert value_of(table, "D_t, student against itself") < 1e-6 and value_of(table, "D_t, reverse, full") > 0.01
-    assert value_of(table, "gradient norm") > 0 and value_of(table, "peak memory") > 0.05
-    utterances = data.read_manifest(corpus / "dev.jsonl")
-    if kind == "student layout":  # one vocabulary: every token has a twin
-        assert reference == pytest.approx(mean_logp(teacher, utterances, [u.text for u in utterances]), abs=1e-3)
-    else:
-        total, n = 0.0, 0
-        for u in utterances:
-            ids = student.encode_text(u.text)
-            z, shared = native_logits(student, native, u, ids)
-            total, n = total + sum(row.log_softmax(-1)[shared.index(y)].item() for row, y in zip(z, ids)), n + len(z)
-        assert reference == pytest.approx(total / n, abs=1e-3) and n > 6
-        assert re.search(r"teacher's prompt ends .*language Chinese<asr_text>.*language English<asr_text>", table)
-    assert untouched(checkpoints) == before and not (tmp_path / "out").exists()
-
-
-def test_check_of_a_student_as_its_own_teacher(checkpoints, corpus, tmp_path, monkeypatch, capsys):
-    """All divergences are 0 then. Without transcripts there is nothing to stop for."""
-    rows = [json.loads(line) for line in (corpus / "dev.jsonl").open(encoding="utf-8")]
-    data.write_jsonl(tmp_path / "untold.jsonl", [{"id": r["id"], "audio": str(corpus / r["audio"])} for r in rows])
-    (student, _), stopped = run_check(monkeypatch, checkpoints / "student", checkpoints / "student", tmp_path / "untold.jsonl")
-    table = capsys.readouterr().out
-    assert stopped is None and table.count("no transcripts to try") == 2
-    assert value_of(table, "D_t, student against itself") < 1e-6 and abs(value_of(table, "D_t, reverse, full")) < 1e-3
-    writable = int((~student.blocked).sum())
-    assert f"{writable} of {writable} that the student may write" in table and "0 not scored" in table
-    assert [p.name for p in tmp_path.iterdir()] == ["untold.jsonl"]
-
-
-@pytest.fixture(scope="module")
-def taught(corpus, tmp_path_factory):
-    """A teacher that knows the six clips of dev.jsonl: trained on them until it does."""
-    out = tmp_path_factory.mktemp("taught") / "m"
-    words = ["--init", "random", "--data", corpus / "dev.jsonl", "--out", out, "--steps", 150, "--batch", 6, "--lr", 4e-3, "--warmup", 10,
-             "--d_model", 48, "--encoder_layers", 1, "--lm_layers", 1, "--heads", 2, "--vocab_size", 300, "--workers", 0, "--device", "cpu",
-             "--log_every", 50, "--save_every", 1000]
-    sft.main(sft.parse_args(list(map(str, words))))
-    return out
-
-
-def test_check_lets_a_teacher_pass_that_knows_the_audio(checkpoints, taught, corpus, monkeypatch, capsys):
-    _, stopped = run_check(monkeypatch, checkpoints / "student", taught, corpus / "dev.jsonl")
-    table = capsys.readouterr().out
-    assert stopped is None
-    assert value_of(table, "log p_T of references") > value_of(table, "log p_T of other clips' references") + 1
-
-
-def test_check_finds_a_teacher_that_hears_nothing(checkpoints, taught, corpus, monkeypatch, capsys):
-    """The same teacher with every clip's audio taken for another's: what a wrong prompt or feature does."""
-    place = model.place
-    def mixed(asr, rows, audio, n_audio):
-        return place(asr, [rows[0]] * len(rows), audio[:1].expand(len(rows), -1, -1), n_audio[:1].expand(len(rows)))
-    monkeypatch.setattr(model, "place", mixed)
-    _, stopped = run_check(monkeypatch, checkpoints / "student", taught, corpus / "dev.jsonl")
-    assert "does not know this audio" in stopped
 
 
 # ---------------------------------------------------------------------------- what a config.json can't do

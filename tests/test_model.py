@@ -5,22 +5,26 @@
 
 import copy
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
 import os
 import re
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.glmasr.configuration_glmasr import GlmAsrConfig, GlmAsrEncoderConfig
 from transformers.models.glmasr.modeling_glmasr import GlmAsrEncoder, GlmAsrMultiModalProjector
 
 import data
+import distill
 import model
 from conftest import TEXTS, tiny
 
@@ -67,7 +71,8 @@ def prompt_embeds(asr, batch, i):
 
 
 def plain_qwen2(asr):
-    """The student's LM as transformers alone would build it: eager attention, rope_theta where Qwen2 has it. Oracle."""
+    """The student's LM as transformers alone would build it: eager attention, rope_theta where
+    Qwen2 has it. Oracle."""
     c = asr.net.config
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "rms_norm_eps",
             "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -79,7 +84,8 @@ def plain_qwen2(asr):
 
 @torch.no_grad()
 def next_logits(lm, prompt, written):
-    """(V,) logits of the token after prompt (P, D) and `written` ids: one row, no padding, no cache. Oracle."""
+    """(V,) logits of the token after prompt (P, D) and `written` ids: one row, no padding, no
+    cache. Oracle."""
     tail = lm.get_input_embeddings()(torch.tensor(written, dtype=torch.long))
     return lm(inputs_embeds=torch.cat([prompt, tail])[None], use_cache=False).logits[0, -1]
 
@@ -87,7 +93,8 @@ def next_logits(lm, prompt, written):
 # ---------------------------------------------------------------------------- encoder
 
 def glmasr_twin(encoder, heads, lm_width):
-    """transformers' encoder and projector with the weights of ours, q and k rows reordered from interleaved to split-half RoPE."""
+    """transformers' encoder and projector with the weights of ours, q and k rows reordered from
+    interleaved to split-half RoPE."""
     w, d = encoder.whisper, encoder.layer_norm.normalized_shape[0]
     audio = GlmAsrEncoderConfig(hidden_size=d, intermediate_size=w.layers[0].fc1.out_features, num_hidden_layers=len(w.layers), num_attention_heads=heads,
                                 num_mel_bins=w.conv1.in_channels, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
@@ -191,250 +198,410 @@ def test_encoder_copies_out_alone(student):
 
 # ---------------------------------------------------------------------------- prompt and teacher forcing
 
+def hidden_of(asr, batch, ids, mask):
+    """response_hidden behind the prompts of `batch` -> (N, D)."""
+    prompt = model.encode_audio(asr, batch)
+    return model.response_hidden(asr.body, prompt.embeds, prompt.mask, ids, mask)
+
+
 @torch.no_grad()
 def test_prompt_layout(student):
     batch = mel_batch()
-    prompt = model.encode(student, batch)
+    prompt = model.encode_audio(student, batch)
     assert prompt.mask.shape == prompt.embeds.shape[:2]
     for i in range(len(LENGTHS)):
         expected = prompt_embeds(student, batch, i)
-        assert prompt.mask[i].tolist() == [False] * (prompt.mask.shape[1] - len(expected)) + [True] * len(expected)  # padded on the left
+        n_padding = prompt.mask.shape[1] - len(expected)
+        assert prompt.mask[i].tolist() == [False] * n_padding + [True] * len(expected)
         close(prompt.embeds[i, prompt.mask[i]], expected)
         close(prompt.audio[i, :prompt.n_audio[i]], expected[2:2 + prompt.n_audio[i]])
 
 
 @torch.no_grad()
 def test_teacher_forcing_is_the_lm_token_by_token(student):
-    batch, lm = mel_batch(), plain_qwen2(student)
+    batch = mel_batch()
+    lm = plain_qwen2(student)
     ids, mask = some_responses(student, len(LENGTHS))
-    z = student.head(model.response_hidden(student, model.encode(student, batch), ids, mask))
-    expected, n = [], mask.sum(1).tolist()
-    for i in range(len(LENGTHS)):
+    z = student.logits(hidden_of(student, batch, ids, mask))
+    expected = []
+    for i, n in enumerate(mask.sum(1).tolist()):
         prompt = prompt_embeds(student, batch, i)
-        expected += [next_logits(lm, prompt, ids[i, :t].tolist()) for t in range(n[i])]  # row t predicts ids[i, t]
-    assert z.shape == (sum(n), len(student.blocked))
+        for t in range(n):
+            expected.append(next_logits(lm, prompt, ids[i, :t].tolist()))  # row t predicts ids[i, t]
+    assert z.shape == (int(mask.sum()), len(student.blocked))
     close(z, torch.stack(expected))
 
 
 def test_causal_mask_entry_by_entry():
-    key_mask = torch.tensor([[False, False, True, True, True], [True, True, False, True, False]])
-    for n_queries in (3, 5):
-        # Padding sees itself: a row of the softmax without any key is NaN on some backends, and NaN times a weight of 0 is NaN.
-        expected = [[[k == q or (k < q and row[k]) for k in range(5)] for q in range(n_queries)] for row in key_mask.tolist()]
-        assert model._causal_mask(key_mask, n_queries).tolist() == [[e] for e in expected]
+    """Padding sees itself: a softmax over no key is NaN on some backends, and NaN times a weight of
+    0 is NaN."""
+    valid = torch.tensor([[False, False, True, True, True], [True, True, False, True, False]])
+    mask = model.causal_mask(valid)
+    assert mask.shape == (2, 1, 5, 5)
+    for b, row in enumerate(valid.tolist()):
+        for query in range(5):
+            for key in range(5):
+                assert mask[b, 0, query, key] == (key == query or (key < query and row[key]))
 
 
 @torch.no_grad()
 def test_response_row_does_not_depend_on_its_neighbours(student):
     batch = mel_batch()
     ids, mask = some_responses(student, len(LENGTHS))
-    hidden = model.response_hidden(student, model.encode(student, batch), ids, mask).split(mask.sum(1).tolist())
-    for i, n in enumerate(mask.sum(1).tolist()):
-        close(hidden[i], model.response_hidden(student, model.encode(student, alone(batch, i)), ids[i:i + 1, :n], mask[i:i + 1, :n]))
+    lengths = mask.sum(1).tolist()
+    together = hidden_of(student, batch, ids, mask).split(lengths)
+    for i, n in enumerate(lengths):
+        close(together[i], hidden_of(student, alone(batch, i), ids[i:i + 1, :n], mask[i:i + 1, :n]))
 
 
 def test_gradient_of_a_batch_is_the_sum_of_its_rows(student):
     net = copy.deepcopy(student.net)
-    asr, batch = dataclasses.replace(student, net=net), mel_batch()
+    asr = dataclasses.replace(student, net=net)
+    batch = mel_batch()
     ids, mask = some_responses(asr, len(LENGTHS))
 
     def gradient(batch, ids, mask):
         net.zero_grad()
-        hidden = model.response_hidden(asr, model.encode(asr, batch), ids, mask)
-        torch.nn.functional.cross_entropy(asr.head(hidden), ids[mask], reduction="sum").backward()
+        z = asr.logits(hidden_of(asr, batch, ids, mask))
+        torch.nn.functional.cross_entropy(z, ids[mask], reduction="sum").backward()
         return {k: p.grad.clone() for k, p in net.named_parameters()}
 
     whole = gradient(batch, ids, mask)
-    rows = [gradient(alone(batch, i), ids[i:i + 1, :n], mask[i:i + 1, :n]) for i, n in enumerate(mask.sum(1).tolist())]
+    rows = []
+    for i, n in enumerate(mask.sum(1).tolist()):
+        rows.append(gradient(alone(batch, i), ids[i:i + 1, :n], mask[i:i + 1, :n]))
     for k, g in whole.items():  # NaN of a masked row would show here too
-        torch.testing.assert_close(g, sum(row[k] for row in rows), rtol=1e-3, atol=1e-4 * g.abs().max().item(), msg=k)
+        expected = sum(row[k] for row in rows)
+        torch.testing.assert_close(g, expected, rtol=1e-3, atol=1e-4 * g.abs().max().item(), msg=k)
         assert g.abs().max() > 0, k  # every weight takes part
+
+
+# ---------------------------------------------------------------------------- logits
+
+@pytest.fixture
+def mm_of_a_gpu(monkeypatch):
+    """torch.mm with out_dtype, which only CUDA has: bf16 inputs, sums in fp32."""
+    mm = torch.mm
+
+    def emulated(a, b, out_dtype=None):
+        if out_dtype is None:
+            return mm(a, b)
+        assert a.dtype == b.dtype == torch.bfloat16
+        return mm(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", emulated)
+
+
+def test_logits_on_a_cpu_are_the_linear_layer_in_fp32(student):
+    hidden = torch.randn(5, 32)
+    z = model.logits(hidden, student.head.weight)
+    assert z.dtype == torch.float32
+    assert torch.equal(z, student.head(hidden))
+    assert model.logits(hidden.bfloat16(), student.head.weight.bfloat16()).dtype == torch.float32
+
+
+def gradient_of_reverse_kl(z_s, z_t):
+    """p_S (log p_S - log p_T - D), in fp64 whatever the logits are."""
+    logp_s = z_s.double().log_softmax(-1)
+    logp_t = z_t.double().log_softmax(-1)
+    p_s = logp_s.exp()
+    d = (p_s * (logp_s - logp_t)).sum(-1, keepdim=True)
+    return p_s * (logp_s - logp_t - d)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0], ids=["uncertain", "confident"])
+def test_logits_on_a_gpu_are_not_rounded_to_bf16(mm_of_a_gpu, scale):
+    """Error of the gradient of reverse KL against fp64, on V = 151,936: from bf16 logits many times
+    that from fp32 sums."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.3 * torch.randn(151_936, 16, generator=generator)
+    hidden_s = scale * torch.randn(4, 16, generator=generator)
+    # A teacher that is not far away, as in distillation.
+    hidden_t = hidden_s + 0.1 * scale * torch.randn(4, 16, generator=generator)
+
+    def relative_error(logits):
+        error = gradient_of_reverse_kl(logits(hidden_s), logits(hidden_t)) - exact
+        return (error.norm() / exact.norm()).item()
+
+    def in_fp64(hidden):
+        return hidden.bfloat16().double() @ weight.bfloat16().double().T
+
+    exact = gradient_of_reverse_kl(in_fp64(hidden_s), in_fp64(hidden_t))
+    ours = relative_error(lambda hidden: model.Logits.apply(hidden, weight))
+    rounded = relative_error(lambda hidden: in_fp64(hidden).bfloat16().float())
+    assert rounded > 0.003
+    assert ours < rounded / 100
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_the_backward_of_gpu_logits_is_that_of_the_linear_layer(mm_of_a_gpu, frozen):
+    """Values that bf16 holds exactly, so that nothing is rounded on either side; hidden rows are
+    bf16, weights fp32, as on a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 8, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(11, 8, generator=generator).bfloat16().float().requires_grad_(not frozen)
+    grad_z = torch.randn(5, 11, generator=generator)
+    z = model.Logits.apply(hidden, weight)
+    assert z.dtype == torch.float32
+    z.backward(grad_z)
+
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact_weight = weight.detach().double().requires_grad_()
+    exact = torch.nn.functional.linear(exact_hidden, exact_weight)
+    exact.backward(grad_z.double())
+    torch.testing.assert_close(z.double(), exact, rtol=1e-6, atol=1e-6)
+    assert hidden.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, rtol=2 ** -8, atol=1e-6)
+    if frozen:
+        assert weight.grad is None
+    else:
+        assert weight.grad.dtype == torch.float32
+        torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- drawing
 
-def test_draw_has_the_softmax_frequencies():
+def chi_square_is_plausible(counts, expected):
+    """Pearson's test far out in the tail: its approximation wants expected counts above 5, so rare
+    ids are put together."""
+    common = expected > 5
+    counts = torch.cat([counts[common], counts[~common].sum()[None]])
+    expected = torch.cat([expected[common], expected[~common].sum()[None].clamp(min=1e-9)])
+    chi2 = ((counts - expected) ** 2 / expected)[:-1].sum()
+    freedom = int(common.sum())
+    assert freedom > 10
+    return chi2 < freedom + 3.3 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_draw_has_the_softmax_frequencies(temperature):
     z = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 1.5
     z[[0, 7, 8, 39]] = -math.inf
     u = torch.from_numpy(np.random.default_rng(0).random(20_000, dtype=np.float32))
-    for temperature in (1.0, 0.6, 1.7):
-        p = torch.from_numpy(np.exp(z.double().numpy() / temperature))
-        expected = 20_000 * p / p.sum()
-        counts = torch.bincount(model.draw(z.expand(len(u), -1), temperature, u), minlength=40)
-        kept = expected > 5  # the chi-square approximation wants expected counts above 5
-        chi2, dof = ((counts - expected)[kept] ** 2 / expected[kept]).sum(), int(kept.sum()) - 1
-        assert chi2 < dof + 3.3 * math.sqrt(2 * dof) and dof > 20
-        assert counts[expected == 0].sum() == 0
+    p = torch.from_numpy(np.exp(z.double().numpy() / temperature))
+    expected = 20_000 * p / p.sum()
+    counts = torch.bincount(model.draw(z.expand(len(u), -1), temperature, u), minlength=40)
+    assert chi_square_is_plausible(counts, expected)
+    assert counts[expected == 0].sum() == 0
 
 
 @pytest.mark.parametrize("u", [0.0, 1e-9, 1 - 2 ** -24, 1.0])  # 1.0: what a uniform below 1 in float64 may round to
 def test_draw_at_the_ends_of_the_interval(u):
     z = torch.randn(3000, 1000, generator=torch.Generator().manual_seed(1)) * 4
-    z[:, :3], z[:, -60:] = -math.inf, -math.inf  # first ids, and the padded tail
+    z[:, :3] = -math.inf
+    z[:, -60:] = -math.inf  # the padded tail of a vocabulary
     ids = model.draw(z, 1.0, torch.full((3000,), u))
-    assert (ids < 1000).all() and (z.gather(1, ids[:, None]) > -math.inf).all()
-    assert (ids >= 3).all() and (ids < 940).all()
+    assert ((ids >= 3) & (ids < 940)).all()
     if u == 0:  # the first id that has a probability in fp32
         assert torch.equal(ids, (z.softmax(-1) > 0).int().argmax(-1))
 
 
 def test_draw_inverts_the_distribution_function():
     z = torch.tensor([[0.0, math.log(2.0), -math.inf, 0.0]]).expand(6, -1)  # p = 1/4, 1/2, 0, 1/4
-    assert model.draw(z, 1.0, torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 0.9999])).tolist() == [0, 0, 1, 1, 3, 3]
+    u = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 0.9999])
+    assert model.draw(z, 1.0, u).tolist() == [0, 0, 1, 1, 3, 3]
 
 
 def test_draw_at_temperature_zero_is_arg_max():
     z = torch.randn(50, 30, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(model.draw(z, 0, None), z.argmax(-1)) and torch.equal(model.draw(z, 0.0, None), z.argmax(-1))
+    assert torch.equal(model.draw(z, 0, None), z.argmax(-1))
+    assert torch.equal(model.draw(z, 0.0, None), z.argmax(-1))
 
 
 # ---------------------------------------------------------------------------- generation
 
 @torch.no_grad()
-def test_greedy_is_transformers_generate(student, teacher):
-    batch, limit, stopped = mel_batch(LENGTHS * 2, seed=5), 24, []
-    batch.mel[len(LENGTHS):] *= 1.5
-    for asr in (student, teacher):
-        lm = plain_qwen2(asr)
-        ids, mask = model.generate(asr, model.encode(asr, batch), limit)
-        for i in range(len(mask)):
-            expected = lm.generate(inputs_embeds=prompt_embeds(asr, batch, i)[None], do_sample=False, max_new_tokens=limit, eos_token_id=asr.eos_id,
-                                   pad_token_id=asr.pad_id, suppress_tokens=asr.blocked.nonzero()[:, 0].tolist())[0].tolist()
-            assert ids[i, mask[i]].tolist() == expected
-            stopped.append(expected[-1] == asr.eos_id)
-    assert any(stopped) and not all(stopped)  # both ways to end were seen
+def written_alone(asr, lm, batch, i, limit, temperature=0.0, uniforms=None):
+    """Row i of a batch: every token from the whole prefix again, no cache, no other row. Oracle."""
+    prompt = prompt_embeds(asr, batch, i)
+    written = []
+    while len(written) < limit and not (written and asr.stop[written[-1]]):
+        z = next_logits(lm, prompt, written).double().masked_fill(asr.blocked, -math.inf)
+        if temperature == 0:
+            written.append(int(z.argmax()))
+        else:
+            cdf = (z / temperature).softmax(-1).cumsum(-1)
+            written.append(int((cdf <= uniforms[i, len(written)]).sum()))  # column t draws token t
+    return written
+
+
+def rows_of(ids, mask):
+    """(B, R) -> a list of emitted ids a row."""
+    return [row[emitted].tolist() for row, emitted in zip(ids, mask)]
+
+
+def roll_out(asr, batch, limit, temperature=0.0, uniforms=None):
+    with torch.no_grad():
+        return model.roll_out(asr, model.encode_audio(asr, batch), limit, temperature, uniforms)
 
 
 @torch.no_grad()
+def test_greedy_is_transformers_generate(student, teacher):
+    batch = mel_batch(LENGTHS * 2, seed=5)
+    batch.mel[len(LENGTHS):] *= 1.5
+    limit = 24
+    stopped = []
+    for asr in (student, teacher):
+        lm = plain_qwen2(asr)
+        suppressed = asr.blocked.nonzero()[:, 0].tolist()
+        for i, written in enumerate(rows_of(*roll_out(asr, batch, limit))):
+            expected = lm.generate(
+                inputs_embeds=prompt_embeds(asr, batch, i)[None], do_sample=False, max_new_tokens=limit,
+                eos_token_id=asr.eos_id, pad_token_id=asr.pad_id, suppress_tokens=suppressed)
+            assert written == expected[0].tolist()
+            stopped.append(written[-1] == asr.eos_id)
+    assert any(stopped)
+    assert not all(stopped)  # both ways to end were seen
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampling_is_the_inverse_cdf_of_the_lm_token_by_token(student, temperature):
-    batch, lm, limit = mel_batch([40, 12, 90]), plain_qwen2(student), 12
-    uniforms = data.keyed_uniforms(0, 1, [u.id for u in batch.utterances], limit)
-    ids, mask = model.generate(student, model.encode(student, batch), limit, temperature, uniforms)
-    for i in range(3):
-        prompt, written = prompt_embeds(student, batch, i), []
-        while len(written) < limit and student.eos_id not in written:
-            z = next_logits(lm, prompt, written).double().masked_fill(student.blocked, -math.inf)
-            cdf = (z / temperature).softmax(-1).cumsum(-1)
-            written.append(int((cdf <= uniforms[i, len(written)]).sum()))  # column t draws token t
-        assert ids[i, mask[i]].tolist() == written
+    batch = mel_batch([40, 12, 90])
+    uniforms = data.keyed_uniforms(0, 1, [u.id for u in batch.utterances], 12)
+    lm = plain_qwen2(student)
+    expected = [written_alone(student, lm, batch, i, 12, temperature, uniforms) for i in range(3)]
+    assert rows_of(*roll_out(student, batch, 12, temperature, uniforms)) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generated_row_does_not_depend_on_its_neighbours(student, temperature):
-    batch, limit = mel_batch(LENGTHS, seed=9), 30
-    uniforms = lambda b: data.keyed_uniforms(3, 4, [u.id for u in b.utterances], limit)
-    ids, mask = model.generate(student, model.encode(student, batch), limit, temperature, uniforms(batch))
+    batch = mel_batch(LENGTHS, seed=9)
+
+    def write(batch):
+        uniforms = data.keyed_uniforms(3, 4, [u.id for u in batch.utterances], 30)
+        return rows_of(*roll_out(student, batch, 30, temperature, uniforms))
+
+    together = write(batch)
     for i in range(len(LENGTHS)):
-        one = alone(batch, i)
-        expected, own = model.generate(student, model.encode(student, one), limit, temperature, uniforms(one))
-        assert own.all() and ids[i, mask[i]].tolist() == expected[0].tolist()
+        assert write(alone(batch, i)) == [together[i]]
     reverse = data.Batch(batch.utterances[::-1], batch.mel.flip(0), batch.n_frames.flip(0), [])
-    flipped, _ = model.generate(student, model.encode(student, reverse), limit, temperature, uniforms(reverse))
-    assert torch.equal(flipped.flip(0), ids)
+    assert write(reverse) == together[::-1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @torch.no_grad()
 def test_samples_have_the_frequencies_of_the_softmax(student, temperature):
-    """4,000 rollouts of one clip: the first token against the softmax, the second against that behind the most frequent first."""
-    batch, lm, n = mel_batch([40]), plain_qwen2(student), 4000
-    prompt = model.encode(student, batch)
-    many = model.Prompt(prompt.embeds.expand(n, -1, -1), prompt.mask.expand(n, -1), prompt.audio, prompt.n_audio)
-    ids, mask = model.generate(student, many, 2, temperature, data.keyed_uniforms(7, 0, [f"u{i}" for i in range(n)], 2))
+    """4,000 rollouts of one clip: the first token against the softmax, the second against that
+    behind the most frequent first."""
+    n = 4000
+    batch = mel_batch([40])
+    lm = plain_qwen2(student)
+    prompt = model.encode_audio(student, batch)
+    many = dataclasses.replace(prompt, embeds=prompt.embeds.expand(n, -1, -1), mask=prompt.mask.expand(n, -1))
+    uniforms = data.keyed_uniforms(7, 0, [f"u{i}" for i in range(n)], 2)
+    ids, mask = model.roll_out(student, many, 2, temperature, uniforms)
+    assert mask[:, 0].all()
     first = ids[:, 0].mode().values.item()
-    assert first != student.eos_id and mask[:, 0].all()
+    assert first != student.eos_id
     for written, drawn in (([], ids[:, 0]), ([first], ids[ids[:, 0] == first, 1])):
-        z = next_logits(lm, prompt_embeds(student, batch, 0), written).double().masked_fill(student.blocked, -math.inf)
+        z = next_logits(lm, prompt_embeds(student, batch, 0), written).double()
+        z = z.masked_fill(student.blocked, -math.inf)
         expected = len(drawn) * (z / temperature).softmax(-1)
-        counts, kept = torch.bincount(drawn, minlength=len(z)).double(), expected > 5  # the approximation wants 5 and more
-        counts, expected = (torch.cat([x[kept], x[~kept].sum()[None]]) for x in (counts, expected))
-        chi2, dof = ((counts - expected) ** 2 / expected).sum(), int(kept.sum())
-        assert dof > 10 and chi2 < dof + 3.3 * math.sqrt(2 * dof)
+        assert chi_square_is_plausible(torch.bincount(drawn, minlength=len(z)).double(), expected)
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2 ** -24, 1.0])
 def test_no_rollout_has_a_blocked_id(student, u):
-    """At both ends of the unit interval, where a neighbour of probability 0 is nearest: the first and the last ids are shut here."""
+    """At both ends of the unit interval, where a neighbour of probability 0 is nearest: the first
+    and the last ids are shut here."""
     shut = student.blocked.clone()
-    shut[:40], shut[-140:] = True, True
+    shut[:40] = True
+    shut[-140:] = True
     shut[student.eos_id] = False
-    asr, batch = dataclasses.replace(student, blocked=shut), mel_batch()
-    ids, mask = model.generate(asr, model.encode(asr, batch), 6, 3.0, np.full((len(LENGTHS), 6), u, np.float32))
-    assert mask.any() and not shut[ids[mask]].any()
-
-
-@torch.no_grad()
-def written_alone(asr, lm, batch, i, limit, temperature, uniforms):
-    """Row i of a batch: every token from the whole prefix again, no cache, no other row. Oracle."""
-    prompt, written = prompt_embeds(asr, batch, i), []
-    while len(written) < limit and not (written and asr.stop[written[-1]]):
-        z = next_logits(lm, prompt, written).double().masked_fill(asr.blocked, -math.inf)
-        cdf = (z / (temperature or 1.0)).softmax(-1).cumsum(-1)
-        written.append(int(z.argmax()) if temperature == 0 else int((cdf <= uniforms[i, len(written)]).sum()))
-    return written
+    asr = dataclasses.replace(student, blocked=shut)
+    ids, mask = roll_out(asr, mel_batch(), 6, 3.0, np.full((len(LENGTHS), 6), u, np.float32))
+    assert mask.any()
+    assert not shut[ids[mask]].any()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("case", ["all but one stop at once", "all stop at once", "one by one"])
 def test_rows_that_leave_the_batch_change_nothing(student, monkeypatch, temperature, case):
-    """More ids are made to end a transcript, so that rows stop where the case wants them to; then token by token against each row alone."""
-    batch, limit, lm = mel_batch(LENGTHS, seed=9), 16, plain_qwen2(student)
+    """More ids are made to end a transcript, so that rows stop where the case wants them to; then
+    each row against itself alone."""
+    limit = 16
+    batch = mel_batch(LENGTHS, seed=9)
+    rows = range(len(LENGTHS))
+    lm = plain_qwen2(student)
     uniforms = data.keyed_uniforms(5, 0, [u.id for u in batch.utterances], limit)
     endless = dataclasses.replace(student, stop=torch.zeros_like(student.stop))
-    free = [written_alone(endless, lm, batch, i, limit, temperature, uniforms) for i in range(len(LENGTHS))]
-    firsts, everyone = [row[0] for row in free], range(len(LENGTHS))
+    free = [written_alone(endless, lm, batch, i, limit, temperature, uniforms) for i in rows]
+    firsts = [row[0] for row in free]
     if case == "one by one":
         stops = {student.eos_id, *(free[i][t] for i, t in ((1, 1), (4, 2), (6, 3), (0, 5), (3, 7), (5, 9)))}
     elif case == "all stop at once":
-        stops = {*firsts}
+        stops = set(firsts)
     else:
-        stops = next({*firsts} - {*free[i]} for i in everyone
-                     if all(firsts[j] not in free[i] for j in everyone if j != i))
+        lasting = next(i for i in rows if not set(free[i]) & {firsts[j] for j in rows if j != i})
+        stops = {firsts[j] for j in rows if j != lasting}
     stop = torch.zeros_like(student.stop)
     stop[list(stops)] = True
-    asr, kept, keep = dataclasses.replace(student, stop=stop, blocked=student.blocked & ~stop), [], model.Cache.keep
-    monkeypatch.setattr(model.Cache, "keep", lambda cache, rows: kept.append(len(rows)) or keep(cache, rows))
-    ids, mask = model.generate(asr, model.encode(asr, batch), limit, temperature, uniforms)
-    expected = [written_alone(asr, lm, batch, i, limit, temperature, uniforms) for i in everyone]
-    assert [row[own].tolist() for row, own in zip(ids, mask)] == expected and (ids[~mask] == asr.pad_id).all()
+    asr = dataclasses.replace(student, stop=stop, blocked=student.blocked & ~stop)
+
+    kept = []  # rows that go on, whenever others leave
+    select = model.DynamicCache.batch_select_indices
+
+    def keep_count(cache, left):
+        kept.append(len(left))
+        select(cache, left)
+
+    monkeypatch.setattr(model.DynamicCache, "batch_select_indices", keep_count)
+    ids, mask = roll_out(asr, batch, limit, temperature, uniforms)
+    expected = [written_alone(asr, lm, batch, i, limit, temperature, uniforms) for i in rows]
+    assert rows_of(ids, mask) == expected
+    assert (ids[~mask] == asr.pad_id).all()
     lengths = sorted(map(len, expected))
     if case == "all stop at once":
-        assert lengths == [1] * 8 and ids.shape == (8, 1)
+        assert lengths == [1] * 8
+        assert ids.shape == (8, 1)
     elif case == "all but one stop at once":
-        assert lengths == [1] * 7 + [limit] and kept == [1]
+        assert lengths == [1] * 7 + [limit]
+        assert kept == [1]
     else:
-        assert len(set(lengths)) >= 4 and len(kept) >= 2, "rows should leave the batch more than once"
+        assert len(set(lengths)) >= 4
+        assert len(kept) >= 2, "rows should leave the batch more than once"
 
 
 def test_what_the_mask_of_a_rollout_covers(student, monkeypatch):
-    batch, limit = mel_batch([20 + 3 * i for i in range(24)]), 40
+    limit = 40
+    batch = mel_batch([20 + 3 * i for i in range(24)])
     uniforms = data.keyed_uniforms(0, 0, [u.id for u in batch.utterances], limit)
-    ids, mask = model.generate(student, model.encode(student, batch), limit, 1.0, uniforms)
+    ids, mask = roll_out(student, batch, limit, 1.0, uniforms)
     n = mask.sum(1)
-    assert torch.equal(mask, torch.arange(ids.shape[1]) < n[:, None]) and (n > 0).all()  # from column 0, without holes
+    assert (n > 0).all()
+    assert torch.equal(mask, torch.arange(ids.shape[1]) < n[:, None])  # from column 0, without holes
     ends = (ids == student.eos_id) & mask
     stopped = ends.any(1)
-    assert stopped.any() and not stopped.all()
-    assert (ends.sum(1) <= 1).all() and (ids[stopped, n[stopped] - 1] == student.eos_id).all()  # EOS is the last that counts
+    assert stopped.any()
+    assert not stopped.all()
+    assert (ends.sum(1) <= 1).all()
+    assert (ids[stopped, n[stopped] - 1] == student.eos_id).all()  # EOS is the last that counts
     assert (n[~stopped] == limit).all()
     assert (ids[~mask] == student.pad_id).all()
     assert not student.blocked[ids[mask]].any()
-    # Only rows that stop: no column is left over after the longest.
-    few = data.Batch([u for u, s in zip(batch.utterances, stopped) if s], batch.mel[stopped], batch.n_frames[stopped], [])
-    calls, draw = [], model.draw
-    monkeypatch.setattr(model, "draw", lambda *args: calls.append(1) or draw(*args))
-    short, _ = model.generate(student, model.encode(student, few), limit, 1.0, uniforms[stopped.numpy()])
-    assert short.shape[1] == n[stopped].max() and torch.equal(short, ids[stopped, :short.shape[1]])
-    assert len(calls) == n[stopped].max() < limit  # nor is one computed
+
+    # Only rows that stop: no column is left over after the longest, nor is one computed.
+    utterances = [u for u, s in zip(batch.utterances, stopped) if s]
+    few = data.Batch(utterances, batch.mel[stopped], batch.n_frames[stopped], [])
+    calls = []
+    draw = model.draw
+
+    def count(*args):
+        calls.append(1)
+        return draw(*args)
+
+    monkeypatch.setattr(model, "draw", count)
+    short, _ = roll_out(student, few, limit, 1.0, uniforms[stopped.numpy()])
+    assert short.shape[1] == n[stopped].max() == len(calls) < limit
+    assert torch.equal(short, ids[stopped, :short.shape[1]])
 
 
 def test_rollout_scores_as_it_was_drawn(student):
-    # The distribution that a rollout was drawn from is the one that response_hidden scores it under: greedy tokens are arg max there.
+    """The distribution that a rollout was drawn from is the one that response_hidden scores it
+    under: greedy tokens are arg max there."""
     batch = mel_batch(LENGTHS, seed=9)
-    prompt = model.encode(student, batch)
-    ids, mask = model.generate(student, prompt, 20)
-    z = student.head(model.response_hidden(student, prompt, ids, mask)).masked_fill(student.blocked, -math.inf)
+    ids, mask = roll_out(student, batch, 20)
+    z = student.logits(hidden_of(student, batch, ids, mask)).masked_fill(student.blocked, -math.inf)
     assert torch.equal(z.argmax(-1), ids[mask])
 
 
@@ -442,11 +609,16 @@ def test_transcribe(student, corpus, tmp_path):
     utterances = data.read_manifest(corpus / "train.jsonl")
     whole = model.transcribe(student, utterances, micro_batch=24, max_new_tokens=12)
     assert set(whole) == {u.id for u in utterances}
-    shares = [model.transcribe(student, utterances[::-1], rank, 3, 4, 12) for rank in range(3)]
-    assert sum(map(len, shares)) == 24 and {k: v for share in shares for k, v in share.items()} == whole
+    shares = {}
+    for rank in range(3):
+        share = model.transcribe(student, utterances[::-1], rank, 3, 4, 12)
+        assert not shares.keys() & share.keys()
+        shares |= share
+    assert shares == whole
     for u in utterances[:4]:
-        ids, mask = model.generate(student, model.encode(student, data.load_batch([u])), 12)
-        assert whole[u.id] == {"hyp": student.decode(ids, mask)[0].strip(), "stopped": student.eos_id in ids.tolist()[0], "n_tokens": ids.shape[1]}
+        ids, mask = roll_out(student, data.load_batch([u]), 12)
+        hyp = student.decode(ids, mask)[0].strip()
+        assert whole[u.id] == {"hyp": hyp, "stopped": student.eos_id in ids.tolist()[0], "n_tokens": ids.shape[1]}
     done = []
     model.transcribe(student, utterances[:5], micro_batch=2, max_new_tokens=1, progress=done.append)
     assert done == [2, 2, 1]
@@ -578,8 +750,8 @@ def test_load_returns_what_save_wrote(student, teacher, checkpoints):
         for field in ("prefix_ids", "suffix_ids", "eos_id", "pad_id", "audio_id"):
             assert getattr(loaded, field) == getattr(asr, field)
         assert loaded.head.weight.data_ptr() == loaded.body.embed_tokens.weight.data_ptr()  # still tied: one gradient, not two
-        prompts = [model.encode(a, mel_batch()) for a in (asr, loaded)]
-        assert all(torch.equal(*pair) for pair in zip(model.generate(asr, prompts[0], 8), model.generate(loaded, prompts[1], 8)))
+        for ours, theirs in zip(roll_out(asr, mel_batch(), 8), roll_out(loaded, mel_batch(), 8)):
+            assert torch.equal(ours, theirs)
     assert not same_weights(student.net, teacher.net)
 
 
@@ -647,7 +819,7 @@ def test_load_names_what_is_no_checkpoint(checkpoint, tmp_path):
 def test_load_in_half_precision(checkpoints):
     loaded = model.load(checkpoints / "student", dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.net.parameters()} == {torch.bfloat16}
-    ids, mask = model.generate(loaded, model.encode(loaded, mel_batch()), 3)
+    ids, mask = roll_out(loaded, mel_batch(), 3)
     assert mask.any() and not loaded.blocked[ids[mask]].any()
 
 
@@ -773,15 +945,17 @@ def test_vocabulary_map_of_two_tokenizers(student):
     other = model.random_student(other_tokenizer, 16, 1, 1, 1)
     for a, b in ((student, other), (other, student)):
         to_b = model.vocabulary_map(a, b)
-        assert to_b.shape == a.blocked.shape and to_b[a.eos_id] == b.eos_id
-        ours, theirs = a.tokenizer.get_vocab(), b.tokenizer.get_vocab()
+        assert to_b.shape == a.blocked.shape
+        ours = a.tokenizer.get_vocab()
+        theirs = b.tokenizer.get_vocab()
         for token, i in ours.items():
-            expected = theirs[token] if token in theirs and (token not in model.SPECIAL or token == model.EOS) else -1
-            assert to_b[i] == expected, token
+            may_be_written = token not in model.SPECIAL or token == model.EOS
+            assert to_b[i] == (theirs.get(token, -1) if may_be_written else -1), token
         assert (to_b[len(ours):] == -1).all()
         kept = to_b >= 0
-        assert not a.blocked[kept].any() and not b.blocked[to_b[kept]].any()
-        assert 256 < kept.sum() < (~a.blocked).sum()  # all bytes have a twin, some longer tokens have none
+        assert not a.blocked[kept].any()
+        assert not b.blocked[to_b[kept]].any()
+        assert 256 < kept.sum() < (~a.blocked).sum()  # all bytes have a counterpart, some longer tokens have none
         assert len(set(to_b[kept].tolist())) == kept.sum()
 
 
@@ -791,15 +965,203 @@ def test_vocabulary_map_sends_eos_to_eos_whatever_it_is_called(student, teacher)
 
 
 def test_vocabulary_map_leaves_out_what_either_side_blocks(student, teacher):
-    a, b = student.tokenizer.get_vocab()["a"], student.tokenizer.get_vocab()["b"]
-    block = lambda asr, i: dataclasses.replace(asr, blocked=asr.blocked | (torch.arange(len(asr.blocked)) == i))
+    def block(asr, i):
+        return dataclasses.replace(asr, blocked=asr.blocked | (torch.arange(len(asr.blocked)) == i))
+
+    a = student.tokenizer.get_vocab()["a"]
+    b = student.tokenizer.get_vocab()["b"]
     to_teacher = model.vocabulary_map(block(student, a), block(teacher, b))
-    assert to_teacher[a] == to_teacher[b] == -1 and (to_teacher >= 0).sum() == (~student.blocked).sum() - 2
+    assert to_teacher[a] == to_teacher[b] == -1
+    assert (to_teacher >= 0).sum() == (~student.blocked).sum() - 2
 
 
 def test_map_logits_is_a_lookup():
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(5, 12, generator=generator)
+    z = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     to_teacher = torch.tensor([3, -1, 0, 11, 3, -1, 7, 1, -1])
     expected = [[row[j].item() if j >= 0 else -math.inf for j in to_teacher.tolist()] for row in z]
     assert model.map_logits(z, to_teacher).tolist() == expected
+
+
+def test_readable_prefix_ends_before_the_first_unknown_id():
+    to_teacher = torch.tensor([4, 0, -1, 7])
+    ids = torch.tensor([[0, 1, 3, 1], [0, 2, 3, 1], [2, 0, 0, 0], [3, 3, 2, 2]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    expected = [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    assert model.readable_prefix(ids, mask, to_teacher).int().tolist() == expected
+
+
+# ---------------------------------------------------------------------------- what a distillation logs
+
+def top_ids(row, k):
+    """The k ids with the highest finite logit, as a set."""
+    finite = [v for v, z in enumerate(row) if z > -math.inf]
+    return set(sorted(finite, key=lambda v: -row[v])[:k])
+
+
+def softmax(row):
+    weights = [math.exp(z) for z in row]
+    return [w / sum(weights) for w in weights]
+
+
+def agreement_by_hand(row_s, row_t, k):
+    """One state with Python sets: two lists of logits, -inf where an id is ruled out."""
+    p_s = softmax(row_s)
+    p_t = softmax(row_t)
+    shared = top_ids(row_s, k) & top_ids(row_t, k)
+    return {
+        "top1_agreement": float(top_ids(row_s, 1) == top_ids(row_t, 1)),
+        "overlap": len(shared) / min(k, len(row_s)),
+        "mass_student": sum(p_s[v] for v in shared),
+        "mass_teacher": sum(p_t[v] for v in shared),
+        "entropy": sum(-p * math.log(p) for p in p_s if p > 0),
+        "entropy_teacher": sum(-p * math.log(p) for p in p_t if p > 0),
+    }
+
+
+@pytest.mark.parametrize("k", [1, 4, 40])
+def test_agreement_equals_sets(k):
+    """Hidden rows are logits here, the heads do nothing; ids 0, 1 and 19 of 20 have no counterpart,
+    the rest are shifted by one."""
+    generator = torch.Generator().manual_seed(7)
+    z_s = 3 * torch.randn(9, 20, generator=generator)
+    z_t = z_s.roll(-1, 1) + torch.randn(9, 20, generator=generator)
+    to_teacher = torch.arange(20) - 1
+    to_teacher[[0, 1, 19]] = -1
+    head = SimpleNamespace(logits=lambda hidden: hidden.clone(), device=torch.device("cpu"))
+    found = model.agreement([z_s, z_t], head, head, to_teacher, k, chunk=4)
+
+    rows = []
+    for s, t in zip(z_s.tolist(), z_t.tolist()):
+        kept = range(2, 19)
+        row_s = [s[v] if v in kept else -math.inf for v in range(20)]
+        row_t = [t[v - 1] if v in kept else -math.inf for v in range(20)]
+        rows.append(agreement_by_hand(row_s, row_t, k))
+    assert found.keys() == rows[0].keys()
+    for name in found:
+        assert found[name] == pytest.approx(sum(row[name] for row in rows) / 9, rel=1e-5), name
+
+
+def test_agreement_of_no_state_is_nothing():
+    head = SimpleNamespace(device=torch.device("cpu"))
+    assert model.agreement(None, head, head, torch.arange(3), 2, 4) == {}
+
+
+def test_rollout_health_by_hand():
+    """Id 9 ends a rollout, 0 pads it: one ends at once, one ends, one is cut off, one is cut off
+    and repeats itself."""
+    ids = torch.tensor([[9, 0, 0, 0, 0, 0], [1, 2, 9, 0, 0, 0], [1, 2, 3, 4, 5, 6], [1, 2, 3, 1, 2, 3]])
+    mask = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1] * 6, [1] * 6]).bool()
+    stop = torch.arange(10) == 9
+    found = {name: int(n) for name, n in model.rollout_health(ids, mask, stop).items()}
+    assert found == {"clips": 4, "truncated": 2, "empty": 1, "repeats": 1}
+
+
+def test_repeats_finds_n_grams_of_emitted_tokens():
+    cases = [
+        ([1, 2, 3, 9, 1, 2, 3], 7, True),
+        ([1, 2, 3, 4, 5, 6, 7], 7, False),
+        ([5, 5, 5, 5, 0, 0, 0], 4, True),
+        ([5, 5, 5, 0, 0, 0, 0], 3, False),   # what lies past a row's length is padding, and padding repeats nothing
+        ([1, 2, 3, 1, 2, 3, 8], 7, True),
+        ([1, 2, 3, 1, 2, 3, 8], 5, False),
+    ]
+    ids = torch.tensor([row for row, _, _ in cases])
+    mask = torch.arange(7) < torch.tensor([length for _, length, _ in cases])[:, None]
+    assert model.repeats(ids, mask).tolist() == [expected for _, _, expected in cases]
+    assert model.repeats(ids[:, :2], mask[:, :2]).tolist() == [False] * 6
+
+
+# ---------------------------------------------------------------------------- what copies out alone
+
+def copied_out(*parts):
+    """Sources of functions and classes, run where there is nothing but torch, numpy and a cache of
+    transformers."""
+    namespace = {"torch": torch, "F": torch.nn.functional, "math": math, "np": np, "hashlib": hashlib,
+                 "DynamicCache": DynamicCache}
+    for part in parts:
+        exec(inspect.getsource(part), namespace)
+    return SimpleNamespace(**namespace)
+
+
+@pytest.fixture
+def tiny_qwen2():
+    """An LM of transformers that has never seen this project."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                             num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)
+        return Qwen2ForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
+    """On a bare LM: what the copy writes and scores is what the module does, and what transformers
+    writes."""
+    alone = copied_out(model.autocast, model.causal_mask, model.positions_of, model.check_attention,
+                       model.Logits, model.logits, model.response_hidden, model.draw, model.generate)
+    lm = tiny_qwen2
+    n_prompt = torch.tensor([6, 3, 5])
+    prompt_mask = torch.arange(6) >= 6 - n_prompt[:, None]
+    embeds = lm.model.embed_tokens(torch.randint(1, 50, (3, 6), generator=torch.Generator().manual_seed(0)))
+    nothing = torch.zeros(50, dtype=torch.bool)
+    settings = {"stop": torch.arange(50) == 7, "blocked": nothing, "pad_id": 0, "max_new_tokens": 9}
+    ids, mask = alone.generate(lm.model, lm.lm_head.weight, embeds, prompt_mask, **settings)
+    expected = lm.generate(inputs_embeds=embeds, attention_mask=prompt_mask.long(), do_sample=False,
+                           max_new_tokens=9, eos_token_id=7, pad_token_id=0)
+    assert torch.equal(ids, expected)
+
+    uniforms = torch.rand(3, 9, generator=torch.Generator().manual_seed(1))
+    settings |= {"temperature": 1.0, "uniforms": uniforms}
+    ids, mask = alone.generate(lm.model, lm.lm_head.weight, embeds, prompt_mask, **settings)
+    same_ids, same_mask = model.generate(lm.model, lm.lm_head.weight, embeds, prompt_mask, **settings)
+    assert torch.equal(ids, same_ids)
+    assert torch.equal(mask, same_mask)
+    hidden = alone.response_hidden(lm.model, embeds, prompt_mask, ids, mask)
+    assert hidden.shape == (int(mask.sum()), 16)
+    assert torch.equal(hidden, model.response_hidden(lm.model, embeds, prompt_mask, ids, mask))
+
+
+def test_eager_attention_is_refused(tiny_qwen2):
+    """It would add the mask's True and False to the scores as 1 and 0."""
+    lm = tiny_qwen2
+    lm.set_attn_implementation("eager")
+    embeds = torch.randn(1, 3, 16)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    ids = torch.tensor([[4, 7]])
+    nothing = torch.zeros(50, dtype=torch.bool)
+    with pytest.raises(ValueError, match="'eager'.*sdpa"):
+        model.response_hidden(lm.model, embeds, mask, ids, mask[:, :2])
+    with pytest.raises(ValueError, match="'eager'.*sdpa"):
+        model.generate(lm.model, lm.lm_head.weight, embeds, mask, stop=nothing, blocked=nothing,
+                       pad_id=0, max_new_tokens=2)
+
+
+def test_the_objective_copies_out_alone():
+    """With heads that are plain functions: the loss and its gradient are the module's."""
+    alone = copied_out(distill.reverse_kl, distill.forward_kl, distill.sampled_kl, distill.union_support,
+                       distill.token_divergence, distill.loss_in_chunks)
+    generator = torch.Generator().manual_seed(0)
+    weight_s = torch.randn(12, 4, generator=generator)
+    weight_t = torch.randn(9, 5, generator=generator)
+    hidden_s = torch.randn(7, 4, generator=generator)
+    hidden_t = torch.randn(7, 5, generator=generator)
+    to_teacher = torch.tensor([3, 0, -1, 1, 8, 2, -1, 4, 5, 6, 7, -1])
+    y = torch.tensor([0, 1, 3, 4, 5, 7, 8])
+    paper = {"divergence": "forward", "support": "union", "top_k": 2, "tau": 2.0}
+    for flags in ({}, paper, {"support": "sampled"}):
+        results = []
+        for module in (alone, distill):
+            divergence = partial(module.token_divergence, **flags)
+            results.append(module.loss_in_chunks(hidden_s, hidden_t, y, lambda h: h @ weight_s.T,
+                                                 lambda h: h @ weight_t.T, to_teacher, divergence, 3))
+        assert results[0][0] != 0
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+def test_keyed_uniforms_and_bootstrap_copy_out_alone():
+    alone = copied_out(data.keyed_uniforms, data.bootstrap_rates, data.interval, data.bootstrap)
+    assert np.array_equal(alone.keyed_uniforms(1, 2, ["a", "b"], 3), data.keyed_uniforms(1, 2, ["a", "b"], 3))
+    case = {"numerators": [1, 0, 3, 2], "denominators": [4, 3, 9, 5], "n": 200,
+            "blocks": ["x", "y", "x", "z"]}
+    assert alone.bootstrap(**case) == data.bootstrap(**case)
