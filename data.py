@@ -16,18 +16,21 @@ corpus was unpacked, OUT the folder for the manifests. Audio stays in place.
 
 A line of a manifest (paths are relative to the manifest's folder):
   {"id": "en-17", "audio": "wav/en-17.wav", "text": "put two cups on the shelf", "language": "en"}
-Optional: "start" and "duration" in seconds (a segment of a longer file); "speaker". Other keys are
-ignored. NeMo's spelling (audio_filepath, offset, lang) and open-audio-opd's (begin_time, end_time;
--1: whole file) are read too.
+Optional: "start" and "duration" or "end" in seconds (a segment of a longer file); "speaker". NeMo's
+spelling (audio_filepath, offset, lang) and open-audio-opd's (begin_time, end_time; -1: whole file)
+are read too. Other keys are ignored, but for those that look like one that is missing ("sentence"
+without "text"): they are an error. An id that is missing is the audio's path without its suffix.
 """
 
 import argparse
 import atexit
 import ctypes
+import difflib
 import fcntl
 import hashlib
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import random
@@ -38,6 +41,7 @@ import tempfile
 import threading
 import unicodedata
 import uuid
+import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -52,6 +56,7 @@ import ijson
 import jiwer
 import numpy as np
 import soundfile
+import soxr
 import torch
 import torchaudio
 from torch.nn.utils.rnn import pad_sequence
@@ -85,9 +90,18 @@ class Utterance:
 NUMBER = (int, float)
 MANIFEST_KEYS = {  # the keys that are read, and the types of their values
     "id": str, "audio": str, "text": str, "language": str, "speaker": str,
-    "start": NUMBER, "duration": NUMBER,
+    "start": NUMBER, "duration": NUMBER, "end": NUMBER,
     "audio_filepath": str, "offset": NUMBER, "lang": str,  # as NeMo spells them
     "begin_time": NUMBER, "end_time": NUMBER}              # open-audio-opd's; negative: the file's
+ALSO_CALLED = {  # what is read under a key, and other programs' names for it, which are refused
+    "audio": "wav path file file_name filename audio_path audio_file wav_path",
+    "text": "txt sentence transcript transcription normalized_text reference label",
+    "language": "locale lang_id language_id",
+    "start": "start_time start_sec begin begin_sec offset_sec",
+    "duration": "end_sec dur length duration_sec duration_ms start_ms end_ms",
+    "id": "key uttid utt_id utterance_id", "speaker": "spk spk_id speaker_id"}
+MEANINGS = {"audio_filepath": "audio", "offset": "start", "lang": "language",
+            "begin_time": "start", "end": "duration", "end_time": "duration"}
 
 
 def read_manifest(path) -> "Manifest":
@@ -347,6 +361,7 @@ def _parse_line(line, folder, where) -> Utterance | None:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {line[:80]!r}")
     _check_types(row, where)
+    _check_keys(row, where)
     audio = row.get("audio") or row.get("audio_filepath")
     if not audio:
         raise ValueError(f"{where}: no 'audio'; keys found: {sorted(row)}")
@@ -354,14 +369,28 @@ def _parse_line(line, folder, where) -> Utterance | None:
     segment = f"@{start!r}" if start else ""  # two segments of one file need two ids
     language = row.get("language") or row.get("lang")
     return Utterance(
-        id=row.get("id") or Path(audio).stem + segment,
-        audio=os.path.normpath(os.path.join(folder, audio)),
+        id=row.get("id") or os.path.splitext(audio)[0] + segment,
+        audio=_audio_path(folder, audio),
         text=row.get("text"),
         language=language.lower() if language else None,
         start_sec=float(start),
         duration_sec=None if duration is None else float(duration),
         speaker=row.get("speaker"),
         line=where)
+
+
+def _audio_path(folder, audio) -> str:
+    """Absolute path of a manifest's audio."""
+    path = os.path.join(os.getcwd(), folder, audio)
+    if "/../" not in path:
+        return os.path.normpath(path)
+    return os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))
+
+
+@lru_cache(maxsize=1000)
+def _real_folder(path):
+    # "link/../x" lies beside what the link points to, not beside the link: only the disk can tell.
+    return os.path.realpath(path)
 
 
 def _check_types(row, where) -> None:
@@ -372,6 +401,27 @@ def _check_types(row, where) -> None:
         is_nan = value != value
         if not isinstance(value, types) or isinstance(value, bool) or is_nan:
             raise ValueError(f"{where}: {key!r} has the wrong type or value: {value!r}")
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"{where}: half a character (a lone surrogate) in {key!r}: {value!r}")
+
+
+def _check_keys(row, where) -> None:
+    """Raise ValueError for a key that isn't read but looks like one that is missing."""
+    found = {MEANINGS.get(key, key) for key in row if row[key] is not None}
+    for key in row.keys() - MANIFEST_KEYS.keys():
+        meant = None if row[key] is None else _look_alike(key)
+        if meant and MEANINGS.get(meant, meant) not in found:
+            raise ValueError(f"{where}: {key!r} is not read; if it is the {meant!r}, call it so")
+
+
+@lru_cache(maxsize=1000)
+def _look_alike(key) -> str | None:
+    """The key of a manifest that another spelling or name stands for: Text, langauge, sentence."""
+    key = key.lower()
+    for meant, names in ALSO_CALLED.items():
+        if key in names.split():
+            return meant
+    return next(iter(difflib.get_close_matches(key, MANIFEST_KEYS, n=1, cutoff=0.85)), None)
 
 
 def _segment(row, where):
@@ -381,7 +431,11 @@ def _segment(row, where):
     begin, end = row.get("begin_time"), row.get("end_time")
     if begin is not None and begin >= 0:
         start = begin
+    if row.get("end") is not None:
+        end = row["end"]
     if end is not None and end >= 0:
+        if duration is not None and abs(start + duration - end) > 0.02:
+            raise ValueError(f"{where}: start {start} s, duration {duration} s, but end {end} s")
         duration = end - start
     start_is_valid = 0 <= start < math.inf
     duration_is_valid = duration is None or 0 < duration < math.inf
@@ -446,85 +500,202 @@ class AudioError(ValueError):
 
 # What soundfile raises for files that it can't read; TypeError is its answer to headerless formats.
 UNREADABLE = (OSError, soundfile.SoundFileError, TypeError)
+UNKNOWN = 2 ** 62      # frames that libsndfile reports where it can't tell: that or more
+NO_SIZE = 0x7FFF0000  # bytes; programs that write to a pipe put this or more into the header of a wav
 
 
 def load_audio(utterance: Utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
-    """Decode one clip: wav, flac, mp3, ogg; any rate and channels -> (n_samples,) float32, 16 kHz.
+    """Decode one clip: wav, flac, mp3, ogg, ...; any rate and channels -> (n,) float32, 16 kHz.
 
-    Only the segment is decoded, never the whole file. Raises AudioError, with the line of the
-    manifest in its message, for what must not be learned from: unreadable, past_end, too_short,
-    too_long, not_finite, silent, clipped. The last two only for_training: evaluation hears what a user
-    would. Nothing is ever cut to fit.
+    Nothing is ever cut to fit. Raises AudioError, with the line of the manifest in its message, for
+    what can't be used: unreadable, past_end, too_short, too_long, not_finite; and for what must not
+    be learned from: silent (unless the text says so), cancelled, clipped. for_training=False: the
+    latter only warn, since evaluation hears all that can be decoded.
     """
     try:
-        audio, rate = _decode(utterance, max_sec)
+        channels, rate = _decode(utterance, max_sec)
     except UNREADABLE as error:
         raise AudioError(utterance, "unreadable", error) from None
+    audio = channels.mean(1)
     if not np.isfinite(audio).all():
         raise AudioError(utterance, "not_finite", "NaN or infinite samples")
-    if for_training:
-        _check_fit_to_learn(utterance, audio)
+    defect = _find_defect(channels, audio)
+    if defect == "silent" and utterance.text == "":
+        defect = None
+    if defect:
+        error = AudioError(utterance, defect, DEFECTS[defect])
+        if for_training:
+            raise error
+        warnings.warn(str(error))  # shown once a clip
     if rate != SAMPLE_RATE:
-        audio = _resampler(rate)(torch.from_numpy(audio)).numpy()
+        audio = soxr.resample(audio, rate, SAMPLE_RATE)
     return audio
 
 
-def _check_fit_to_learn(utterance, audio) -> None:
-    """Raise AudioError for samples (n,) that could be decoded, but would teach the wrong thing."""
-    peak = np.abs(audio).max()
-    says_so = utterance.text == ""  # then silence is what is to be learnt
-    if peak < 1e-4 and not says_so:  # -80 dBFS: digital silence, a dead microphone
-        raise AudioError(utterance, "silent", f"peak {peak:.1e} of 1.0")
-    clipped = (np.abs(audio) > 0.999).mean()
-    if clipped > 0.02:  # a few clipped peaks are normal; a flattened recording is not
-        raise AudioError(utterance, "clipped", f"{clipped:.0%} of the samples at full scale")
+DEFECTS = {  # what must not be learned from
+    "silent": "no sample is above 0.0001 of full scale, a constant offset aside",
+    "cancelled": "the average of the channels has under 1 % of their power: opposite phase?",
+    "clipped": "over 2 % of the samples are at full scale"}
+
+
+def _find_defect(channels, audio) -> str | None:
+    """channels (n, C), their average (n,) -> a key of DEFECTS."""
+    channels = channels - channels.mean(0)  # a dead microphone may have a constant offset
+    mean = channels.mean(1)
+    if (mean ** 2).mean() < 0.01 * (channels ** 2).mean():
+        return "cancelled"
+    if np.abs(mean).max() < 1e-4:  # -80 dBFS
+        return "silent"
+    if (np.abs(audio) > 0.999).mean() > 0.02:  # a few clipped peaks are normal
+        return "clipped"
+    return None
 
 
 def _decode(utterance, max_sec) -> tuple[np.ndarray, int]:
-    """The utterance's samples, (n,) float32, channels averaged, and their rate in Hz."""
+    """The utterance's samples, (n, C) float32, and their rate in Hz.
+
+    By libsndfile, which jumps to a segment but believes the header; or, where the header's length
+    is needed and may be wrong, by FFmpeg, which reads to the end.
+    """
     with soundfile.SoundFile(utterance.audio) as file:
-        # libsndfile reads a truncated wav to its end without complaint; only its log tells.
-        # 2^32 - 1 is what a program leaves in the header when it writes to a pipe.
-        log = re.search(r"^data\s*: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-        if log and int(log[1]) < 2 ** 31:
-            detail = f"the header promises {log[1]} bytes of samples, the file holds {log[2]}"
-            raise AudioError(utterance, "unreadable", detail)
+        damage = _find_damage(file)
+        if damage:
+            raise AudioError(utterance, "unreadable", damage)
+        rate, frames = file.samplerate, file.frames
+        end = utterance.start_sec + (utterance.duration_sec or math.inf)
+        if end > frames / rate and not _is_length_right(file):
+            return _decode_to_the_end(utterance, max_sec, rate, _promised_seconds(file))
 
-        rate = file.samplerate
-        first = round(utterance.start_sec * rate)
-        if utterance.duration_sec is None:
-            count = file.frames - first
-        else:
-            count = round(utterance.duration_sec * rate)
-        # A manifest may give a file's length rounded to 10 ms; more than that missing is an error.
-        tolerance = 0.01 * rate
-        if first >= file.frames or first + count > file.frames + tolerance:
-            end, file_end = (first + count) / rate, file.frames / rate
-            detail = f"segment ends at {end:.2f} s, file at {file_end:.2f} s"
-            raise AudioError(utterance, "past_end", detail)
-        seconds = count / rate
-        if not MIN_SEC <= seconds <= max_sec:
-            reason = "too_short" if seconds < MIN_SEC else "too_long"
-            detail = f"{seconds:.2f} s is outside {MIN_SEC} to {max_sec} s"
-            raise AudioError(utterance, reason, detail)
-
-        file.seek(first)
-        audio = file.read(count, dtype="float32", always_2d=True)  # (n, channels)
-    if len(audio) < count - tolerance:  # the header promised more than the file holds
+        first, count = _segment_samples(utterance, rate, frames, max_sec)
+        if first and file.seekable():
+            file.seek(first)
+        elif first:
+            file.read(first)
+        audio = file.read(count, dtype="float32", always_2d=True)
+    if len(audio) < count - 0.01 * rate:
         detail = f"{len(audio)} of {count} samples could be decoded"
         raise AudioError(utterance, "unreadable", detail)
-    return audio.mean(1), rate
+    return audio, rate
 
 
-@lru_cache(maxsize=8)  # the windowed-sinc kernel is costlier than the resampling of a short clip
-def _resampler(rate):
-    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+def _decode_to_the_end(utterance, max_sec, rate, promised_sec):
+    """Like `_decode`, by FFmpeg. promised_sec: what the file surely holds, unless it is cut off."""
+    needed_sec = utterance.start_sec + (utterance.duration_sec or max_sec) + 1
+    chunks = []  # from the start of the segment on
+    n = 0        # samples so far
+    for chunk, rate in _ffmpeg_chunks(utterance.audio):
+        skipped = max(0, round(utterance.start_sec * rate) - n)
+        n += len(chunk)
+        if skipped < len(chunk):
+            chunks.append(chunk[skipped:])
+        if n > needed_sec * rate:
+            break
+    else:
+        if n < (promised_sec - 0.05) * rate:
+            detail = f"the header promises {promised_sec:.2f} s, the file holds {n / rate:.2f} s"
+            raise AudioError(utterance, "unreadable", detail)
+    _, count = _segment_samples(utterance, rate, n, max_sec)
+    return np.concatenate(chunks)[:count], rate
+
+
+def _segment_samples(utterance, rate, frames, max_sec) -> tuple[int, int]:
+    """First sample of an utterance and how many, in a file of `frames` samples."""
+    first = round(utterance.start_sec * rate)
+    if utterance.duration_sec is None:
+        count = frames - first
+    else:
+        count = round(utterance.duration_sec * rate)
+    # A manifest may give a file's length rounded to 10 ms; more than that missing is an error.
+    if first >= frames or first + count > frames + 0.01 * rate:
+        end, file_end = (first + count) / rate, frames / rate
+        detail = f"segment ends at {end:.2f} s, file at {file_end:.2f} s"
+        raise AudioError(utterance, "past_end", detail)
+    seconds = count / rate
+    if not MIN_SEC <= seconds <= max_sec:
+        reason = "too_short" if seconds < MIN_SEC else "too_long"
+        detail = f"{seconds:.2f} s is outside {MIN_SEC} to {max_sec} s"
+        raise AudioError(utterance, reason, detail)
+    return first, count
+
+
+def _find_damage(file) -> str | None:
+    """What is wrong with a file that libsndfile reads without complaint: only its log tells."""
+    log = file.extra_info
+    size = re.search(r"^\s*(?:data|SSND|Data Size|Riff size|riff)\s*: (\d+) \(should be (\d+)\)",
+                     log, re.MULTILINE)
+    if size and int(size[1]) < NO_SIZE and int(size[1]) - int(size[2]) > 64:
+        return f"the header promises {size[1]} bytes of samples, the file holds {size[2]}"
+    if "Last page lacks an end-of-stream bit" in log and "Junk after the last page" in log:
+        return "the file ends inside a page of Ogg: cut off"
+    # A header that was never brought up to date: behind its samples come more, and no chunk.
+    end = re.search(r"(?:Unknown chunk marker \(\w+\)|Have 0 marker) at position (\d+)", log)
+    bytes_a_second = re.search(r"Bytes/sec\s*: (\d+)", log)
+    if end and bytes_a_second and file.frames:
+        rest = os.path.getsize(file.name) - int(end[1])
+        if rest > 0.25 * int(bytes_a_second[1]):
+            return f"the header's samples end at byte {end[1]}, but {rest} more bytes follow"
+    return None
+
+
+def _is_length_right(file) -> bool:
+    """Whether the header's length is that of the whole file. Raises OSError for joined flacs."""
+    if file.format in ("MP3", "OGG"):  # a guess; or that of the first of several files joined
+        return False
+    if file.format == "FLAC":
+        with open(file.name, "rb") as raw:
+            content = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+            second = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22").search(content, 1)
+            if second:  # libsndfile stops there, FFmpeg loses samples
+                raise OSError(f"a second flac begins at byte {second.start()}: join samples, not files")
+    return 0 < file.frames < UNKNOWN
+
+
+def _promised_seconds(file) -> float:
+    """The length that a compressed file has at least, unless it is cut off; 0 if nothing says so."""
+    if file.format == "MP3":  # without a Xing, Info or VBRI frame the length is a guess
+        with open(file.name, "rb") as raw:
+            head = raw.read(2 ** 20)
+        if not re.search(rb"\xff[\xe2-\xff].{11,36}(Xing|Info|VBRI)", head, re.DOTALL):
+            return 0.0
+    return file.frames / file.samplerate if file.frames < UNKNOWN else 0.0
+
+
+def _ffmpeg_chunks(path):
+    """Yield (samples (n, C) float32, rate in Hz) up to the real end of a file. Raises OSError."""
+    import av  # takes 0.1 s, and few corpora need it
+    try:
+        with av.open(path) as container:
+            to_float = av.AudioResampler(format="fltp")
+            for packet in container.demux(audio=0):
+                try:
+                    frames = packet.decode()
+                except av.InvalidDataError:
+                    if container.format.name != "mp3":
+                        raise
+                    continue  # padding or a tag behind the last frame
+                for frame in frames:
+                    for part in to_float.resample(frame):
+                        yield part.to_ndarray().T, part.sample_rate
+    except (av.FFmpegError, IndexError, ValueError) as error:  # ValueError: joined, of two formats
+        raise OSError(f"FFmpeg: {error}") from None
 
 
 def _file_seconds(path) -> float:
-    """Length of an audio file by its header. Raises one of UNREADABLE."""
-    info = soundfile.info(path)
-    return info.frames / info.samplerate
+    """Length of an audio file: by its header where that can be trusted. Raises one of UNREADABLE.
+
+    mp3 and ogg are decoded: 0.5 ms a second of audio, opus 1.2 ms.
+    """
+    with soundfile.SoundFile(path) as file:
+        damage = _find_damage(file)
+        if damage:
+            raise OSError(damage)
+        if _is_length_right(file):
+            return file.frames / file.samplerate
+        rate = file.samplerate
+    n = 0
+    for chunk, rate in _ffmpeg_chunks(path):
+        n += len(chunk)
+    return n / rate
 
 
 # ------------------------------------------------------------------------------------ 3. features
@@ -574,7 +745,7 @@ class Batch:
 
 def load_batch(utterances, n_mels=128, augment=None, keep_going=True, max_sec=MAX_SEC,
                for_training=True) -> Batch:
-    """Decode clips, make features, pad.
+    """Decode clips, make features, pad. max_sec, for_training: see `load_audio`.
 
     augment: optional function (mel (n_mels, T), utterance) -> mel.
     keep_going: a clip that can't be used is reported in `rejected`; else its AudioError is raised.
@@ -785,17 +956,20 @@ def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
 # -------------------------------------------------------------------------------------- 5. metric
 
 # Name and version of what normalize does: another rule, table or reading is another number.
-NORMALISER = "opd-asr-1"
-# In these languages digits are read out, and the unit is the character.
+NORMALISER = "opd-asr-2"
+# In these languages numbers are read out, and the unit is the character.
 HANZI_LANGUAGES = set("zh cmn zho chi cn yue wuu nan hak chinese mandarin cantonese".split())
 CHARACTER_LANGUAGES = HANZI_LANGUAGES | set(
     "ja jpn jp japanese ko kor korean th tha thai lo lao km khmer my burmese".split())
 ENGLISH = {"en", "eng", "english"}
+DOTLESS_I = set("tr tur turkish az aze azerbaijani".split())  # I is the capital of ı, İ of i
 # Thai, CJK and kana, hangul: the inside of a regular expression's [...].
 ONE_CHARACTER = "\u0e00-\u0e7f\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4`", "'"))
 FRACTION = "[\u00bc-\u00be\u2150-\u215e]"
-INVISIBLE = "[\u00ad\u200b\u2060\ufeff\u20e3\ufe00-\ufe0f]"  # soft hyphen, zero width, variation
+# Soft hyphen, zero width, joiners, direction, variation selectors, tags of emoji.
+INVISIBLE = ("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u20e3\ufe00-\ufe0f"
+             "\ufeff\U000e0000-\U000e0fff]")
 
 
 def metric(language: str | None) -> str:
@@ -823,8 +997,8 @@ def normalize(text: str, language: str) -> str:
 
     All: apostrophes straightened -> NFKC (full width to half width) -> lower case.
     English (WER): Whisper's English normaliser, see `english`.
-    Others: letters, digits and marks are kept, see `words`; in Mandarin and Cantonese, digits are
-    read out before, see `read_out`. Units are words (WER), characters (CER), or both (MER): one a
+    Others: letters, digits and marks are kept, see `words`; in Mandarin and Cantonese, numbers are
+    read out before, see `mandarin`. Units are words (WER), characters (CER), or both (MER): one a
     character of CJK, kana, hangul, Thai and one a run of anything else.
     Text with a letter or a digit in it never becomes empty.
 
@@ -838,12 +1012,15 @@ def normalize(text: str, language: str) -> str:
     text = re.sub(INVISIBLE, "", text)  # what can't be seen is no unit and parts no word
     text = re.sub(rf"(?<=\d)(?={FRACTION})", " ", text)  # or NFKC would make 31/2 of 3½
     text = text.translate(APOSTROPHES)  # before NFKC, which takes some of them apart
-    text = unicodedata.normalize("NFKC", text).lower()
+    text = unicodedata.normalize("NFKC", text)
+    if parts[0] in DOTLESS_I:
+        text = text.replace("I", "ı").replace("İ", "i")
+    text = text.lower()
     if unit == "WER" and parts[0] in ENGLISH:
         return english(text) or words(text)
 
     if HANZI_LANGUAGES & set(parts):
-        text = read_out(text)
+        text = mandarin(text)
     text = words(text)
     if unit == "CER":
         return " ".join(text.replace(" ", ""))
@@ -917,75 +1094,56 @@ def _whisper_normalizer():
     return normalizer
 
 
-HANZI = "零一二三四五六七八九"
-TRADITIONAL = str.maketrans("萬億兩點負", "万亿两点负")  # what read_out writes; nothing else is simplified
-NUMERALS = re.compile(  # two things (两); a year, a telephone number, 1.2.3; any other number
-    r"(?P<two>(?<!第)(?<!百分之)2(?="  # counted: 两, not 二
-    r"[个個只隻条條张張位件台辆輛本天种種份家块塊杯瓶倍岁歲名周週秒米元"
-    r"场場项項公頭头層层部把座组組轮輪届屆]|次(?!元)|人(?![转轉])"
-    r"|点(?![\d零一二三四五六七八九])|年(?![级級])|小[时時]|分[钟鐘]))"
-    r"|(?P<digits>(?:1[1-9]|20)\d\d(?=(?:[-–—~至到](?:1[1-9]|20)\d\d)?年)"
-    r"|\d\d(?=[后後])"  # 80后, those born in the eighties
-    r"|0\d{2,3}-\d{7,8}(?!\d)|\d{3,4}-\d{3,4}-\d{4}(?!\d)|\d+(?:\.\d+){2,})"
-    r"|(?P<minus>(?<![\w%])-|(?<=[温为是约到至])-)?"
-    r"(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<point>\.\d+)?(?P<percent>%)?")
+# What wetext would misread -> what it reads as it is said; for text in NFKC and lower case.
+BEFORE_WETEXT = [(re.compile(pattern), replacement) for pattern, replacement in [
+    (r"(?<=\d),(?=\d{3}(?!\d))", ""),                         # 1,000: it stops at the comma
+    ("\u2044", "/"),                                           # NFKC writes ½ with this slash
+    (r"(?<=[\d%])\s*[–—−]\s*(?=\d)", "-"),                    # it knows one of the dashes
+    (r"(?<=[a-z])-(?=\d)", " "),                               # covid-19 is not minus 19
+    (r"%\s*[-~]\s*(?=\d)", "%到"),                            # nor is the 30 of 20%-30%
+    (r"(\d+(?:\.\d+)?)‰", r"千分之\1"),                        # it has no ‰
+    (r"约(?=\d)", "约 "),                                      # 约1/4 becomes 四分之约一
+    (r"(?<=\d)\s*×\s*(?=\d)", "乘"),                          # 7×24: 24 digit by digit
+    (r"(?<![\d.])(\d)\.(\d+)\.(\d+)(?![\d.])", r"\1点\2点\3"),  # it reads one point of 1.2.3
+]]
+MONTH_DAY = re.compile(r"(?<![\d.])(1[0-2])\.(\d\d)(?![\d.%‰])")  # it reads 12.25 as a day
+# What it reads in capitals only: currencies, o2o; and a letter behind digits, which is no unit.
+CAPITALS = re.compile(r"(?<![a-z])(?:cny|rmb|hkd|usd|eur|gbp|jpy)(?=\s?\d)|(?<![a-z])[a-z](?=\$\d)"
+                      r"|(?<![a-z])[a-z]2[a-z](?![a-z])|(?<=\d)[a-z](?![\w/.])")
+DIGITS = str.maketrans("0123456789", "零一二三四五六七八九")
+SAID_ALIKE = str.maketrans("两幺〇", "二一零")
 
 
-def read_out(text: str) -> str:
-    """Digits -> spoken hanzi, so that 2023年 and 二零二三年 are one.
+def mandarin(text: str) -> str:
+    """Numbers, dates, times, amounts, units -> hanzi as they are said; all hanzi simplified.
 
-    Read digit by digit: years (1100 to 2099 before 年), telephone numbers, a zero at the front,
-    seven digits or more without commas. All else is a number: 三百零五, 三点一四, 百分之八十, 负五; 2 is
-    两 before a measure word. Where two ways are common, both sides get the first: 零 (〇, ○ after a
-    digit), 一 (幺 beside digits), 二 (两 before 百千万亿), 万 (萬). Nothing else is simplified: opencc
-    would do it, and is one more package whose version moves the number. Text without a digit keeps
-    its meaning and its length.
+    By wetext, the rules of WeTextProcessing; erhua and interjections stay. For text in NFKC and
+    lower case. What is said in two ways is folded: 两 is 二, 幺 is 一, 〇 and ○ are 零, 百分之一百 is
+    百分之百.
     """
-    text = NUMERALS.sub(_reading, text.translate(TRADITIONAL)).replace("〇", "零")
-    text = re.sub(rf"(?<=[{HANZI}○])○", "零", text)
-    text = re.sub(rf"(?<=[{HANZI}幺])幺|幺(?=[{HANZI}幺])", "一", text)
-    text = re.sub("百分之一百(?![零一二三四五六七八九])", "百分之百", text)
-    return re.sub("两(?=[百千万亿])", "二", text)
+    text = re.sub(r"[^\D0-9]", lambda digit: str(int(digit[0])), text)  # of other scripts
+    if re.search(r"\d", text):
+        for pattern, replacement in BEFORE_WETEXT:
+            text = pattern.sub(replacement, text)
+        text = MONTH_DAY.sub(lambda number: f"{number[1]}点{number[2].translate(DIGITS)}", text)
+        text = CAPITALS.sub(lambda match: match[0].upper(), text)
+    clauses = re.split("([,。!?;])", text)  # its time goes into those with digits
+    text = "".join(map(_say, clauses)).lower()
+    text = text.translate(DIGITS).translate(SAID_ALIKE)  # it may have left digits
+    text = re.sub("(?<=[零一二三四五六七八九])○|○(?=[零一二三四五六七八九])", "零", text)
+    return re.sub("百分之一百(?![零一二三四五六七八九])", "百分之百", text)
 
 
-def _reading(match) -> str:
-    """How a match of NUMERALS is said."""
-    if match["two"]:
-        return "两"
-    if match["digits"]:
-        return _digit_by_digit(match["digits"])
-    whole = match["whole"].replace(",", "")
-    has_no_commas = whole == match["whole"]
-    zero_led = len(whole) > 1 and int(whole[0]) == 0
-    if len(whole) > 12 or has_no_commas and (len(whole) > 6 or zero_led):
-        said = _digit_by_digit(whole)
-    else:
-        said = cardinal(whole)
-    sign = "负" if match["minus"] else ""
-    percent = "百分之" if match["percent"] else ""
-    return sign + percent + said + _digit_by_digit(match["point"] or "")
+@lru_cache(maxsize=10_000)
+def _say(clause) -> str:
+    return _wetext().normalize(clause)
 
 
-def _digit_by_digit(digits) -> str:
-    digits = digits.replace("-", "")
-    return "".join("点" if c == "." else HANZI[int(c)] for c in digits)
-
-
-def cardinal(digits: str) -> str:
-    """At most 12 digits, no zero at the front, in Mandarin: 10203 -> 一万零二百零三, 15 -> 十五."""
-    said = ""
-    zero = False
-    for place, digit in zip(range(len(digits) - 1, -1, -1), map(int, digits)):
-        if digit:
-            said += "零" * (zero and said != "") + HANZI[digit] + ("", "十", "百", "千")[place % 4]
-        zero = not digit
-        if place % 4 == 0:  # 10^8, 10^4, 1
-            section = int(digits[:len(digits) - place][-4:])
-            said += ("", "万", "亿")[place // 4] if section else ""
-            zero = not section
-    if said.startswith("一十"):
-        return said.removeprefix("一")
-    return said or "零"
+@lru_cache(maxsize=1)
+def _wetext():
+    from wetext import Normalizer  # takes half a second
+    return Normalizer(lang="zh", operator="tn", traditional_to_simple=True, remove_erhua=False,
+                      remove_interjections=False)
 
 
 KINDS = {"equal": "equal", "substitute": "sub", "delete": "del", "insert": "ins"}  # jiwer's: ours
@@ -1096,7 +1254,8 @@ def bootstrap_rates(numerators, denominators, n=10_000, seed=0, blocks=None) -> 
 # "text" is None where the corpus promises a transcript and has none. A row without "duration" is a
 # whole file, whose header is read later. A row with "left_out": REASON goes into no manifest.
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
+AUDIO_SUFFIXES = set(  # what is read
+    ".wav .flac .mp3 .ogg .oga .opus .aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph".split())
 WENETSPEECH = {  # subset -> name of its manifest
     "L": "train", "M": "train_m", "S": "train_s",
     "DEV": "dev", "TEST_NET": "test_net", "TEST_MEETING": "test_meeting"}
@@ -1197,13 +1356,20 @@ def _wenetspeech_audios(path):
 def folder(root, language=None):
     """All audio under ROOT, one manifest named like it; a transcript is the .txt of the same name.
 
-    An id is the path below ROOT with - for /. Links to folders are not followed. Raises
-    FileNotFoundError without audio.
+    An id is the path below ROOT with - for /. Links to folders are not followed. Other files, and
+    transcripts without audio, are left out and counted. Raises FileNotFoundError without audio.
     """
-    files = [p for p in root.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()]
+    visible = [p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    files = [p for p in visible if p.suffix.lower() in AUDIO_SUFFIXES]
+    used = set(files) | {p.with_suffix(".txt") for p in files}
+    others = [p for p in visible if p not in used]
     if not files:
         suffixes = ", *".join(sorted(AUDIO_SUFFIXES))
-        raise FileNotFoundError(f"{root}: no audio; expected files *{suffixes} in it or below")
+        found = sorted({p.suffix for p in others})
+        raise FileNotFoundError(f"{root}: no audio; expected files *{suffixes} in it or below; "
+                                f"suffixes found: {found}")
+    for path in sorted(others):
+        yield root.name, {"audio": str(path), "left_out": f"not read: *{path.suffix}"}
     for path in sorted(files):
         row = {"id": "-".join(path.relative_to(root).with_suffix("").parts), "audio": str(path)}
         transcript = path.with_suffix(".txt")
@@ -1297,7 +1463,7 @@ class Draft:
         self.without_text += "text" not in row
         if "speaker" in row:
             self.speakers.add(row["speaker"])
-        row = row | {"audio": os.path.relpath(row["audio"], self.path.parent)}
+        row = row | {"audio": os.path.relpath(row["audio"], os.path.realpath(self.path.parent))}
         self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
     def check_ids(self) -> None:

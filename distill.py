@@ -416,7 +416,8 @@ def distil(args):
             line |= {"not_scored": int(t["not_scored"]), "rejected": int(t["rejected"]),
                      "audio_per_sec": t["audio_sec"] / (t["seconds"] / world)}
             log.write(line | agreement)
-        if last or stopping or (step + 1) % args.save_every == 0:
+        evaluates = dev and (step + 1) % args.eval_every == 0  # saved first: it might fail
+        if last or stopping or evaluates or (step + 1) % args.save_every == 0:
             info = {"best": best, "flags": model.kept_flags(args)}
             model.save_training(args.out, step + 1, student, optimizer, {}, info)
         if stopping:
@@ -594,7 +595,7 @@ def parse_args(argv=None):
     add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
     add("--clip", type=positive, default=1.0, help="largest gradient norm")
     add("--freeze", choices=["encoder"], help="train adapter and LM alone")
-    add("--recompute", action="store_true", help="less memory, more time: backward computes activations again")
+    add("--recompute", action="store_true", help="less memory, more time: activations are made twice")
     add("--shard_optimizer", action="store_true", help="share AdamW's moments out over the processes")
     # bookkeeping
     add("--log_every", type=at_least_one, default=25, help="steps between log lines")

@@ -52,10 +52,10 @@ def cross_entropy_sum(z, targets):
 
 
 def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
-    """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class after the vocabulary.
+    """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class V.
 
-    audio (B, A, D), n_audio (B,) embeddings of each row, responses: lists of ids -> sum of -log p (nats) over clips whose tokens fit
-    their frames, and how many clips don't fit and are left out.
+    audio (B, A, D), of which n_audio (B,) are each row's; responses: lists of ids -> sum of -log p
+    (nats) over the clips whose tokens fit their frames; how many don't fit and are left out.
     """
     labels = []
     fits = torch.zeros(len(responses), dtype=torch.bool)
@@ -70,8 +70,8 @@ def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
         return audio.sum() * 0.0, n_skipped
     logp = ctc_head(audio[fits.to(audio.device)].float()).log_softmax(-1)       # (B', A, V + 1)
     lengths = torch.tensor([len(row) for row in labels])
-    loss = F.ctc_loss(logp.transpose(0, 1), torch.cat(labels).to(audio.device), n_audio.cpu()[fits], lengths,
-                      blank=ctc_head.out_features - 1, reduction="sum")
+    loss = F.ctc_loss(logp.transpose(0, 1), torch.cat(labels).to(audio.device), n_audio.cpu()[fits],
+                      lengths, blank=ctc_head.out_features - 1, reduction="sum")
     return loss, n_skipped
 
 
@@ -83,7 +83,8 @@ def backward_of_batch(student, ctc_head, batch, args):
     ids, mask = data.pad_rows(responses, student.pad_id, student.device)        # (B, R)
     prompt = model.encode_audio(student, batch)
     hidden = model.response_hidden(student.body, prompt.embeds, prompt.mask, ids, mask)     # (N, D)
-    z = student.logits(hidden).masked_fill(student.blocked, -math.inf)          # (N, V) blocked ids have probability 0
+    z = student.logits(hidden)                                                  # (N, V)
+    z = z.masked_fill(student.blocked, -math.inf)  # what no transcript may contain has p = 0
     loss = cross_entropy_sum(z, ids[mask])
     sums = {"loss": loss.detach(), "tokens": len(hidden), "audio_sec": batch.audio_sec}
     if ctc_head is not None:
@@ -95,9 +96,10 @@ def backward_of_batch(student, ctc_head, batch, args):
 
 
 def spec_augment(mel, utterance, step, seed, freq=20, share=0.08):
-    """SpecAugment (Park et al. 2019) by torchaudio: two bands of mel bins and two stretches of time set to the clip's mean.
+    """SpecAugment (Park et al. 2019) by torchaudio: mel (n_mels, T) -> same.
 
-    mel (n_mels, T) -> same. Drawn from (seed, step, utterance id) alone, like everything random here.
+    Two bands of mel bins and two stretches of time are set to the clip's mean. Drawn from (seed, step,
+    utterance id) alone, like everything random here.
     """
     u = data.keyed_uniforms(seed, step, [utterance.id], 1)[0, 0]
     with torch.random.fork_rng(devices=[]):
@@ -158,7 +160,8 @@ def make_optimizer(parameters, args):
 # ---------------------------------------------------------------------------- the loop
 
 def make_student(args, train, device):
-    """--student, or --init_encoder with --init_lm, or --init random with --tokenizer or one trained on the transcripts."""
+    """--student, or --init_encoder with --init_lm, or --init random, with --tokenizer or one trained on
+    the transcripts."""
     if args.student:
         return model.load_student(args.student, device)
     if args.init_encoder:
@@ -167,7 +170,8 @@ def make_student(args, train, device):
         tokenizer = model.load_tokenizer(args.tokenizer)
     else:
         tokenizer = model.train_tokenizer((u.text for u in train), args.vocab_size)
-    return model.random_student(tokenizer, args.d_model, args.encoder_layers, args.lm_layers, args.heads, device)
+    return model.random_student(tokenizer, args.d_model, args.encoder_layers, args.lm_layers,
+                                args.heads, device)
 
 
 @record  # torchrun then shows what stopped a process, at the end
@@ -250,7 +254,8 @@ def main(args):
             line |= {"rejected": int(t["rejected"]),
                      "audio_per_sec": t["audio_sec"] * world / t["seconds"]}
             log.write(line)
-        if last or stopping or (step + 1) % args.save_every == 0:
+        evaluates = dev and (step + 1) % args.eval_every == 0  # saved first: it might fail
+        if last or stopping or evaluates or (step + 1) % args.save_every == 0:
             info = {"best": best, "flags": model.kept_flags(args)}
             model.save_training(args.out, step + 1, student, optimizer, modules, info)
         if stopping:
@@ -436,7 +441,8 @@ def interleave_rope(weight, heads):
 
 def parse_args(argv=None):
     """Flags -> namespace. Defaults are the demo's recipe for base."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("--data", nargs="+", required=True, help="manifests to train on")
     add("--dev", help="manifest to measure the error rate on while training")
@@ -446,10 +452,11 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     # student
     add("--student", help="checkpoint to start from, a directory or a Hub id")
-    add("--init_encoder", help="or: encoder of a GLM-ASR, ARK-ASR or Whisper checkpoint, with --init_lm and a new adapter")
+    add("--init_encoder",
+        help="or: encoder of a GLM-ASR, ARK-ASR or Whisper checkpoint, with --init_lm and a new adapter")
     add("--init_lm", help="Qwen2, Qwen2.5 or Qwen3 causal LM to put behind it")
     add("--init", choices=["random"], help="or: random weights of the size below")
-    add("--tokenizer", help="checkpoint directory to take the tokenizer from (else one is trained on --data)")
+    add("--tokenizer", help="checkpoint whose tokenizer to take (else one is trained on --data)")
     add("--vocab_size", type=at_least_one, default=640, help="size of that trained tokenizer")
     add("--d_model", type=at_least_one, default=80, help="width of encoder and LM")
     add("--encoder_layers", type=at_least_one, default=2, help="encoder blocks")
@@ -466,9 +473,9 @@ def parse_args(argv=None):
     add("--weight_decay", type=not_negative, default=0.01, help="AdamW's, on matrices")
     add("--clip", type=positive, default=1.0, help="largest gradient norm")
     add("--freeze", choices=["encoder"], help="train adapter and LM alone")
-    add("--recompute", action="store_true", help="less memory, more time: backward computes activations again")
+    add("--recompute", action="store_true", help="less memory, more time: activations are made twice")
     add("--shard_optimizer", action="store_true", help="share AdamW's moments out over the processes")
-    add("--ctc", type=not_negative, help="weight of the auxiliary CTC loss (1 with --init random, else 0)")
+    add("--ctc", type=not_negative, help="weight of the CTC loss (1 with --init random, else 0)")
     add("--spec_augment", action="store_true", help="mask bands and stretches of the features")
     # bookkeeping
     add("--log_every", type=at_least_one, default=25, help="steps between log lines")

@@ -318,7 +318,8 @@ def test_folder(calls, tmp_path, capsys):
     assert [(u.id, u.text, u.language, u.speaker) for u in rows] == [
         ("a", "put two cups\n on the shelf", "yue", None), ("b-c", "把杯子放在桌上", "yue", None), ("b-d.e-f", None, "yue", None), ("b-d", None, "yue", None),
         ("g", None, "yue", None)]
-    assert capsys.readouterr().out == f"{tmp_path}/out/my calls.jsonl: 5 utterances, 0.00 h, unknown speakers, 3 without text\n"
+    assert capsys.readouterr().out == f"{tmp_path}/out/my calls.jsonl: 5 utterances, 0.00 h, unknown speakers, 3 without text; left out: " \
+        f"1 not read: *.md (first: {calls}/b/notes.md)\n"
 
 
 def test_folder_from_inside_it(calls, monkeypatch):
@@ -338,9 +339,43 @@ def test_folder_leaves_out_what_is_no_audio(calls, tmp_path, capsys):
     assert f"1 unreadable (first: {calls}/b/z.wav)" in shown and f"1 empty (first: {calls}/y.wav)" in shown
 
 
+def test_folder_reads_what_it_can_and_says_what_it_leaves_out(tmp_path, capsys):
+    root = tmp_path / "phone"
+    for i, name in enumerate(("a.aiff", "b.au", "c.caf", "d.w64", "e.aif")):
+        audio(root / name, 0.5, i, format={".aif": "AIFF"}.get(name[1:]))
+    for name in ("f.m4a", "g.m4a", "h.amr", "h.txt", ".hidden"):
+        text(root / name, "open it")
+    run("folder", root, tmp_path / "out")
+    assert [u.id for u in read(tmp_path / "out/phone.jsonl")] == list("abcde")
+    shown = capsys.readouterr().out
+    assert f"2 not read: *.m4a (first: {root}/f.m4a)" in shown and f"1 not read: *.amr (first: {root}/h.amr)" in shown
+    assert f"1 not read: *.txt (first: {root}/h.txt)" in shown and "hidden" not in shown  # a transcript without audio
+    for name in "a.aiff b.au c.caf d.w64 e.aif".split():
+        (root / name).unlink()
+    assert "suffixes found: ['.amr', '.m4a', '.txt']" in fails("folder", root, tmp_path / "out")
+
+
+def test_lengths_in_a_manifest_are_of_the_whole_file(tmp_path):
+    root = tmp_path / "joined"
+    for i in range(3):
+        audio(root / f"{i}.ogg", 0.5, i)
+    (root / "all.ogg").write_bytes(b"".join((root / f"{i}.ogg").read_bytes() for i in range(3)))
+    run("folder", root, tmp_path / "out")
+    assert read(tmp_path / "out/joined.jsonl")[3].duration_sec == pytest.approx(1.5, abs=0.1)
+
+
+def test_a_manifest_may_lie_behind_a_link(tmp_path):
+    root = tmp_path / "clips"
+    audio(root / "a.wav")
+    (tmp_path / "disk/deep/lists").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/deep/lists")
+    run("folder", root, tmp_path / "link")
+    assert len(read(tmp_path / "link/clips.jsonl")) == len(read(tmp_path / "disk/deep/lists/clips.jsonl")) == 1
+
+
 def test_folder_errors(calls, tmp_path):
     out = tmp_path / "out"
-    assert f"{tmp_path}/nowhere: no audio; expected files *.flac, *.mp3" in fails("folder", tmp_path / "nowhere", out)
+    assert f"{tmp_path}/nowhere: no audio; expected files *.aif, *.aifc" in fails("folder", tmp_path / "nowhere", out)
     assert str(calls / "a.wav") in fails("folder", calls / "a.wav", out)  # a file is no folder
     text(calls / "b/c.txt", "\u628a", "utf-16")
     assert f"{calls}/b/c.txt: expected UTF-8" in fails("folder", calls, out)

@@ -1073,11 +1073,11 @@ def test_repeats_finds_n_grams_of_emitted_tokens():
 
 # ---------------------------------------------------------------------------- what copies out alone
 
-def copied_out(*parts):
+def copied_out(*parts, **constants):
     """Sources of functions and classes, run where there is nothing but torch, numpy and a cache of
     transformers."""
     namespace = {"torch": torch, "F": torch.nn.functional, "math": math, "np": np, "hashlib": hashlib,
-                 "DynamicCache": DynamicCache}
+                 "DynamicCache": DynamicCache} | constants
     for part in parts:
         exec(inspect.getsource(part), namespace)
     return SimpleNamespace(**namespace)
@@ -1097,8 +1097,8 @@ def tiny_qwen2():
 def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
     """On a bare LM: what the copy writes and scores is what the module does, and what transformers
     writes."""
-    alone = copied_out(model.autocast, model.causal_mask, model.positions_of, model.Logits, model.logits,
-                       model.response_hidden, model.draw, model.generate)
+    alone = copied_out(model.autocast, model.causal_mask, model.positions_of, model.check_attention,
+                       model.Logits, model.logits, model.response_hidden, model.draw, model.generate)
     lm = tiny_qwen2
     n_prompt = torch.tensor([6, 3, 5])
     prompt_mask = torch.arange(6) >= 6 - n_prompt[:, None]
@@ -1119,6 +1119,21 @@ def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
     hidden = alone.response_hidden(lm.model, embeds, prompt_mask, ids, mask)
     assert hidden.shape == (int(mask.sum()), 16)
     assert torch.equal(hidden, model.response_hidden(lm.model, embeds, prompt_mask, ids, mask))
+
+
+def test_eager_attention_is_refused(tiny_qwen2):
+    """It would add the mask's True and False to the scores as 1 and 0."""
+    lm = tiny_qwen2
+    lm.set_attn_implementation("eager")
+    embeds = torch.randn(1, 3, 16)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    ids = torch.tensor([[4, 7]])
+    nothing = torch.zeros(50, dtype=torch.bool)
+    with pytest.raises(ValueError, match="'eager'.*sdpa"):
+        model.response_hidden(lm.model, embeds, mask, ids, mask[:, :2])
+    with pytest.raises(ValueError, match="'eager'.*sdpa"):
+        model.generate(lm.model, lm.lm_head.weight, embeds, mask, stop=nothing, blocked=nothing,
+                       pad_id=0, max_new_tokens=2)
 
 
 def test_the_objective_copies_out_alone():
@@ -1145,8 +1160,10 @@ def test_the_objective_copies_out_alone():
 
 
 def test_keyed_uniforms_and_bootstrap_copy_out_alone():
-    alone = copied_out(data.keyed_uniforms, data.bootstrap_rates, data.bootstrap)
-    assert np.array_equal(alone.keyed_uniforms(1, 2, ["a", "b"], 3), data.keyed_uniforms(1, 2, ["a", "b"], 3))
+    alone = copied_out(data.keyed_uniforms, data.interval, data.bootstrap_rates, data.bootstrap,
+                       MANY_BLOCKS=data.MANY_BLOCKS)
+    drawn = data.keyed_uniforms(1, 2, ["a", "b"], 3)
+    assert np.array_equal(alone.keyed_uniforms(1, 2, ["a", "b"], 3), drawn)
     case = {"numerators": [1, 0, 3, 2], "denominators": [4, 3, 9, 5], "n": 200,
             "blocks": ["x", "y", "x", "z"]}
     assert alone.bootstrap(**case) == data.bootstrap(**case)

@@ -186,6 +186,15 @@ def test_the_directions_by_hand():
     assert default.item() == pytest.approx(0.14384103622589), "reverse is the default"
 
 
+@pytest.mark.parametrize("wrong", [
+    {"divergence": "jeffreys"}, {"support": "tail"}, {"support": "sampled", "tau": 2.0},
+    {"support": "sampled", "divergence": "forward"}])
+def test_divergences_that_are_not_there_are_refused(wrong):
+    z_s, z_t = random_logits()
+    with pytest.raises(ValueError):
+        distill.token_divergence(z_s, z_t, torch.zeros(5, dtype=torch.long), **wrong)
+
+
 # ---------------------------------------------------------------------------- the union support
 
 @pytest.mark.parametrize("k", [1, 4, 30, 99])
@@ -348,18 +357,16 @@ def test_chunks_equal_one_shot_autograd(chunk):
     assert head_t.weight.grad is None, "the teacher gets no gradient"
 
 
-def test_no_row_is_no_gradient_and_no_error():
+def test_no_scored_token_is_no_gradient_and_no_error(student, teacher, batch):
     """No token of a micro-batch may have a counterpart: then there is nothing to learn from it, and
     nothing to stop for."""
-    body = nn.Linear(4, 4)
-    head = nn.Linear(4, 6)
-    hidden_s = body(torch.zeros(0, 4))
-    y = torch.zeros(0, dtype=torch.long)
-    total, grad_rows = distill.loss_in_chunks(
-        hidden_s, torch.zeros(0, 4), y, head, head, torch.arange(6), distill.token_divergence, 2)
-    hidden_s.backward(grad_rows)
-    assert total.item() == 0.0
-    assert all((gradient == 0).all() for gradient in gradients(body).values())
+    nothing_shared = torch.full((len(student.blocked),), -1)
+    args = options()
+    sums, (hidden_s, hidden_t) = distill.backward_of_share(student, teacher, nothing_shared, [batch], 0, args)
+    assert (sums["loss"], sums["tokens"]) == (0.0, 0)
+    assert sums["not_scored"] > 0
+    assert len(hidden_s) == len(hidden_t) == 0
+    assert all((gradient == 0).all() for gradient in gradients(student.net).values())
 
 
 # ---------------------------------------------------------------------------- one step of distill.py
@@ -494,13 +501,13 @@ def test_the_papers_flags_are_equation_1(student, teacher, foreign_teacher, batc
 
 def test_blocked_ids_get_no_gradient(student, foreign_teacher, batch):
     pairs = twins(student, foreign_teacher)
-    hidden_s = torch.randn(6, 32, requires_grad=True)
+    hidden_s = torch.randn(6, 32)
     hidden_t = torch.randn(6, 48)
     to_teacher = model.vocabulary_map(student, foreign_teacher)
     y = torch.zeros(6, dtype=torch.long)
     distill.loss_in_chunks(hidden_s, hidden_t, y, student.logits, foreign_teacher.logits, to_teacher,
                            distill.token_divergence, 4)
-    # The embeddings' gradient is the head's alone: hidden_s did not come from the body.
+    # The embeddings' gradient is the head's alone: nothing was carried into the body.
     of_head = gradients(student.net)["lm.model.embed_tokens.weight"]
     blocked = [i for i in range(len(of_head)) if i not in pairs]
     assert len(blocked) > 20
@@ -715,7 +722,7 @@ def test_every_gradient_is_summed_over_ranks_once(script, monkeypatch):
 @both_scripts
 def test_weight_decay_is_for_matrices(script, student):
     parameters = list(student.net.parameters())
-    args = SimpleNamespace(lr=1.0, weight_decay=0.3)
+    args = SimpleNamespace(lr=1.0, weight_decay=0.3, shard_optimizer=False)
     matrices, vectors = script.make_optimizer(parameters, args).param_groups
     assert matrices["weight_decay"] == 0.3
     assert vectors["weight_decay"] == 0.0
