@@ -188,16 +188,18 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, divergence
 def backward_of_share(student, teacher, to_teacher, batches, step, args):
     """(1) to (4) for this rank's micro-batches: adds the gradient of sum_t D_t to the student's.
 
-    -> sums for the log; hidden_s (n, D) and hidden_t (n, D') of the last batch, for model.agreement.
+    -> sums for the log; hidden_s (N, D) and hidden_t (N, D') of all of them, for model.agreement.
     """
     # (1) rollout  y ~ p_S(. | x)                                                          [dev 2]
     #     An empty transcript (EOS at once) is a rollout like any other.                   [dev 5]
     rollouts = roll_out(student, batches, step, args)
 
     log = Counter()
+    states = []
     for batch, (prompt_s, ids, mask) in zip(batches, rollouts):             # ids, mask (B, R)
         # What can be scored: the mask, up to the first id that the teacher's vocabulary lacks.
         scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R)
+        n_not_scored = (mask & ~scored).sum()
         if args.states == "first_error":
             scored = scored & up_to_first_difference(ids, references(student, batch)[0])
 
@@ -223,10 +225,11 @@ def backward_of_share(student, teacher, to_teacher, batches, step, args):
         if len(hidden_s):
             hidden_s.backward(grad_rows)
 
-        log.update(loss=loss, tokens=len(hidden_s), not_scored=(mask & ~scored).sum(),
+        log.update(loss=loss, tokens=len(hidden_s), not_scored=n_not_scored,
                    audio_sec=batch.audio_sec)
         log.update(model.rollout_health(ids, mask, student.stop))
-    return log, (hidden_s.detach(), hidden_t)
+        states.append((hidden_s.detach(), hidden_t))
+    return log, [torch.cat(parts) for parts in zip(*states)]
 
 
 def roll_out(student, batches, step, args):
@@ -429,7 +432,7 @@ def distil(args):
     model.finish()
     if start < args.steps and not trained:
         raise ValueError(f"none of the clips could be trained on; first: {log.first_message()}")
-    if stopping and not last:
+    if stopping and (dev or not last):  # a last evaluation is still to come
         raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
 
 
@@ -608,10 +611,12 @@ def parse_args(argv=None):
     if any(given[:3]) and not all(given):
         parser.error("give --student, --teacher, --data and --out together; "
                      "without any of the first three, the demo runs")
-    recipe = (args.divergence, args.temperature, args.tau)
-    if args.support == "sampled" and recipe != ("reverse", 1.0, 1.0):
-        parser.error("--support sampled estimates reverse KL from tokens drawn at temperature 1: "
-                     "it goes with --divergence reverse, --temperature 1 and --tau 1")
+    if args.support == "sampled":
+        recipe = (args.divergence, args.temperature, args.tau)
+        if recipe != ("reverse", 1.0, 1.0) or args.states == "reference":
+            parser.error("--support sampled estimates reverse KL from tokens that the student drew at "
+                         "temperature 1: it goes with --divergence reverse, --temperature 1, --tau 1, "
+                         "and not with --states reference")
     return args
 
 

@@ -501,6 +501,8 @@ def corpus_rate(rows) -> dict:
     errors, units = errors_and_units(rows)
     resampled, labels = blocks_of(rows)
     low, high = data.bootstrap(errors, units, blocks=labels)
+    if low < 0:  # by the normal approximation; nan stays nan
+        low = 0.0
     return {"rate": percent(errors, units), "low": 100 * low, "high": 100 * high,
             "resampled": resampled, "blocks": len(set(labels))}
 

@@ -1653,10 +1653,14 @@ def kept_flags(args) -> dict:
 
 
 def keep_best(asr, out, error, best, rank) -> float:
-    """Keep --out at the best checkpoint on dev -> the best error so far."""
-    if rank == 0 and error < best:
+    """Keep --out at the best checkpoint on dev -> the best error so far.
+
+    While no error can be measured (nan: a dev set in which nothing is said), the latest is the best.
+    """
+    unknown = math.isnan(error)
+    if rank == 0 and (error < best or (unknown and best == math.inf)):
         save(asr, out)
-    return min(error, best)
+    return best if unknown else min(error, best)
 
 
 def save_training(out, step, asr, optimizer, modules=None, info=None) -> None:

@@ -17,7 +17,7 @@ students are given the same random numbers. Batches are those of distill.py's fi
 the number of processes.
 
 --out receives overlap.json and overlap.png. A statistic is {"mean", "low", "high"}: the mean over
-states, and a 95 % interval that resamples utterances. Over all states there are also "batch_mean",
+states, and a 95 % interval that resamples utterances (null where too few have such a state). Over all states there are also "batch_mean",
 "batch_min" and "batch_max", over the means of full batches, as in Table 2.
 
   vuss             |S_t u T_t|, the Valid Union Support Size, up to 2k: smaller is closer.
@@ -370,9 +370,11 @@ def mean_of(sums, counts) -> np.ndarray:
 def bootstrap_means(sums, counts, n=10_000, seed=0) -> np.ndarray:
     """Means of n draws of utterances with replacement: (n, cells, columns), nan without a state.
 
-    sums, counts: see sum_states. The draws are those of data.bootstrap, the same for every column,
-    cell and student, so that differences between students are paired.
+    sums, counts: see sum_states. The draws are the same for every column, cell and student, so that
+    differences between students are paired. All nan where there is one utterance to draw from.
     """
+    if len(sums) < 2:
+        return np.full((n, *sums.shape[1:]), np.nan)
     rng = np.random.default_rng(seed)
     chances = np.full(len(sums), 1 / len(sums))
     means = []
@@ -389,7 +391,7 @@ def as_entries(means, resampled, batch_means=None) -> dict:
     """
     def entry(cell, name):
         column = COLUMNS.index(name)
-        low, high = np.nanpercentile(resampled[:, cell, column], [2.5, 97.5]).tolist()
+        low, high = data.interval(resampled[:, cell, column])
         result = {"mean": float(means[cell, column]), "low": low, "high": high}
         if batch_means is not None and CELLS[cell] == ALL:
             of_batches = batch_means[:, column]
@@ -591,6 +593,7 @@ def write_results(summaries, n_batches, args) -> None:
         print_summary("difference, paired", result["difference"])
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    result = json.loads(json.dumps(result), parse_constant=lambda nan: None)  # JSON has no NaN
     (out / "overlap.json").write_text(json.dumps(result, indent=2))
     draw_overlap(students, args.top_k, out / "overlap.png")
 

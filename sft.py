@@ -98,7 +98,7 @@ def backward_of_batch(student, ctc_head, batch, args):
 def spec_augment(mel, utterance, step, seed, freq=20, share=0.08):
     """SpecAugment (Park et al. 2019) by torchaudio: mel (n_mels, T) -> same.
 
-    Two bands of mel bins and two stretches of time are set to the clip's mean. Drawn from (seed, step,
+    Two bands of mel bins and two stretches of time are set to the mean of what the masks before left. Drawn from (seed, step,
     utterance id) alone, like everything random here.
     """
     u = data.keyed_uniforms(seed, step, [utterance.id], 1)[0, 0]
@@ -267,7 +267,7 @@ def main(args):
     model.finish()
     if start < args.steps and not trained:
         raise ValueError(f"none of the clips could be trained on; first: {log.first_message()}")
-    if stopping and not last:
+    if stopping and (dev or not last):  # a last evaluation is still to come
         raise SystemExit(143)  # as a shell reports SIGTERM: a scheduler can tell it from success
 
 
