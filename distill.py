@@ -10,7 +10,8 @@ For every batch of audio x:
                exact: v runs over every id that both vocabularies have, p_S and p_T are
                renormalised on these (with one vocabulary that changes nothing)
   (5) update   one AdamW step
-The transcripts of --data are never read: all that is learnt comes from the teacher.
+The transcripts of --data are not read: all that is learnt comes from the teacher. (Only the controls
+--states reference and first_error read them.)
 
   symbol     variable   shape    meaning
   y          ids, mask  (B, R)   rollout with its EOS, right-padded; True on emitted tokens
@@ -192,15 +193,20 @@ def backward_of_share(student, teacher, to_teacher, batches, step, args):
     """
     # (1) rollout  y ~ p_S(. | x)                                                          [dev 2]
     #     An empty transcript (EOS at once) is a rollout like any other.                   [dev 5]
-    rollouts = roll_out(student, batches, step, args)
+    prompts = encode_share(student, batches, args)
+    if args.states == "reference":  # a control: the transcripts' states, off-policy
+        rollouts = [references(student, batch) for batch in batches]
+    else:
+        rollouts = roll_out(student, prompts, batches, step, args)
 
-    log = Counter()
+    sums = Counter()
     states = []
-    for batch, (prompt_s, ids, mask) in zip(batches, rollouts):             # ids, mask (B, R)
-        # What can be scored: the mask, up to the first id that the teacher's vocabulary lacks.
+    for batch, prompt_s, (ids, mask) in zip(batches, prompts, rollouts):    # ids, mask (B, R)
+        # What can be scored: the mask, up to the first id that the teacher's vocabulary lacks. A row's
+        # scored columns are a prefix and attention is causal, so what lies behind changes nothing.
         scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R)
         n_not_scored = (mask & ~scored).sum()
-        if args.states == "first_error":
+        if args.states == "first_error":  # a control: nothing behind the student's first error
             scored = scored & up_to_first_difference(ids, references(student, batch)[0])
 
         # (2) teacher  z_T[t] = logits of T at (x, y_<t)
@@ -212,7 +218,7 @@ def backward_of_share(student, teacher, to_teacher, batches, step, args):
                 teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, scored)
 
         # (3) student  z_S[t] = logits of S at (x, y_<t), now with gradients
-        if prompt_s is None:
+        if not prompt_s.embeds.requires_grad:
             prompt_s = model.encode_audio(student, batch)
         hidden_s = model.response_hidden(                                   # (n, D)
             student.body, prompt_s.embeds, prompt_s.mask, ids, scored)
@@ -225,49 +231,54 @@ def backward_of_share(student, teacher, to_teacher, batches, step, args):
         if len(hidden_s):
             hidden_s.backward(grad_rows)
 
-        log.update(loss=loss, tokens=len(hidden_s), not_scored=n_not_scored,
-                   audio_sec=batch.audio_sec)
-        log.update(model.rollout_health(ids, mask, student.stop))
+        sums["loss"] += loss
+        sums["tokens"] += len(hidden_s)
+        sums["not_scored"] += n_not_scored
+        sums["audio_sec"] += batch.audio_sec
+        for name, n in model.rollout_health(ids, mask, student.stop).items():
+            sums[name] += n
         states.append((hidden_s.detach(), hidden_t))
-    return log, [torch.cat(parts) for parts in zip(*states)]
+    return sums, [torch.cat(parts) for parts in zip(*states)]
 
 
-def roll_out(student, batches, step, args):
-    """Whose states are learnt at -> prompt or None, ids (B, R), mask (B, R) of each micro-batch.
+def encode_share(student, batches, args) -> list[model.Prompt]:
+    """The student's prompt of each micro-batch, for the rollout.
 
-    --states rollout, the method: what the student itself writes. Two controls read transcripts:
-      reference    the transcripts instead (off-policy)
-      first_error  rollouts, scored up to and including the first id that differs from theirs
-
-    One generate writes the rollouts of the whole share: on a GPU a token of 120 rows takes as long as
-    one of 12; --rollout_batch cuts it where memory asks for that. The encoder's output is used again,
-    with its graph, where it belongs to the only micro-batch or --freeze leaves no graph but the
-    adapter's; the graphs of several would not fit, so there it is computed again: None.
+    It is used again in (3) where it has its graph: if it is the only one, or if --freeze leaves the
+    adapter's graph alone. The graphs of several would not fit in memory; there it is made anew.
     """
-    if args.states == "reference":
-        return [(None, *references(student, batch)) for batch in batches]
-    keep = len(batches) == 1 or args.freeze == "encoder"
-    with torch.set_grad_enabled(keep):
-        prompts = [model.encode_audio(student, batch) for batch in batches]
-    embeds, prompt_mask = model.join_prompts(prompts)                       # (sum of B, P, D), (.., P)
+    keeps_graph = len(batches) == 1 or args.freeze == "encoder"
+    with torch.set_grad_enabled(keeps_graph):
+        return [model.encode_audio(student, batch) for batch in batches]
+
+
+def roll_out(student, prompts, batches, step, args):
+    """Sample what the student writes -> [ids (B, R), mask (B, R)] of each micro-batch.
+
+    One generate for the whole share: on a GPU a token of 120 rows takes as long as one of 12.
+    --rollout_batch cuts it where memory asks for that.
+    """
+    embeds, prompt_mask = model.join_prompts(prompts)                       # (share, P, D), (share, P)
     clips = [u.id for batch in batches for u in batch.utterances]
     uniforms = data.keyed_uniforms(args.seed, step, clips, args.max_new_tokens)
-    ids = torch.full(uniforms.shape, student.pad_id, device=student.device)  # (sum of B, R)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
+    ids = torch.full(uniforms.shape, student.pad_id, device=student.device)  # (share, R)
+    mask = torch.zeros_like(ids, dtype=torch.bool)                          # (share, R)
     size = args.rollout_batch or len(clips)
     for first in range(0, len(clips), size):
         part = slice(first, first + size)
-        written, valid = model.generate(
+        written, emitted = model.generate(
             student.body, student.head.weight, embeds[part], prompt_mask[part], stop=student.stop,
             blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, uniforms=uniforms[part])
         ids[part, :written.shape[1]] = written
-        mask[part, :written.shape[1]] = valid
+        mask[part, :written.shape[1]] = emitted
     rollouts = []
-    sizes = [len(batch.utterances) for batch in batches]
-    for prompt, rows, valid in zip(prompts, ids.split(sizes), mask.split(sizes)):
-        n_columns = int(valid.any(0).sum())  # the longest rollout of the share may lie elsewhere
-        rollouts.append((prompt if keep else None, rows[:, :n_columns], valid[:, :n_columns]))
+    first = 0
+    for batch in batches:
+        rows = slice(first, first + len(batch.utterances))
+        longest = int(mask[rows].sum(1).max())
+        rollouts.append((ids[rows, :longest], mask[rows, :longest]))
+        first = rows.stop
     return rollouts
 
 

@@ -679,11 +679,14 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     uniforms (B, max_new_tokens) in [0, 1): see data.keyed_uniforms. mask is True on emitted tokens,
     the stop id included; a row without one was cut at max_new_tokens.
 
+    Copies out with check_attention, autocast, causal_mask, positions_of, Logits, logits and draw.
     Finished rows are frozen; when a quarter of the rows are done the others go on alone. There is no
     collective, and the host asks the device how many rows are left at every token on a CPU, at every
     eighth on a GPU.
     """
     check_attention(body)
+    if temperature > 0 and uniforms is None:
+        raise ValueError("sampling wants uniforms: (rows, max_new_tokens) in [0, 1)")
     device = embeds.device
     ask_every = 1 if device.type == "cpu" else 8
     if temperature > 0:
@@ -1514,7 +1517,7 @@ AGREEMENT = ("top1_agreement", "overlap", "mass_student", "mass_teacher", "entro
 def agreement(hidden, student, teacher, to_teacher, k, chunk) -> dict[str, float]:
     """How student and teacher stand to each other at some states, means over those of all ranks.
 
-    hidden: (hidden_s (N, D), hidden_t (N, D_t)), or None on a rank without a clip. Of the k most
+    hidden: (hidden_s (N, D), hidden_t (N, D')), or None on a rank without a clip. Of the k most
     probable ids of either, after ids that only one vocabulary has were removed (overlap.py removes
     them later, as the paper does, and has more):
       top1_agreement              do both put the same id first?

@@ -265,7 +265,7 @@ def score_states(student, prompt_s, teacher, prompt_t, to_teacher, ids, scored, 
     hidden_s = model.response_hidden(
         student.body, prompt_s.embeds, prompt_s.mask, ids, scored)                      # (N, D)
     hidden_t = model.response_hidden(
-        teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, scored)                    # (N, D_t)
+        teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, scored)                    # (N, D')
     teacher_only = ~teacher.blocked                                                     # (V_t,)
     teacher_only[to_teacher[to_teacher >= 0]] = False
     y = ids[scored]                                                                     # (N,)

@@ -176,9 +176,10 @@ def test_rollouts_do_not_depend_on_the_batch_they_are_written_in(student, corpus
     for size in (None, 1, 4, 9, 50):
         flags = [] if size is None else ["--rollout_batch", str(size)]
         args = distill.parse_args(["--max_new_tokens", "8", *flags])
-        rollouts = distill.roll_out(student, batches, 0, args)
-        written[size] = [row[valid].tolist() for _, ids, mask in rollouts for row, valid in zip(ids, mask)]
-        for _, ids, mask in rollouts:
+        prompts = distill.encode_share(student, batches, args)
+        rollouts = distill.roll_out(student, prompts, batches, 0, args)
+        written[size] = [row[valid].tolist() for ids, mask in rollouts for row, valid in zip(ids, mask)]
+        for ids, mask in rollouts:
             assert mask.any(0).all() and (ids[~mask] == student.pad_id).all()
     assert all(rows == written[None] for rows in written.values())
     assert len({len(row) for row in written[None]}) > 1

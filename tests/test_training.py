@@ -402,7 +402,7 @@ COMPARED = [(objective, "eight") for objective in OBJECTIVES] + [
 def written(batches, rollouts):
     """What distill.roll_out returned -> {clip: ids}."""
     found = {}
-    for batch, (_, ids, mask) in zip(batches, rollouts, strict=True):
+    for batch, (ids, mask) in zip(batches, rollouts, strict=True):
         for u, row, emitted in zip(batch.utterances, ids, mask, strict=True):
             found[u.id] = row[emitted].tolist()
     return found
@@ -432,8 +432,8 @@ def first_steps(rank, world, jobs, folder):
         to_teacher[holes] = -1
         return to_teacher
 
-    def keep_rollouts(student, batches, step, args):
-        rollouts = roll_out(student, batches, step, args)
+    def keep_rollouts(student, prompts, batches, step, args):
+        rollouts = roll_out(student, prompts, batches, step, args)
         seen["rollouts"] |= written(batches, rollouts)
         return rollouts
 
@@ -608,8 +608,8 @@ def test_rollouts_do_not_depend_on_a_resume(corpus, checkpoints, tmp_path, monke
     seen = {}
     roll_out = distill.roll_out
 
-    def keep_rollouts(student, batches, step, args):
-        rollouts = roll_out(student, batches, step, args)
+    def keep_rollouts(student, prompts, batches, step, args):
+        rollouts = roll_out(student, prompts, batches, step, args)
         for clip, ids in written(batches, rollouts).items():
             seen[step, clip] = ids
         return rollouts
