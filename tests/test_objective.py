@@ -571,8 +571,8 @@ def test_first_error_scores_up_to_the_first_wrong_token(student, teacher, batch)
     writer.encode_text = texts.__getitem__
     to_teacher = model.vocabulary_map(student, teacher)
     sums, _ = distill.backward_of_share(writer, teacher, to_teacher, [batch], 0, args)
-    assert sums["tokens"] == counted
-    assert sums["tokens"] + sums["not_scored"] == mask.sum()
+    assert sums["tokens"] == counted < mask.sum()
+    assert sums["not_scored"] == 0, "the teacher could read them all"
 
 
 # ---------------------------------------------------------------------------- SFT: what is trained on
