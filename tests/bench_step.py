@@ -148,7 +148,7 @@ def one_step(student, teacher, to_teacher, batch, args, step, optimizer):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     clock.tick("update")
-    return clock.seconds, len(rows)
+    return clock.seconds, len(hidden_s)
 
 
 def peak_gib(device):

@@ -1073,11 +1073,11 @@ def test_repeats_finds_n_grams_of_emitted_tokens():
 
 # ---------------------------------------------------------------------------- what copies out alone
 
-def copied_out(*parts):
+def copied_out(*parts, **constants):
     """Sources of functions and classes, run where there is nothing but torch, numpy and a cache of
     transformers."""
     namespace = {"torch": torch, "F": torch.nn.functional, "math": math, "np": np, "hashlib": hashlib,
-                 "DynamicCache": DynamicCache}
+                 "DynamicCache": DynamicCache} | constants
     for part in parts:
         exec(inspect.getsource(part), namespace)
     return SimpleNamespace(**namespace)
@@ -1160,8 +1160,10 @@ def test_the_objective_copies_out_alone():
 
 
 def test_keyed_uniforms_and_bootstrap_copy_out_alone():
-    alone = copied_out(data.keyed_uniforms, data.bootstrap_rates, data.interval, data.bootstrap)
-    assert np.array_equal(alone.keyed_uniforms(1, 2, ["a", "b"], 3), data.keyed_uniforms(1, 2, ["a", "b"], 3))
+    alone = copied_out(data.keyed_uniforms, data.interval, data.bootstrap_rates, data.bootstrap,
+                       MANY_BLOCKS=data.MANY_BLOCKS)
+    drawn = data.keyed_uniforms(1, 2, ["a", "b"], 3)
+    assert np.array_equal(alone.keyed_uniforms(1, 2, ["a", "b"], 3), drawn)
     case = {"numerators": [1, 0, 3, 2], "denominators": [4, 3, 9, 5], "n": 200,
             "blocks": ["x", "y", "x", "z"]}
     assert alone.bootstrap(**case) == data.bootstrap(**case)
