@@ -179,7 +179,7 @@ INDEX_COLUMNS = {
     "duration": "f",   # seconds; NaN where the line has none and the header was not read yet
     "labelled": "b",   # it has a transcript, perhaps "", and a language
     "scorable": "b"}   # it has a language that `metric` knows, or no reference
-INDEX_VERSION = 1      # one more whenever another manifest is valid, or is read otherwise
+INDEX_VERSION = 2      # one more whenever another manifest is valid, or is read otherwise
 
 
 def _open_index(path, file, measured=False) -> dict[str, np.ndarray]:
@@ -370,7 +370,7 @@ def _parse_line(line, folder, where) -> Utterance | None:
     language = row.get("language") or row.get("lang")
     return Utterance(
         id=row.get("id") or os.path.splitext(audio)[0] + segment,
-        audio=_audio_path(folder, audio),
+        audio=audio_path(folder, audio),
         text=row.get("text"),
         language=language.lower() if language else None,
         start_sec=float(start),
@@ -379,7 +379,7 @@ def _parse_line(line, folder, where) -> Utterance | None:
         line=where)
 
 
-def _audio_path(folder, audio) -> str:
+def audio_path(folder, audio) -> str:
     """Absolute path of a manifest's audio."""
     path = os.path.join(os.getcwd(), folder, audio)
     if "/../" not in path:

@@ -378,7 +378,7 @@ def read_rows(path):
                 found = data.describe(line)
                 raise ValueError(f"{where}: expected a JSON object, found {found}") from None
             if "audio" in row:
-                row["audio"] = os.path.normpath(path.parent.absolute() / row["audio"])
+                row["audio"] = data.audio_path(path.parent, row["audio"])
             yield where, row
 
 
@@ -741,7 +741,7 @@ def write_teacher_manifest(hyps, path, max_wer) -> None:
                 continue
             counts["kept"] += 1
             counts["no language"] += "language" not in row
-            audio = os.path.relpath(row["audio"], Path(path).absolute().parent)
+            audio = os.path.relpath(row["audio"], os.path.realpath(Path(path).parent))
             line = {"id": row["id"], "audio": audio, "text": row["hyp"]}
             for key in ("language", "duration", "start", "speaker"):
                 if key in row:
@@ -809,7 +809,7 @@ def write_hyps(path, rows) -> None:
     def lines():
         for row in rows:
             if "audio" in row:
-                row = row | {"audio": os.path.relpath(row["audio"], path.parent.absolute())}
+                row = row | {"audio": os.path.relpath(row["audio"], os.path.realpath(path.parent))}
             yield row
 
     data.write_jsonl(path, lines())
