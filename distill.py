@@ -416,7 +416,8 @@ def distil(args):
             line |= {"not_scored": int(t["not_scored"]), "rejected": int(t["rejected"]),
                      "audio_per_sec": t["audio_sec"] / (t["seconds"] / world)}
             log.write(line | agreement)
-        if last or stopping or (step + 1) % args.save_every == 0:
+        evaluates = dev and (step + 1) % args.eval_every == 0  # saved first: it might fail
+        if last or stopping or evaluates or (step + 1) % args.save_every == 0:
             info = {"best": best, "flags": model.kept_flags(args)}
             model.save_training(args.out, step + 1, student, optimizer, {}, info)
         if stopping:

@@ -70,6 +70,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -393,6 +394,8 @@ def check_hyp(row, where) -> None:
     for key, types in HYPS_KEYS.items():
         if key in row and not isinstance(row[key], types):
             raise ValueError(f"{where}: {key!r} has the wrong type: {row[key]!r}")
+        if re.search("[\ud800-\udfff]", str(row.get(key))):  # no file can hold it
+            raise ValueError(f"{where}: {key!r} has half a character (a lone surrogate): {row[key]!r}")
     if "text" in row:
         check_language(row.get("language"), where)
 

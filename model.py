@@ -948,8 +948,8 @@ def load_tokenizer(name) -> PreTrainedTokenizerFast:
     try:
         return tokenizer_class.from_pretrained(path)
     except Exception as error:  # whatever it is, it does not say which files it is about
-        raise ValueError(f"{path}: no tokenizer can be made of tokenizer.json, or vocab.json and merges.txt: "
-                         f"{error}") from error
+        raise ValueError(f"{path}: no tokenizer can be made of tokenizer.json, "
+                         f"or vocab.json and merges.txt: {error}") from error
 
 
 OTHER_FILES = """
@@ -972,7 +972,7 @@ def read_other_files(path) -> dict[str, bytes]:
 
 
 def weight_files(path) -> list[Path]:
-    """Return the files that hold a directory's weights: model.safetensors, or the shards that its index lists.
+    """Return the files of a directory's weights: model.safetensors, or the shards that its index lists.
 
     Raises FileNotFoundError naming the files that are missing.
     """
@@ -996,8 +996,8 @@ def open_weights(file):
     except SafetensorError as error:
         with open(file, "rb") as raw:
             start = data.describe(raw.read(60))
-        raise ValueError(f"{file}: expected weights in safetensors, found {file.stat().st_size} bytes that are "
-                         f"not, or not whole ({error}); they start with {start}") from None
+        raise ValueError(f"{file}: expected weights in safetensors, found {file.stat().st_size} bytes "
+                         f"that are not, or not whole ({error}); they start with {start}") from None
 
 
 def read_weights(path) -> dict[str, torch.Tensor]:

@@ -254,7 +254,8 @@ def main(args):
             line |= {"rejected": int(t["rejected"]),
                      "audio_per_sec": t["audio_sec"] * world / t["seconds"]}
             log.write(line)
-        if last or stopping or (step + 1) % args.save_every == 0:
+        evaluates = dev and (step + 1) % args.eval_every == 0  # saved first: it might fail
+        if last or stopping or evaluates or (step + 1) % args.save_every == 0:
             info = {"best": best, "flags": model.kept_flags(args)}
             model.save_training(args.out, step + 1, student, optimizer, modules, info)
         if stopping:

@@ -1097,8 +1097,8 @@ def tiny_qwen2():
 def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
     """On a bare LM: what the copy writes and scores is what the module does, and what transformers
     writes."""
-    alone = copied_out(model.autocast, model.causal_mask, model.positions_of, model.Logits, model.logits,
-                       model.check_attention, model.response_hidden, model.draw, model.generate)
+    alone = copied_out(model.autocast, model.causal_mask, model.positions_of, model.check_attention,
+                       model.Logits, model.logits, model.response_hidden, model.draw, model.generate)
     lm = tiny_qwen2
     n_prompt = torch.tensor([6, 3, 5])
     prompt_mask = torch.arange(6) >= 6 - n_prompt[:, None]
@@ -1121,16 +1121,19 @@ def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
     assert torch.equal(hidden, model.response_hidden(lm.model, embeds, prompt_mask, ids, mask))
 
 
-def test_attention_that_would_add_the_mask_is_refused(student):
-    """Eager attention adds a mask of bools as 0 and 1: nothing would be masked, and nothing would fail."""
-    body = plain_qwen2(student).model
-    prompt = model.encode_audio(student, mel_batch([40]))
-    ids = torch.tensor([[1, 2]])
-    with pytest.raises(ValueError, match="eager"):
-        model.response_hidden(body, prompt.embeds, prompt.mask, ids, ids > 0)
-    with pytest.raises(ValueError, match="eager"):
-        model.generate(body, student.head.weight, prompt.embeds, prompt.mask, stop=student.stop,
-                       blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=2)
+def test_eager_attention_is_refused(tiny_qwen2):
+    """It would add the mask's True and False to the scores as 1 and 0."""
+    lm = tiny_qwen2
+    lm.set_attn_implementation("eager")
+    embeds = torch.randn(1, 3, 16)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    ids = torch.tensor([[4, 7]])
+    nothing = torch.zeros(50, dtype=torch.bool)
+    with pytest.raises(ValueError, match="'eager'.*sdpa"):
+        model.response_hidden(lm.model, embeds, mask, ids, mask[:, :2])
+    with pytest.raises(ValueError, match="'eager'.*sdpa"):
+        model.generate(lm.model, lm.lm_head.weight, embeds, mask, stop=nothing, blocked=nothing,
+                       pad_id=0, max_new_tokens=2)
 
 
 def test_the_objective_copies_out_alone():
@@ -1157,7 +1160,7 @@ def test_the_objective_copies_out_alone():
 
 
 def test_keyed_uniforms_and_bootstrap_copy_out_alone():
-    alone = copied_out(data.keyed_uniforms, data.interval, data.bootstrap_rates, data.bootstrap,
+    alone = copied_out(data.keyed_uniforms, data.bootstrap_rates, data.interval, data.bootstrap,
                        MANY_BLOCKS=data.MANY_BLOCKS)
     drawn = data.keyed_uniforms(1, 2, ["a", "b"], 3)
     assert np.array_equal(alone.keyed_uniforms(1, 2, ["a", "b"], 3), drawn)

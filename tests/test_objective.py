@@ -722,7 +722,7 @@ def test_every_gradient_is_summed_over_ranks_once(script, monkeypatch):
 @both_scripts
 def test_weight_decay_is_for_matrices(script, student):
     parameters = list(student.net.parameters())
-    args = SimpleNamespace(lr=1.0, weight_decay=0.3)
+    args = SimpleNamespace(lr=1.0, weight_decay=0.3, shard_optimizer=False)
     matrices, vectors = script.make_optimizer(parameters, args).param_groups
     assert matrices["weight_decay"] == 0.3
     assert vectors["weight_decay"] == 0.0
