@@ -478,40 +478,41 @@ def demo_commands(args, root) -> dict[str, str]:
         processes = min(2, os.cpu_count())  # a busy machine better than two threads do
         if args.device != "cpu" and torch.cuda.is_available():
             processes = torch.cuda.device_count()
-    train = f"{root}/data/train.jsonl"
-    pool = f"{root}/data/pool.jsonl"
-    dev = f"{root}/data/dev.jsonl"
-    test = f"{root}/data/test.jsonl"
+    at = shlex.quote(str(root))
+    train = f"{at}/data/train.jsonl"
+    pool = f"{at}/data/pool.jsonl"
+    dev = f"{at}/data/dev.jsonl"
+    test = f"{at}/data/test.jsonl"
     run = f"torchrun --standalone --nproc_per_node {processes}"
     common = f"--device {args.device} --seed {args.seed}"
     sft = f"{run} sft.py --dev {dev} --resume {common}"
-    opd = f"{run} distill.py --teacher {root}/teacher --data {train} --dev {dev} --resume {common}"
+    opd = f"{run} distill.py --teacher {at}/teacher --data {train} --dev {dev} --resume {common}"
     for flag, default in vars(parse_args([])).items():  # other flags given are for these stages
         if getattr(args, flag) != default and flag not in ("out", "device", "seed"):
             value = getattr(args, flag)
             opd += f" --{flag}" if value is True else f" --{flag} {value}"
     commands = {
-        "data": f"python data.py demo --out {root}/data --seed {args.seed}",
+        "data": f"python data.py demo --out {at}/data --seed {args.seed}",
         # The teacher has a corpus of its own: more voices, other sentences, no clip of the student's.
-        "teacher": f"{sft} --init random --data {root}/data/teacher.jsonl --out {root}/teacher {TEACHER}",
-        "base": f"{sft} --init random --data {train} --tokenizer {root}/teacher --out {root}/base",
+        "teacher": f"{sft} --init random --data {at}/data/teacher.jsonl --out {at}/teacher {TEACHER}",
+        "base": f"{sft} --init random --data {train} --tokenizer {at}/teacher --out {at}/base",
         # OPD on the very clips that base was trained on (section 4.1), and as many updates of SFT.
-        "opd": f"{opd} --student {root}/base --out {root}/opd",
-        "more": f"{sft} --student {root}/base --data {train} --out {root}/more --steps {args.steps} {GO_ON}",
+        "opd": f"{opd} --student {at}/base --out {at}/opd",
+        "more": f"{sft} --student {at}/base --data {train} --out {at}/more --steps {args.steps} {GO_ON}",
         # TD, a short stage on the teacher's transcripts of a little other audio; then OPD as before.
-        "transcripts": f"{run} evaluate.py --model {root}/teacher --data {pool} --device {args.device} "
-                       f"--resume --out {root}/transcripts --as_manifest {root}/transcripts/td.jsonl",
-        "td": f"{sft} --student {root}/base --data {root}/transcripts/td.jsonl --out {root}/td "
+        "transcripts": f"{run} evaluate.py --model {at}/teacher --data {pool} --device {args.device} "
+                       f"--resume --out {at}/transcripts --as_manifest {at}/transcripts/td.jsonl",
+        "td": f"{sft} --student {at}/base --data {at}/transcripts/td.jsonl --out {at}/td "
               f"--steps {max(1, args.steps // 3)} {GO_ON}",
-        "td_opd": f"{opd} --student {root}/td --out {root}/td_opd",
+        "td_opd": f"{opd} --student {at}/td --out {at}/td_opd",
     }
     for name in SYSTEMS:
-        commands[f"eval/{name}"] = (f"{run} evaluate.py --resume --model {root}/{name} --data {test} "
-                                    f"--device {args.device} --out {root}/eval/{name}")
-    commands["overlap"] = (f"{run} overlap.py --student {root}/base --compare {root}/td "
-                           f"--teacher {root}/teacher --data {test} --out {root}/overlap {common}")
-    hyps = " ".join(f"{root}/eval/{name}/hyps.jsonl" for name in SYSTEMS)
-    commands["compare"] = f"python evaluate.py --compare {hyps} --out {root}/compare"
+        commands[f"eval/{name}"] = (f"{run} evaluate.py --resume --model {at}/{name} --data {test} "
+                                    f"--device {args.device} --out {at}/eval/{name}")
+    commands["overlap"] = (f"{run} overlap.py --student {at}/base --compare {at}/td "
+                           f"--teacher {at}/teacher --data {test} --out {at}/overlap {common}")
+    hyps = " ".join(f"{at}/eval/{name}/hyps.jsonl" for name in SYSTEMS)
+    commands["compare"] = f"python evaluate.py --compare {hyps} --out {at}/compare"
     return commands
 
 

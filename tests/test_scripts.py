@@ -348,7 +348,6 @@ def test_the_demo_runs_every_stage_once(recorder, tmp_path):
     assert len(recorder.calls) == len(STAGES)
 
 
-@pytest.mark.xfail(reason="the demo's commands do not quote --out", strict=True)
 def test_a_folder_with_a_space_in_its_name(recorder, tmp_path):
     demo(tmp_path / "my demo")
     assert stages_of(recorder.calls, tmp_path / "my demo") == STAGES
