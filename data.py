@@ -1184,13 +1184,6 @@ def align(ref: str, hyp: str, language: str) -> list[tuple[str, str, str]]:
     return pairs
 
 
-def error_rate(counts) -> float:
-    """Corpus rate in percent: sum of errors / sum of reference units, never a mean of rates."""
-    errors = sum(c.errors for c in counts)
-    units = sum(c.units for c in counts)
-    return 100.0 * errors / units if units else math.nan
-
-
 # More than the public test sets have (WenetSpeech's has 24,774 clips). 10,000 draws of a million
 # clips would take ten minutes.
 MANY_BLOCKS = 30_000

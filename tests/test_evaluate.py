@@ -100,7 +100,10 @@ def test_agreement_with_jiwer_on_random_pairs():
             assert (counts[-1].errors, counts[-1].units) == (errors, len(ref))
             aligned = Counter(kind for kind, _, _ in data.align(refs[-1], hyps[-1], language))
             assert (aligned["sub"], aligned["del"], aligned["ins"]) == counts[-1][:3]
-        assert data.error_rate(counts) == pytest.approx(100 * oracle(refs, hyps), rel=1e-9)
+        errors = np.array([c.errors for c in counts])
+        units = np.array([c.units for c in counts])
+        assert evaluate.percent(errors, units) == pytest.approx(100 * oracle(refs, hyps), rel=1e-9)
+        assert np.isnan(evaluate.percent(errors[:0], units[:0])), "no rate of nothing"
 
 
 BY_HAND = [("a", "en", "red lamps, please", "red lamp"), ("b", "en", "it’s", "it is so"),
