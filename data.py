@@ -485,7 +485,10 @@ def check_outputs(*files) -> None:
         if file.is_dir():
             raise IsADirectoryError(f"{file}: a file is to be written here, and there is a folder")
         folder = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
-        tempfile.TemporaryFile(dir=folder).close()
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:  # it names its own file: not what the user knows
+            raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 # --------------------------------------------------------------------------------------- 2. audio
