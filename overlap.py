@@ -297,8 +297,7 @@ def measure_batch(student, teacher, to_teacher, batch, states, args) -> dict[str
     prompt_t = model.encode_audio(teacher, batch)
     if states == "reference":
         rows = [student.encode_text(u.text) for u in batch.utterances]
-        ids, mask = data.pad_rows(rows, student.pad_id)                                 # (B, R)
-        ids, mask = ids.to(student.device), mask.to(student.device)
+        ids, mask = data.pad_rows(rows, student.pad_id, student.device)                 # (B, R)
     else:
         uniforms = data.keyed_uniforms(args.seed, 0, names, args.max_new_tokens)
         ids, mask = model.roll_out(
