@@ -9,17 +9,15 @@ In reading order:
   6. corpora    manifests for corpora that lie on disk             python data.py NAME ROOT OUT
   7. demo       a bilingual corpus spoken by espeak-ng             python data.py demo --out DIR
                                                                    --seed N --pool N
-
 NAME is librispeech, aishell1, wenetspeech or folder (any folder of audio; the transcript of x.wav
-is x.txt, where there is one; `python data.py folder ROOT OUT --language CODE`). ROOT is where the
-corpus was unpacked, OUT the folder for the manifests. Audio stays in place.
+is x.txt; --language CODE). ROOT is where the corpus was unpacked, OUT the folder for the manifests.
 
 A line of a manifest (paths are relative to the manifest's folder):
   {"id": "en-17", "audio": "wav/en-17.wav", "text": "put two cups on the shelf", "language": "en"}
 Optional: "start" and "duration" or "end" in seconds (a segment of a longer file), "speaker", and
-"channel", from 0 (else the average of all). NeMo's spelling (audio_filepath, offset, lang) and
-open-audio-opd's (begin_time, end_time; -1: whole file) are read too. Other keys are ignored. An id
-that is missing is the audio's path without its suffix.
+"channel", from 0 (else the average of all). Read too: NeMo's audio_filepath, offset, lang, and
+open-audio-opd's begin_time, end_time (-1: whole file). Other keys are ignored. An id that is
+missing is the audio's path without its suffix, and "@" and the start of a segment.
 """
 
 import argparse
@@ -34,13 +32,13 @@ import re
 import reprlib
 import sys
 import tempfile
+import threading
 import unicodedata
 import warnings
 import wave
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -85,101 +83,86 @@ def read_manifest(paths, need=()) -> "Manifest":
 
     need: fields that every line must have, of "text" and "language"; a text may be "" (nothing is
     said there). Every line is parsed once, here; no audio is opened. Raises ValueError, naming
-    file, line and value, for a line that can't be used, for an id that stands twice in a file, and
-    for a manifest without an utterance; or saying how many lines lack what is needed.
+    file, line and value, for a line that can't be used, a manifest without an utterance, an id that
+    stands twice in a file; and saying how many lines lack what is needed.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    return Manifest([str(path) for path in paths], need)
+    manifest = Manifest([str(path) for path in paths])
+    hashes = array("q")  # (n,) of file and id
+    lacking = Counter()  # field: lines without it
+    first = {}           # field: the first of them
+    for k, path in enumerate(manifest.paths):
+        for u, number, offset, line in parse_lines(path, manifest.folders[k]):
+            manifest.files.append(k)
+            manifest.offsets.append(offset)
+            manifest.numbers.append(number)
+            manifest.seconds.append(math.nan if u.duration_sec is None else u.duration_sec)
+            hashes.append(hash((k, u.id)))
+            for field in need:
+                if getattr(u, field) is None:
+                    lacking[field] += 1
+                    first.setdefault(field, f"{u.line}, with the keys {list(json.loads(line))}")
+    for field, count in lacking.items():
+        raise ValueError(f"{count} of {len(manifest)} lines have no {field!r}, which is needed here; "
+                         f"the first is {first[field]}")
+
+    hashes = np.array(hashes)
+    order = np.argsort(hashes, kind="stable")
+    # 64 bits: two of 36 million ids are alike by chance once in 30,000 manifests.
+    for place in np.flatnonzero(np.diff(hashes[order]) == 0)[:1]:
+        earlier = manifest[order[place]]
+        later = manifest[order[place + 1]]
+        raise ValueError(f"{later.line}: id {later.id!r} ({later.audio}) already stands in "
+                         f"{earlier.line} ({earlier.audio})")
+    return manifest
 
 
 class Manifest(Sequence):
-    """A read-only sequence of utterances, in 18 bytes a line: a line is parsed when it is asked for.
+    """A read-only sequence of utterances, 18 bytes a line: each is parsed when it is asked for.
 
-    The lines of the 100,000 h that the paper trains on would take 36 GB as objects, in every loader
-    worker.
+    As objects, the lines of the 100,000 h that the paper trains on would take 36 GB a process.
     """
-    def __init__(self, paths, need=()):
+    def __init__(self, paths):
         self.paths = paths
+        # A ".." in a manifest behind a link leads from where the link leads.
         self.folders = [os.path.realpath(os.path.dirname(path)) for path in paths]
-        indices = [index_lines(path, need) for path in paths]
-        sizes = [len(durations) for _, _, durations in indices]
-        self.file = np.repeat(np.arange(len(paths), dtype=np.uint16), sizes)
-        self.offsets = np.concatenate([offsets for offsets, _, _ in indices])
-        self.numbers = np.concatenate([numbers for _, numbers, _ in indices])
-        self.durations = np.concatenate([durations for _, _, durations in indices])
+        self.files = array("H")    # (n,) which of the paths a line stands in
+        self.offsets = array("q")  # (n,) where it begins there, bytes
+        self.numbers = array("I")  # (n,) its number, from 1
+        self.seconds = array("f")  # (n,) duration, NaN where the line has none
+
+    @property
+    def durations(self) -> np.ndarray:
+        return np.array(self.seconds)
 
     def __len__(self):
-        return len(self.file)
+        return len(self.files)
 
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[j] for j in range(len(self))[i]]
-        path = self.paths[self.file[i]]
-        with open(path, "rb") as file:
+        k = self.files[i]
+        with open(self.paths[k], "rb") as file:
             file.seek(self.offsets[i])
             line = file.readline()
-        return parse_line(line, self.folders[self.file[i]], f"{path}:{self.numbers[i]}")
+        return parse_line(line, self.folders[k], f"{self.paths[k]}:{self.numbers[i]}")
 
 
-def index_lines(path, need) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the utterances of a manifest stand: -> offsets in bytes (n,), line numbers from 1 (n,),
-    durations in seconds (n,), NaN where the line has none.
-    """
-    folder = os.path.realpath(os.path.dirname(path))
-    offsets, numbers, durations, hashes = array("q"), array("I"), array("f"), array("Q")
-    lacking = Counter()  # field: lines without it
-    first = {}           # field: what is said of the first of them
+def parse_lines(path, folder):
+    """Yield (utterance, its line's number, offset in bytes, bytes) for all lines but blank ones."""
     offset = 0
-    with open(path, "rb") as file, progress(os.path.getsize(path), Path(path).name, "B") as bar:
+    empty = True
+    with open(path, "rb") as file, progress(os.path.getsize(path), path, "B") as bar:
         for number, line in enumerate(file, start=1):
-            u = parse_line(line, folder, f"{path}:{number}")
-            if u:
-                offsets.append(offset)
-                numbers.append(number)
-                durations.append(math.nan if u.duration_sec is None else u.duration_sec)
-                hashes.append(int.from_bytes(hash_id(u.id)))
-                for field in need:
-                    if getattr(u, field) is None:
-                        lacking[field] += 1
-                        first.setdefault(field, f"{u.line}, where the keys are {keys_of(line)}")
+            utterance = parse_line(line, folder, f"{path}:{number}")
+            if utterance:
+                empty = False
+                yield utterance, number, offset, line
             offset += len(line)
             bar.update(len(line))
-    if not offsets:
+    if empty:
         raise ValueError(f"{path}: the manifest has no utterance")
-    for field, count in lacking.items():
-        raise ValueError(f"{path}: {count} of {len(offsets)} lines have no {field!r}, which is "
-                         f"needed here; first: {first[field]}")
-    check_ids(path, folder, np.array(hashes), offsets, numbers)
-    return np.array(offsets), np.array(numbers), np.array(durations)
-
-
-def check_ids(path, folder, hashes, offsets, numbers) -> None:
-    """Raise ValueError, naming both lines, where an id stands twice.
-
-    Ids are compared where hashes are equal: among 36 million, two may be by chance.
-    """
-    order = np.argsort(hashes, kind="stable")
-    repeated = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    with open(path, "rb") as file:
-        for place in repeated:
-            pair = []
-            for i in order[place:place + 2]:
-                file.seek(offsets[i])
-                pair.append(parse_line(file.readline(), folder, f"{path}:{numbers[i]}"))
-            earlier, later = pair
-            if earlier.id == later.id:
-                raise ValueError(f"{later.line}: id {later.id!r} ({later.audio}) already stands in "
-                                 f"{earlier.line} ({earlier.audio})")
-
-
-def hash_id(name) -> bytes:
-    """64 bits of an id, the same in every process."""
-    return hashlib.blake2b(name.encode(), digest_size=8).digest()
-
-
-def keys_of(line) -> str:
-    return ", ".join(json.loads(line.decode("utf-8-sig")))
 
 
 NUMBER = (int, float)
@@ -191,9 +174,9 @@ MANIFEST_KEYS = {  # the keys that are read, and the types of their values
 
 
 def parse_line(line, folder, where) -> Utterance | None:
-    """A manifest's line, bytes -> its utterance; None for a blank line.
+    """A manifest's line, bytes -> its utterance; None for a blank line. Raises ValueError.
 
-    folder: what paths in it are relative to. where: "manifest.jsonl:12". Raises ValueError.
+    folder: what paths in it are relative to. where: "manifest.jsonl:12".
     """
     try:
         line = line.decode("utf-8-sig")  # -sig: editors of Windows put a mark before the first line
@@ -215,13 +198,8 @@ def parse_line(line, folder, where) -> Utterance | None:
     language = row.get("language") or row.get("lang") or ""
     channel = row.get("channel")
     start, duration = segment_of(row, where)
-    name = os.path.splitext(audio)[0]  # two segments or channels of a file are two utterances
-    if start:
-        name += f"@{start!r}"
-    if channel is not None:
-        name += f"#{channel}"
     return Utterance(
-        id=row.get("id") or name,
+        id=row.get("id") or os.path.splitext(audio)[0] + (f"@{start!r}" if start else ""),
         audio=audio_path(folder, audio),
         text=None if text is None else " ".join(text.split()),
         language=language.strip().lower() or None,
@@ -249,17 +227,14 @@ def segment_of(row, where):
     """Start in seconds, and duration in seconds or None: to the end of the file."""
     start = row.get("start") or row.get("offset") or 0
     duration = row.get("duration")
-    begin = row.get("begin_time")
-    end = row.get("end_time")
-    if begin is not None and begin >= 0:
-        start = begin
-    if end is not None and end < 0:
-        end = None
-    if row.get("end") is not None:
-        end = row["end"]
-    if end is not None and duration is not None and abs(start + duration - end) > 0.02:
-        raise ValueError(f"{where}: start {start} s, duration {duration} s, but end {end} s")
+    end = row.get("end")
+    if row.get("begin_time") is not None and row["begin_time"] >= 0:
+        start = row["begin_time"]
+    if row.get("end_time") is not None and row["end_time"] >= 0:
+        end = row["end_time"]
     if end is not None:
+        if duration is not None and abs(start + duration - end) > 0.02:
+            raise ValueError(f"{where}: start {start} s, duration {duration} s, but end {end} s")
         duration = end - start
     if start < 0 or duration is not None and duration <= 0:
         raise ValueError(f"{where}: segment start {start} s, duration {duration} s")
@@ -283,35 +258,23 @@ def write_jsonl(path, rows) -> None:
 
 
 def read_json(path) -> dict:
-    """A file that holds one JSON object. Raises ValueError naming the file and what it holds instead."""
+    """The object that a file holds. Raises ValueError naming the file and what it holds instead."""
     raw = Path(path).read_bytes()
-    found = repr(raw[:60])
-    if not raw:
-        found = "an empty file"
-    if raw.startswith(b"version https://git-lfs"):
-        found = "a git-lfs pointer, which `git lfs pull` replaces by the file"
     try:
         value = json.loads(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, found {found} ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {found}")
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):  # a git-lfs pointer, say, or nothing
+        raise ValueError(f"{path}: expected a JSON object, found {raw[:60]!r}")
     return value
 
 
 def check_writable(*files) -> None:
-    """Raise OSError, naming the file, if files that long work will end in can't be written.
-
-    Makes nothing: what is tried is the folder that they, or their folder, would be made in.
-    """
+    """Raise OSError, naming the file, if files that long work will end in can't be written."""
     for file in map(Path, files):
-        if file.is_dir():
-            raise IsADirectoryError(f"{file}: a file is to be written here, and there is a folder")
         folder = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:  # it names its own file: not what the user knows
-            raise OSError(error.errno, error.strerror, str(file)) from None
+        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise OSError(f"{file}: can't be written")
 
 
 def progress(total, name, unit, rank=0, initial=0) -> tqdm:
@@ -336,7 +299,7 @@ UNREADABLE = (av.FFmpegError, OSError, ValueError, IndexError)
 
 
 def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
-    """One clip, decoded: wav, flac, mp3, opus, m4a, webm, ..., any rate -> (n,) float32 at 16 kHz.
+    """One clip: what FFmpeg reads (wav, flac, mp3, opus, m4a, ...) -> (n,) float32 at 16 kHz.
 
     Nothing is ever cut to fit. Raises AudioError, with the line of the manifest in its message:
     unreadable, past_end, too_short, too_long, no_channel, not_finite; and silent, unless the text
@@ -344,27 +307,22 @@ def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
     evaluation hears all that can be decoded.
     """
     u = utterance
-    wanted_sec = max_sec + 1.0
-    if u.duration_sec is not None:
-        wanted_sec = min(wanted_sec, u.duration_sec)
+    wanted_sec = max_sec + 1.0 if u.duration_sec is None else min(u.duration_sec, max_sec + 1.0)
     try:
         channels = decode(u.audio, u.start_sec, wanted_sec)  # (C, n)
     except UNREADABLE as error:
         raise AudioError(u, "unreadable", " ".join(str(error).split())) from None
     seconds = round(channels.shape[1] / SAMPLE_RATE, 2)  # resampling may add or drop a sample
     # A manifest may give a file's length rounded to 10 ms; more than that missing is an error.
-    if seconds == 0 or seconds < wanted_sec - 0.0101 and u.duration_sec is not None:
+    if seconds == 0 or u.duration_sec is not None and seconds < wanted_sec - 0.0101:
         raise AudioError(u, "past_end", f"the file has {seconds} s from {u.start_sec} s on")
-    if not MIN_SEC <= seconds <= max_sec:
-        reason = "too_short" if seconds < MIN_SEC else "too_long"
-        length = f"{u.duration_sec or seconds} s"
-        raise AudioError(u, reason, f"{length} is outside {MIN_SEC} to {max_sec} s")
-    if u.channel is None:
-        audio = channels.mean(0)
-    elif u.channel < len(channels):
-        audio = channels[u.channel]
-    else:
+    if seconds < MIN_SEC:
+        raise AudioError(u, "too_short", f"{seconds} s is under {MIN_SEC} s")
+    if seconds > max_sec:
+        raise AudioError(u, "too_long", f"{u.duration_sec or seconds} s is over {max_sec} s")
+    if u.channel is not None and u.channel >= len(channels):
         raise AudioError(u, "no_channel", f"channel {u.channel} of {len(channels)}, from 0")
+    audio = channels.mean(0) if u.channel is None else channels[u.channel]
     if not np.isfinite(audio).all():
         raise AudioError(u, "not_finite", "NaN or infinite samples")
     if np.abs(audio - audio.mean()).max() < 1e-4 and u.text != "":  # -80 dBFS
@@ -378,7 +336,7 @@ def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
 def decode(path, start_sec, seconds) -> np.ndarray:
     """Part of a file: `seconds` from start_sec on, or less at its end -> (C, n) float32 at 16 kHz.
 
-    Cut at the file's own rate and then resampled. Raises one of UNREADABLE.
+    Cut at the file's own rate, then resampled. Raises one of UNREADABLE.
     """
     samples = av.AudioFifo()  # at the file's own rate and format
     first_sec = None          # where they begin
@@ -390,11 +348,11 @@ def decode(path, start_sec, seconds) -> np.ndarray:
         rate = frame.sample_rate
         if samples.samples >= (start_sec - first_sec + seconds) * rate:
             break
-    skipped = round((start_sec - first_sec) * rate)
-    if skipped < -0.01 * rate:
-        raise ValueError(f"can't be sought in: {first_sec:.2f} s came for {start_sec:.2f} s")
-    if skipped > 0:
-        samples.read(skipped, partial=True)
+    run_up = round((start_sec - first_sec) * rate)  # samples
+    if run_up < -0.01 * rate:
+        raise ValueError(f"can't be sought in: {start_sec} s asked for, {first_sec} s found")
+    if run_up > 0:
+        samples.read(run_up, partial=True)
     clip = samples.read(round(seconds * rate), partial=True)
     if clip is None:
         return np.zeros((1, 0), dtype=np.float32)
@@ -413,9 +371,11 @@ def decoded_frames(path, start_sec=0.0):
     # Without the option a wav takes 5 ms to open instead of one.
     with av.open(path, options={"max_probe_packets": "1"}) as container:
         stream = container.streams.audio[0]
-        tick = float(stream.time_base)    # seconds
-        origin = stream.start_time or 0   # ticks; an opus file does not begin at 0
-        promised_sec = header_seconds(container)
+        tick = stream.time_base          # seconds
+        origin = stream.start_time or 0  # ticks; an opus file does not begin at 0
+        promised_sec = (container.duration or 0) / av.time_base
+        if stream.duration:
+            promised_sec = float(stream.duration * tick)
         if 1.0 < start_sec < promised_sec:
             container.seek(origin + round((start_sec - 1.0) / tick), stream=stream)
         next_sec = None  # where the next frame should begin
@@ -429,85 +389,57 @@ def decoded_frames(path, start_sec=0.0):
             for frame in frames:
                 if frame.pts is None:
                     raise ValueError("a frame without a time: files joined, or a hole")
-                begin_sec = (frame.pts - origin) * tick
+                begin_sec = float((frame.pts - origin) * tick)
                 if next_sec is not None and abs(begin_sec - next_sec) > 0.1:
                     raise ValueError(f"{begin_sec:.2f} s follows {next_sec:.2f} s: files joined, "
                                      "or a hole")
                 next_sec = begin_sec + frame.samples / frame.sample_rate
                 yield begin_sec, frame
         if next_sec is None or next_sec < promised_sec - 0.05:
-            raise ValueError(f"cut off: {promised_sec:.2f} s by its header, {next_sec or 0:.2f} s found")
-
-
-def header_seconds(container) -> float:
-    """Length of a file by its header, or FFmpeg's estimate (mp3 without a Xing frame, aac)."""
-    stream = container.streams.audio[0]
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / av.time_base
+            raise ValueError(f"cut off: {promised_sec:.2f} s by its header, {next_sec or 0:.2f} s "
+                             "found")
 
 
 def check_whole(path) -> None:
-    """Raise ValueError for a wav or ogg that is cut off or joined: FFmpeg reads it without a word."""
+    """Raise ValueError for a wav or ogg that is cut off or joined: FFmpeg says nothing."""
     with open(path, "rb") as file:
         head = file.read(2 ** 16)
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 2 ** 16))  # an Ogg page has at most 65,307 bytes
+        file.seek(max(0, size - 2 ** 16))  # a page of Ogg has at most 65,307 bytes
         tail = file.read()
     if head[:4] == b"RIFF":
-        name = b""
         at = 12
-        while name != b"data" and at + 8 <= len(head):  # a chunk: name, size, content, padding
-            name = head[at:at + 4]
-            promised = int.from_bytes(head[at + 4:at + 8], "little")
-            at += 8
-            if name != b"data":
-                at += promised + promised % 2
-        found = size - at
+        while head[at:at + 4] not in (b"data", b""):  # a chunk: name, size, content, padding
+            length = int.from_bytes(head[at + 4:at + 8], "little")
+            at += 8 + length + length % 2
+        promised = int.from_bytes(head[at + 4:at + 8], "little")
+        found = size - at - 8
         # What writes to a pipe leaves 0 there, or the largest number; other chunks may follow.
-        sized = name == b"data" and 0 < promised < 0x7FFF0000
-        if sized and (found < promised or found > 2 * promised + 4096):
-            raise ValueError(f"the header promises {promised} bytes of samples, the file holds {found}")
+        if 0 < promised < 0x7FFF0000 and not promised <= found <= 2 * promised + 4096:
+            raise ValueError(f"{promised} bytes of samples by the header, {found} found")
     if head[:4] == b"OggS":
-        page = tail[tail.rfind(b"OggS"):]  # 27 bytes, sizes of parts, parts
+        page = tail[tail.rfind(b"OggS"):]  # 27 bytes, sizes of its parts, parts
         if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]]):
             raise ValueError("cut off inside a page of Ogg")
-        if page[14:18] != head[14:18]:     # the serial number of the stream
+        if page[14:18] != head[14:18]:     # serial number of the stream
             raise ValueError("several Ogg files joined: join samples, not files")
-
-
-def file_seconds(path) -> float:
-    """Length of an audio file: by the header of a wav or flac; others are decoded, 0.5 ms a second.
-
-    Raises one of UNREADABLE.
-    """
-    check_whole(path)
-    with av.open(path) as container:
-        if container.format.name in ("wav", "flac"):
-            return header_seconds(container)
-    seconds = 0.0
-    for begin_sec, frame in decoded_frames(path):
-        seconds = begin_sec + frame.samples / frame.sample_rate
-    return seconds
 
 
 # ------------------------------------------------------------------------------------ 3. features
 
 def log_mel(audio: np.ndarray, n_mels: int = 128) -> torch.Tensor:
-    """Whisper's features: (n,) at 16 kHz -> (n_mels, n // 160) float32, roughly -1 to 1.
+    """Whisper's features: (n,) at 16 kHz -> (n_mels, T = n // 160) float32, roughly -1 to 1.
 
-    Within 3e-5 of transformers' WhisperFeatureExtractor on a clip alone. Always one clip at a time:
-    Whisper's floor is relative to the loudest bin, and reflection at the end needs the clip's
-    samples, so features of a padded batch are not those of its clips.
+    Within 3e-5 of transformers' WhisperFeatureExtractor on a clip alone. One clip at a time: the
+    floor is relative to the loudest bin, and the end is reflected, not padded.
     """
-    mel = mel_transform(n_mels)(torch.from_numpy(audio))  # (n_mels, T + 1) power
-    mel = mel[:, :-1]                                     # Whisper drops the half-empty last frame
-    logs = mel.clamp(min=1e-10).log10()
-    logs = torch.maximum(logs, logs.max() - 8.0)          # the floor: 80 dB below the loudest bin
+    power = mel_transform(n_mels)(torch.from_numpy(audio))  # (n_mels, T + 1)
+    logs = power[:, :-1].clamp(min=1e-10).log10()           # Whisper drops the half-empty frame
+    logs = torch.maximum(logs, logs.max() - 8.0)            # 80 dB below the loudest bin
     return (logs + 4.0) / 4.0
 
 
-@lru_cache(maxsize=2)
+@lru_cache
 def mel_transform(n_mels):
     return torchaudio.transforms.MelSpectrogram(
         SAMPLE_RATE, n_fft=400, hop_length=HOP, f_max=SAMPLE_RATE / 2, n_mels=n_mels,
@@ -518,7 +450,7 @@ def mel_transform(n_mels):
 
 @dataclass
 class Batch:
-    """Clips that go through a model together, by length, shortest first.
+    """Clips that go through a model together, shortest first.
 
     Arrays of numpy: a loader's worker sends them through a pipe. Tensors would go through shared
     memory, and where that is full (Docker gives 64 MB) a run would hang.
@@ -539,7 +471,7 @@ class Batch:
         """Rows i:j, without the columns that only longer rows need."""
         n_frames = self.n_frames[i:j]
         longest = n_frames.max(initial=0)
-        mel = {n_mels: array[i:j, :, :longest] for n_mels, array in self.mel.items()}
+        mel = {n_mels: frames[i:j, :, :longest] for n_mels, frames in self.mel.items()}
         return Batch(self.utterances[i:j], mel, n_frames, [])
 
     def split(self, size) -> list["Batch"]:
@@ -547,8 +479,9 @@ class Batch:
         return [self.rows(i, i + size) for i in range(0, len(self), size)]
 
 
-def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC, for_training=True) -> Batch:
-    """Decode clips, make features, sort by length, pad. max_sec, for_training: see `load_audio`.
+def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
+               for_training=True) -> Batch:
+    """Decode clips, sort by length, make features, pad. max_sec, for_training: see `load_audio`.
 
     n_mels: the numbers of mel bins that the models of a run want. keep_going: a clip that can't be
     used is reported in `rejected`; else its AudioError is raised.
@@ -563,12 +496,9 @@ def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC, for_
                 raise
             rejected.append((utterance.id, error.reason, str(error)))
     clips.sort(key=lambda clip: len(clip[1]))
-
-    # Qwen3-ASR hears a clip under half a second with silence behind it. [dev 8] So does the student.
-    audios = []
-    for _, audio in clips:
-        missing = max(0, round(SHORT_SEC * SAMPLE_RATE) - len(audio))  # samples
-        audios.append(np.pad(audio, (0, missing)))
+    # Qwen3-ASR pads a clip under half a second with silence. [dev 8] The student hears the same.
+    short = round(SHORT_SEC * SAMPLE_RATE)
+    audios = [np.pad(audio, (0, max(0, short - len(audio)))) for _, audio in clips]
     n_frames = np.array([len(audio) // HOP for audio in audios], dtype=np.int64)
     mel = {}
     for bins in n_mels:
@@ -590,17 +520,16 @@ def pad_rows(rows, pad_id, device=None, side="right") -> tuple[torch.Tensor, tor
 class Plan:
     """Which utterances make up optimiser step s: a pure function of (seed, s).
 
-    So a resume needs no position. An epoch is a seeded shuffle cut into batches; every utterance
-    comes once an epoch, and the last batch may be smaller. Batches are random: sorted ones (all of
-    one length, hence of one kind of sentence) were measured to keep a model trained from scratch
-    on its first plateau for more than twice as long.
+    So a resume needs no position. An epoch is a seeded shuffle cut into batches; the last one may
+    be smaller. They stay random: with batches of one length, hence of one kind of sentence, a model
+    trained from scratch was measured to stay on its first plateau more than twice as long.
     """
     def __init__(self, n_utterances, global_batch, seed):
         self.n_utterances = n_utterances
         self.global_batch = global_batch
         self.seed = seed
         self.steps_per_epoch = math.ceil(n_utterances / global_batch)
-        self.epoch = None  # number of the one whose order is kept: the next step asks for the same
+        self.epoch = None  # whose order is kept: the next step asks for the same one
         self.order = None  # (n_utterances,) uint32
 
     def __getitem__(self, step) -> list[int]:
@@ -615,7 +544,7 @@ class Plan:
 
 @dataclass
 class Steps(torch.utils.data.Dataset):
-    """Item s = this rank's batch of optimiser step s, made by a worker of the loader.
+    """Item s = this rank's batch of optimiser step s.
 
     The ranks share out each step's utterances, so any number of processes makes the same update. A
     rank may get fewer rows than another, or none.
@@ -632,35 +561,33 @@ class Steps(torch.utils.data.Dataset):
 
 
 def loader(dataset, items, workers):
-    """Yield dataset[i] for i in `items`, in that order, made ahead of time by `workers` processes.
+    """dataset[i] for i in `items`, in that order, made ahead of time by `workers` processes.
 
     0 workers: made in this process, when asked for. Workers end with this process, however it ends.
     """
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        timeout=1800 if workers else 0,  # seconds; a file system that hangs must not hang the run
-        worker_init_fn=leave_group)
+        prefetch_factor=2 if workers else None, worker_init_fn=start_worker,
+        timeout=1800 if workers else 0)  # seconds: a file system that hangs must not hang the run
 
 
-def leave_group(_worker):
-    # Ctrl-C and torchrun signal every process of a group. What that means is the trainer's decision:
-    # at SIGTERM it saves first, and needs its loader until then.
+def start_worker(_number):
+    # Ctrl-C and torchrun signal every process of a group. What that means is the trainer's
+    # decision: at SIGTERM it saves first, and needs its loader until then.
     os.setsid()
+    threading.Thread(target=end_with_trainer, daemon=True).start()
+
+
+def end_with_trainer():
+    # DataLoader's own watch does not end a worker that waits for room in the pipe.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def check_decodable(utterances) -> None:
-    """Raise AudioError for a clip that could not be evaluated; say which are silent.
-
-    To be called before long work that such a clip would end: decoding takes a tenth of the time of
-    transcribing.
-    """
+    """Raise AudioError for a clip that could not be evaluated, before long work that would end so."""
     for utterance in utterances:
-        try:
-            load_audio(utterance, MAX_EVAL_SEC)
-        except AudioError as error:
-            load_audio(utterance, MAX_EVAL_SEC, for_training=False)
-            print(f"evaluated all the same: {error}", file=sys.stderr)
+        load_audio(utterance, MAX_EVAL_SEC, for_training=False)
 
 
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
@@ -671,7 +598,8 @@ def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
     """
     uniforms = np.zeros((len(ids), count), dtype=np.float32)
     for row, name in zip(uniforms, ids):
-        rng = np.random.default_rng([seed, step, *hash_id(name)])
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()  # the same in every process
+        rng = np.random.default_rng([seed, step, *digest])
         row[:] = rng.random(count, dtype=np.float32)
     return uniforms
 
@@ -680,15 +608,12 @@ def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
 
 METRIC = "opd-asr-3"  # version of what is counted: another rule, table or reading is another number
 
-# What a label may be, or have as one of its parts (zh-TW, "simplified chinese").
-CHINESE = set("zh zho chi cmn cn yue wuu nan hak gan hsn chinese mandarin cantonese 中文 汉语 普通话 国语 "
-              "粤语".split())
+# What a label may be, or have as a part: zh-TW, "simplified chinese".
+CHINESE = set("zh zho chi cmn cn yue wuu nan hak gan hsn chinese mandarin cantonese 中文 汉语 普通话 "
+              "国语 粤语".split())
 ENGLISH = {"en", "eng", "english"}
 TURKIC = set("tr tur turkish az aze azerbaijani".split())  # I is the capital of ı, İ of i
-OTHER_CER = set("ja jpn japanese ko kor korean th tha thai lo lao km khm khmer my mya burmese".split())
-
-# Scripts without spaces between words. Inside of a regular expression's [...]: Thai, Lao; Burmese;
-# Khmer; CJK, kana; more Burmese; hangul; more CJK.
+# For [...]: Thai and Lao; Burmese; Khmer; CJK and kana; more Burmese; hangul; more CJK.
 ONE_CHARACTER = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uaa60-\uaa7f\uac00-\ud7af"
                  "\uf900-\ufaff\U00020000-\U0003ffff")
 UNIT = re.compile(rf"[{ONE_CHARACTER}]|[^\s{ONE_CHARACTER}]+")
@@ -728,11 +653,10 @@ def normalize(text: str, language: str | None) -> str:
 
 
 def rate_name(language: str | None) -> str:
-    """What an error rate is called: "CER" for languages written without spaces (and Korean), or
-    "WER". In both, the units are those of `normalize`.
-    """
+    """"CER" or "WER": what an error rate is called. The units are those of `normalize` in both."""
     parts = label_parts(language)
-    return "CER" if CHINESE & set(parts) or parts[0] in OTHER_CER else "WER"
+    by_character = "ja jpn japanese ko kor korean th tha thai lo lao km khm khmer my mya burmese"
+    return "CER" if CHINESE & set(parts) or parts[0] in by_character.split() else "WER"
 
 
 def label_parts(language) -> list[str]:
@@ -741,9 +665,7 @@ def label_parts(language) -> list[str]:
 
 
 def words(text: str) -> str:
-    """Letters, digits and marks, an apostrophe inside a word, a point between digits. The rest
-    parts words.
-    """
+    """Letters, digits, marks, an apostrophe inside a word, a point between digits; else spaces."""
     kept = [c if unicodedata.category(c)[0] in "LNM" or c in "'." else " " for c in text]
     return re.sub(r"(?<!\w)'|'(?!\w)|(?<!\d)\.|\.(?!\d)", " ", "".join(kept))
 
@@ -824,176 +746,129 @@ def align(ref: str, hyp: str, language: str | None) -> list[tuple[str, str, str]
     return pairs
 
 
-MANY_BLOCKS = 30_000  # more than the public test sets have: WenetSpeech's has 24,774 clips
-
-
 def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0) -> np.ndarray:
-    """Rates sum(numerators) / sum(denominators) of corpora drawn with replacement: (n,) -> (draws,).
+    """Rates sum(numerators) / sum(denominators) of corpora drawn anew: (n,) -> (draws,) fractions.
 
     (n, K) -> (draws, K): K systems on the same draws, so that a difference of columns is paired.
     Utterances are drawn (Bisani & Ney, ICASSP 2004), or, with one label an utterance in `blocks`,
-    whole blocks: all utterances of a speaker share a microphone and a voice. More than MANY_BLOCKS
-    are not drawn: their rates come from the normal distribution with the same mean and covariance.
-    nan: a draw whose denominators are all 0, and every draw if there is only one block.
+    whole blocks: all utterances of a speaker share a microphone and a voice. nan: a draw whose
+    denominators are all 0, and every draw if there is only one block.
     """
-    numerators = np.asarray(numerators, dtype=np.float64)
-    denominators = np.asarray(denominators, dtype=np.float64)
+    both = np.array([numerators, denominators], dtype=np.float64)  # (2, n) or (2, n, K)
     if blocks is not None:
-        _, block = np.unique(np.asarray(blocks), return_inverse=True)  # number of each one's block
-        numerators = sum_by_block(numerators, block)
-        denominators = sum_by_block(denominators, block)
+        names, block = np.unique(np.asarray(blocks), return_inverse=True)
+        sums = np.zeros((2, len(names), *both.shape[2:]))
+        np.add.at(sums, (slice(None), block), both)
+        both = sums
+    numerators, denominators = both
     n = len(numerators)
     if n < 2:
-        return np.full((draws, *numerators.shape[1:]), np.nan)
+        return np.full((draws, *both.shape[2:]), np.nan)
     rng = np.random.default_rng(seed)
-    if n > MANY_BLOCKS:  # the distribution that the draws tend to, by the delta method
-        rates = numerators.sum(0) / denominators.sum(0)
-        residuals = (numerators - rates * denominators) / denominators.sum(0)
-        residuals = residuals.reshape(n, -1)  # (n, K)
-        noise = rng.multivariate_normal(np.zeros(residuals.shape[1]), residuals.T @ residuals, draws)
-        return rates + noise.reshape(draws, *numerators.shape[1:])
     rates = []
     for begin in range(0, draws, 100):  # all draws of a large corpus at once would take gigabytes
-        # How often each utterance is drawn: (100, n).
-        times = rng.multinomial(n, np.full(n, 1 / n), size=min(100, draws - begin))
+        times = rng.multinomial(n, np.full(n, 1 / n), size=min(100, draws - begin))  # (100, n)
         drawn = times @ denominators
         rates.append((times @ numerators) / np.where(drawn > 0, drawn, np.nan))
     return np.concatenate(rates)
-
-
-def sum_by_block(values, block) -> np.ndarray:
-    sums = np.zeros((block.max() + 1, *values.shape[1:]))
-    np.add.at(sums, block, values)
-    return sums
 
 
 def interval(rates):
     """95 % interval of `bootstrap`'s rates: (draws,) -> low, high; (draws, K) -> (K,), (K,).
 
     Draws that are nan are left out. (nan, nan) if they are more than a tenth: fewer than three
-    utterances or so have a reference then, and what is resampled is mainly whether there is
-    anything to divide by.
+    utterances or so have a reference then, and what varies is whether there is anything to divide
+    by.
     """
     undefined = np.isnan(rates).mean(0) > 0.1
-    low, high = np.nanpercentile(np.where(undefined, 0.0, rates), [2.5, 97.5], axis=0)
-    return np.where(undefined, np.nan, low)[()], np.where(undefined, np.nan, high)[()]
+    ends = np.nanpercentile(np.where(undefined, 0.0, rates), [2.5, 97.5], axis=0)
+    low, high = np.where(undefined, np.nan, ends)
+    return low, high
 
 
 # ------------------------------------------------------------------------------------- 6. corpora
 
 # Each corpus is a generator of (name of a manifest, row). The row's audio is an absolute path.
-# "text" is None where the corpus promises a transcript and has none. A row without "duration" is a
+# "text" is None where the corpus lacks a transcript that it promises. A row without "duration" is a
 # whole file. A row with "left_out": REASON goes into no manifest.
 
-AUDIO_SUFFIXES = set(  # what is read
-    ".wav .flac .mp3 .ogg .oga .opus .m4a .aac .mp4 .webm .mka .mkv .wma .amr .aiff .aif .aifc .au .snd "
-    ".caf .w64 .rf64 .sph".split())
-WENETSPEECH = {  # subset -> name of its manifest
-    "L": "train", "M": "train_m", "S": "train_s",
-    "DEV": "dev", "TEST_NET": "test_net", "TEST_MEETING": "test_meeting"}
+AUDIO_SUFFIXES = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .mp4 .webm .mka .mkv .wma .amr .aiff "
+                     ".aif .aifc .au .snd .caf .w64 .rf64 .sph".split())
+WENETSPEECH = {"L": "train", "M": "train_m", "S": "train_s",  # subset: name of its manifest
+               "DEV": "dev", "TEST_NET": "test_net", "TEST_MEETING": "test_meeting"}
 
 
 def librispeech(root):
-    """ROOT or ROOT/LibriSpeech holds SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac.
+    """SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac, and SPEAKER-CHAPTER.trans.txt beside them.
 
-    SPEAKER-CHAPTER.trans.txt lies beside them. Makes a manifest for each SUBSET found. Text is in
-    capitals, as published. Raises FileNotFoundError without a chapter or its .trans.txt.
+    Somewhere below ROOT. Makes a manifest for each SUBSET. Text is in capitals, as published.
     """
-    home = root / "LibriSpeech"
-    if not home.is_dir():
-        home = root
-    chapters = []
-    for kind in ("train", "dev", "test"):
-        chapters += [path for path in home.glob(f"{kind}-*/*/*") if path.is_dir()]
-    if not chapters:
-        raise FileNotFoundError(f"{root}: no LibriSpeech; expected folders like "
-                                f"{home}/dev-clean/84/121123 (SUBSET/SPEAKER/CHAPTER)")
-    for chapter in sorted(chapters):
-        subset, speaker = chapter.parts[-3:-1]
-        texts = read_transcripts(chapter / f"{speaker}-{chapter.name}.trans.txt", " ")
-        clips = {path.stem for path in chapter.glob("*.flac")}
-        for name in sorted(texts.keys() | clips):
-            yield subset, {"id": name, "audio": str(chapter / f"{name}.flac"),
-                           "text": texts.get(name), "language": "en", "speaker": speaker}
+    texts = {}
+    for path in sorted(root.rglob("*.trans.txt")):
+        texts |= read_transcripts(path, " ")
+    for flac in sorted(root.rglob("*.flac")):
+        subset, speaker = flac.parts[-4:-2]
+        yield subset, {"id": flac.stem, "audio": str(flac), "text": texts.pop(flac.stem, None),
+                       "language": "en", "speaker": speaker}
+    for name in texts:
+        yield "transcripts", {"audio": name, "left_out": "no audio file"}
 
 
 def aishell1(root):
-    """ROOT or ROOT/data_aishell holds transcript/aishell_transcript_v0.8.txt and the wavs.
+    """transcript/aishell_transcript_v0.8.txt and wav/{train,dev,test}/SPEAKER/*.wav.
 
-    They lie in wav/{train,dev,test}/SPEAKER/. Makes a manifest for each split found. Words are
-    joined. Some published wavs have no transcript: left out. Raises FileNotFoundError without
-    transcripts or wavs.
+    In ROOT or ROOT/data_aishell. Makes a manifest for each split. Words are joined.
     """
-    home = root / "data_aishell"
-    if root.name == home.name or (root / "transcript").is_dir():
-        home = root
+    home = root / "data_aishell" if (root / "data_aishell").is_dir() else root
     texts = read_transcripts(home / "transcript" / "aishell_transcript_v0.8.txt", "")
-    wavs = []
-    for split in ("train", "dev", "test"):
-        wavs += sorted((home / "wav" / split).glob("*/*.wav"))
-    if not wavs:
-        raise FileNotFoundError(f"{home}: no audio; expected {home}/wav/{{train,dev,test}}/SPEAKER/"
-                                "*.wav (unpack wav/*.tar.gz there)")
-    for wav in wavs:
+    for wav in sorted(home.glob("wav/*/*/*.wav")):  # some of the published ones have no transcript
         split, speaker = wav.parts[-3:-1]
         yield split, {"id": wav.stem, "audio": str(wav), "text": texts.pop(wav.stem, None),
                       "language": "zh", "speaker": speaker}
-    for name in sorted(texts):
-        yield "transcript", {"audio": name, "left_out": "no audio file"}
+    for name in texts:
+        yield "transcripts", {"audio": name, "left_out": "no audio file"}
 
 
 def wenetspeech(root):
-    """ROOT holds WenetSpeech.json and the .opus files at the paths it names.
+    """WenetSpeech.json in ROOT, and the .opus files at the paths it names.
 
     Makes manifests of segments: train (L), train_m and train_s (M, S; parts of L), dev, test_net,
-    test_meeting. Raises FileNotFoundError without the json, ValueError where it is cut off or an
-    audio lacks a field.
+    test_meeting.
     """
     path = root / "WenetSpeech.json"
     audio = None
     try:
-        with path.open("rb") as file:  # object by object: the whole of the 6 GB takes tens in memory
+        with path.open("rb") as file:  # object by object: as a whole, 6 GB take tens in memory
             for audio in ijson.items(file, "audios.item", use_float=True):
                 for segment in audio["segments"]:
                     start = segment["begin_time"]
-                    duration = round(segment["end_time"] - start, 4)
                     row = {"id": segment["sid"], "audio": str(root / audio["path"]),
                            "text": segment["text"], "language": "zh", "start": start,
-                           "duration": duration}
+                           "duration": round(segment["end_time"] - start, 4)}
                     names = [WENETSPEECH[s] for s in segment["subsets"] if s in WENETSPEECH]
                     for name in names:
                         yield name, row
                     if not names:
-                        yield "other", row | {"left_out": "in none of " + " ".join(WENETSPEECH)}
-    except ijson.JSONError as error:
-        raise ValueError(f"{path}: cut off or not JSON: {' '.join(str(error).split())}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        expected = "expected path, segments: [sid, begin_time, end_time, text, subsets]"
-        raise ValueError(f"{path}: {expected}; {error!r} in {str(audio)[:200]}") from None
-    if audio is None:
-        raise ValueError(f'{path}: expected {{"audios": [...]}} with at least one audio')
+                        yield "other", row | {"left_out": f"in none of {' '.join(WENETSPEECH)}"}
+    except (ijson.JSONError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cut off, or of another form: {error!r} after {str(audio)[:200]}"
+                         ) from None
 
 
 def folder(root, language=None):
-    """All audio under ROOT, one manifest named like it; a transcript is the .txt of the same name.
+    """Audio files anywhere below ROOT; the transcript of x.wav is x.txt, where there is one.
 
-    An id is the path below ROOT with - for /. Hidden files and folders and links to folders are not
-    entered; other files, and transcripts without audio, are left out and counted. Raises
-    FileNotFoundError without audio.
+    Makes one manifest, named like ROOT. An id is the path below ROOT with - for /. Hidden files and
+    links to folders are not entered; other files are left out and counted.
     """
     files = []
     for home, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(home, name) for name in names if not name.startswith(".")]
-    files.sort()
-    audios = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
-    if not audios:
-        raise FileNotFoundError(f"{root}: no audio; expected files *{', *'.join(sorted(AUDIO_SUFFIXES))}"
-                                f" in it or below; found: {sorted({path.suffix for path in files})}")
+    audios = sorted(path for path in files if path.suffix.lower() in AUDIO_SUFFIXES)
     used = set(audios) | {path.with_suffix(".txt") for path in audios}
-    for path in files:
-        if path not in used:
-            yield root.name, {"audio": str(path), "left_out": f"not read: *{path.suffix}"}
+    for path in sorted(set(files) - used):
+        yield root.name, {"audio": str(path), "left_out": f"not read: *{path.suffix}"}
     for path in audios:
         row = {"id": "-".join(path.relative_to(root).with_suffix("").parts), "audio": str(path)}
         transcript = path.with_suffix(".txt")
@@ -1011,8 +886,7 @@ def read_transcripts(path, glue) -> dict[str, str]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         name, *rest = line.split() or [""]
         if name in texts:
-            raise ValueError(f"{path}:{number}: expected one line an utterance, "
-                             f"{name!r} already has one")
+            raise ValueError(f"{path}:{number}: {name!r} already has a line; expected one each")
         if name:
             texts[name] = glue.join(rest)
     return texts
@@ -1032,85 +906,41 @@ CORPORA = {"librispeech": librispeech, "aishell1": aishell1, "wenetspeech": wene
 def write_corpus(rows, out) -> None:
     """Write (manifest's name, row) pairs as OUT/NAME.jsonl; print what is in each and what is not.
 
-    Rows go to the disk as they come: WenetSpeech has 15 million. Raises ValueError, and leaves what
-    was in OUT as it was, where two rows of a manifest share an id, or if nothing is left.
+    Rows go to the disk as they come (WenetSpeech has 15 million), under a temporary name. Raises
+    ValueError, and writes no manifest, where two rows share an id, or if nothing is left.
     """
     out = Path(os.path.abspath(out))
-    drafts = {}  # name: Draft
-    try:
-        for name, row in tqdm(rows, desc="corpus", unit="clip", delay=1):
-            if name not in drafts:
-                drafts[name] = Draft(out / f"{name}.jsonl")
-            drafts[name].add(row)
-        drafts = dict(sorted(drafts.items()))
-        written = [draft for draft in drafts.values() if draft.file]
-        if not written:
-            reasons = {name: draft.reasons() for name, draft in drafts.items()}
-            raise ValueError(f"no utterance is left. Left out: {reasons}")
-        for draft in written:
-            draft.file.close()
-            read_manifest(draft.temporary)  # checks ids
-        for draft in written:
-            os.replace(draft.temporary, draft.path)
-        for draft in drafts.values():
-            print(draft)
-    finally:
-        for draft in drafts.values():
-            if draft.file:
-                draft.file.close()
-                draft.temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: something was written, or was there before
-            out.rmdir()
-
-
-class Draft:
-    """A manifest while it is written, under a temporary name, and what is said about it."""
-    def __init__(self, path):
-        self.path = path
-        self.temporary = path.with_name(path.name + ".tmp")
-        self.file = None           # None: no row yet
-        self.rows = 0
-        self.without_text = 0
-        self.seconds = 0.0
-        self.speakers = set()
-        self.left_out = Counter()  # reason: rows
-        self.first = {}            # reason: audio of the first of them
-
-    def add(self, row) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    home = os.path.realpath(out)  # a path relative to a link would lead elsewhere
+    files = {}                    # name of a manifest: temporary file
+    counts = defaultdict(lambda: Counter(utterances=0))  # name: {what: rows}
+    first = {}                    # (name, what): audio of the first one left out
+    for name, row in tqdm(rows, desc="corpus", unit="clip", delay=1):
         reason = why_left_out(row)
         if reason:
-            self.left_out[reason] += 1
-            self.first.setdefault(reason, row["audio"])
-            return
-        if self.file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.temporary.open("w", encoding="utf-8")
-        self.rows += 1
-        self.seconds += row["duration"]
-        self.without_text += "text" not in row
-        if "speaker" in row:
-            self.speakers.add(row["speaker"])
-        audio = os.path.relpath(row["audio"], os.path.realpath(self.path.parent))
-        self.file.write(json.dumps(row | {"audio": audio}, ensure_ascii=False) + "\n")
-
-    def reasons(self) -> str:
-        items = self.left_out.items()
-        return "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in items)
-
-    def __str__(self):
-        said = f"{self.path}: {self.rows} utterances, {self.seconds / 3600:.2f} h, "
-        said += f"{len(self.speakers) or 'unknown'} speakers"
-        if self.without_text:
-            said += f", {self.without_text} without text"
-        if not self.rows:
-            said += "; not written"
-        if self.left_out:
-            said += f"; left out: {self.reasons()}"
-        return said
+            counts[name][f"left out: {reason}"] += 1
+            first.setdefault((name, f"left out: {reason}"), f" (first: {row['audio']})")
+            continue
+        if name not in files:
+            files[name] = open(out / f"{name}.jsonl.tmp", "w", encoding="utf-8")
+        row = row | {"audio": os.path.relpath(row["audio"], home)}
+        files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        counts[name].update(utterances=1, hours=row["duration"] / 3600)
+        counts[name]["without text"] += "text" not in row
+    for name, count in sorted(counts.items()):
+        said = [f"{n:.8g} {what}{first.get((name, what), '')}" for what, n in count.items()]
+        print(f"{out / name}.jsonl: {', '.join(said)}")
+    if not files:
+        raise ValueError("no utterance is left")
+    for file in files.values():
+        file.close()
+        read_manifest(file.name)  # raises ValueError where an id stands twice
+    for name, file in files.items():
+        os.replace(file.name, out / f"{name}.jsonl")
 
 
 def why_left_out(row) -> str | None:
-    """None for a row that can be used. Adds the duration of a whole file."""
+    """None for a row that can be used. Adds the duration of a whole file, which is decoded once."""
     if "left_out" in row:
         return row["left_out"]
     if not os.path.isfile(row["audio"]):  # a link to a file that was not fetched, too
@@ -1118,12 +948,14 @@ def why_left_out(row) -> str | None:
     if not (row.get("text", "-") or "").strip():
         return "no transcript"
     if "duration" not in row:
+        seconds = 0.0
         try:
-            row["duration"] = round(file_seconds(row["audio"]), 4)
+            for begin_sec, frame in decoded_frames(row["audio"]):
+                seconds = begin_sec + frame.samples / frame.sample_rate
         except UNREADABLE:
             return "unreadable"
-        return None if row["duration"] else "empty"
-    if row["start"] < 0 or row["duration"] <= 0:
+        row["duration"] = round(seconds, 4)
+    if row.get("start", 0) < 0 or row["duration"] <= 0:
         return "bad times"
     return None
 
@@ -1138,38 +970,29 @@ SIZES = {"test": 500, "dev": 100, "train": 700, "teacher": 4500, "pool": 500}
 AVOIDS = {"test": [], "dev": ["test"], "train": ["test", "dev"],
           "teacher": ["test", "dev", "train"], "pool": ["test", "dev"]}
 
-# Variants that an independent recogniser understood. victor, f2, f3 and f5 are left out: they read
-# uninitialised memory, so the same text would not give the same bytes twice.
-VARIANTS = """
-    edward ian Hugo caleb klatt6 m3 miguel robert Diogo Henrique Michael Mike benjamin david iven2
-    m1 m2 m8 max Storm adam iven4 m6 steph Denis belinda f4 klatt2 m7 michel rob travis zac Annie
-    Nguyen anika gustave m5 quincy grandma""".split()
+# Variants that an independent recogniser understood, drawn by lot. victor, f2, f3 and f5 are left
+# out: they read uninitialised memory, so the same text would not give the same bytes twice.
+POOL = "gustave m3 Annie Storm zac m1 benjamin steph klatt6 belinda m6 travis ian".split()
+UNSEEN = "m5 quincy Mike max edward michel".split()
+FURTHER = ("caleb adam iven4 Denis david m7 f4 m8 Michael m2 klatt2 grandma").split()
+CAST = {"test": UNSEEN, "dev": UNSEEN, "train": POOL[:6], "teacher": POOL + FURTHER, "pool": POOL}
 
 # Small closed vocabularies, many combinations: enough to need the audio, few enough for a model of
-# half a million parameters.
+# half a million parameters. Of each language: patterns, and words for their slots.
 GRAMMAR = {
-    "en": {
-        "patterns": ["{verb} the {colour} {thing}", "{number} {thing}s {where}",
-                     "{name} has {number} {thing}s", "the {colour} {thing} is {where}",
-                     "{verb} {number} {thing}s {when}"],
-        "verb": ["bring", "find", "paint", "hide", "clean", "open"],
-        "colour": ["red", "green", "yellow", "black", "white", "purple"],
-        "thing": ["lamp", "table", "window", "basket", "pencil", "camera"],
-        "number": ["two", "three", "five", "six", "seven", "nine"],
-        "name": ["anna", "peter", "oscar", "laura"],
-        "where": ["upstairs", "outside", "downtown", "nearby"],
-        "when": ["today", "tomorrow", "tonight"]},
-    "zh": {
-        "patterns": ["{verb}{colour}{thing}", "{where}有{number}个{thing}",
-                     "{name}有{number}个{thing}", "{colour}{thing}在{where}",
-                     "{when}{verb}{number}个{thing}"],
-        "verb": ["拿来", "找到", "打开", "修理", "洗净", "藏好"],
-        "colour": ["红色", "绿色", "黄色", "黑色", "白色", "紫色"],
-        "thing": ["台灯", "桌子", "窗户", "篮子", "铅笔", "书包"],
-        "number": ["两", "三", "五", "七", "八", "九"],
-        "name": ["小明", "李华", "王芳", "张伟"],
-        "where": ["桥下", "厨房", "河边", "车站"],
-        "when": ["今天", "明天", "今晚"]}}
+    "en": (["{verb} the {colour} {thing}", "{number} {thing}s {where}",
+            "{name} has {number} {thing}s", "the {colour} {thing} is {where}",
+            "{verb} {number} {thing}s {when}"],
+           {"verb": "bring find paint hide clean open",
+            "colour": "red green yellow black white purple",
+            "thing": "lamp table window basket pencil camera",
+            "number": "two three five six seven nine", "name": "anna peter oscar laura",
+            "where": "upstairs outside downtown nearby", "when": "today tomorrow tonight"}),
+    "zh": (["{verb}{colour}{thing}", "{where}有{number}个{thing}", "{name}有{number}个{thing}",
+            "{colour}{thing}在{where}", "{when}{verb}{number}个{thing}"],
+           {"verb": "拿来 找到 打开 修理 洗净 藏好", "colour": "红色 绿色 黄色 黑色 白色 紫色",
+            "thing": "台灯 桌子 窗户 篮子 铅笔 书包", "number": "两 三 五 七 八 九",
+            "name": "小明 李华 王芳 张伟", "where": "桥下 厨房 河边 车站", "when": "今天 明天 今晚"})}
 VOICES = {"en": ["en-us"], "zh": ["cmn"]}  # espeak-ng's names of the languages
 EXTRA_SPEED = {"en": 0, "zh": 40}          # words a minute
 
@@ -1184,15 +1007,12 @@ def make_demo(out, seed=0, sizes=SIZES) -> None:
     """
     out = Path(out)
     (out / "wav").mkdir(parents=True, exist_ok=True)
-    # Each language has a fresh process: espeak-ng repeats its bytes only for the same calls in the
-    # same order.
+    # A fresh process each: espeak-ng repeats its bytes only for the same calls in the same order.
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as processes:
         tasks = [(language, out, seed, sizes) for language in GRAMMAR]
         english, mandarin = processes.starmap(speak_language, tasks, chunksize=1)
     for split in sizes:
-        rows = []
-        for pair in zip(english[split], mandarin[split]):
-            rows.extend(pair)
+        rows = [row for pair in zip(english[split], mandarin[split]) for row in pair]
         write_jsonl(out / f"{split}.jsonl", rows)
         minutes = sum(row["duration"] for row in rows) / 60
         voices = {row["speaker"] for row in rows}
@@ -1205,7 +1025,7 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
     espeak = Espeak()
     resample = torchaudio.transforms.Resample(espeak.rate, SAMPLE_RATE)
     rng = random.Random(f"demo/{seed}/{language}")
-    speakers = cast()
+    patterns, slots = GRAMMAR[language]
     sentences = {}  # of each split
     rows = {}
     bar = progress(sum(sizes.values()) // 2, f"demo corpus, {language}", "clip")
@@ -1214,41 +1034,26 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
         sentences[split] = set()
         rows[split] = []
         while len(rows[split]) < size // 2:
-            text = compose(language, rng)
+            pattern = rng.choice(patterns)
+            text = pattern.format(**{slot: rng.choice(words.split()) for slot, words in slots.items()})
             if text in taken:
                 continue
             sentences[split].add(text)
-            voice = f"{rng.choice(VOICES[language])}+{rng.choice(speakers[split])}"
+            voice = f"{rng.choice(VOICES[language])}+{rng.choice(CAST[split])}"
             speed = rng.randint(180, 225) + EXTRA_SPEED[language]
             speech = espeak.say(text, voice, speed, pitch=rng.randint(35, 65))
             audio = add_noise(resample(torch.from_numpy(speech)).numpy(), rng)
             name = f"{split}-{language}-{len(rows[split]):05d}"
-            write_wav(out / "wav" / f"{name}.wav", audio)
+            with wave.open(f"{out}/wav/{name}.wav", "wb") as file:
+                file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # one channel, two bytes
+                in_32_bits = np.rint(audio * 2.0 ** 31).astype(np.int64)
+                file.writeframes((in_32_bits >> 16).astype("<i2").tobytes())
             duration = round(len(audio) / SAMPLE_RATE, 4)
             rows[split].append({"id": name, "audio": f"wav/{name}.wav", "text": text,
                                 "language": language, "duration": duration, "speaker": voice})
             bar.update()
     bar.close()
     return rows
-
-
-def cast() -> dict[str, list[str]]:
-    """Who speaks in each split. dev's and test's voices are heard nowhere else."""
-    variants = random.Random("demo/0").sample(VARIANTS, len(VARIANTS))  # the same for every seed
-    pool, unseen, further = variants[:13], variants[13:19], variants[19:31]
-    return {"test": unseen, "dev": unseen, "train": pool[:6],
-            "teacher": pool + further, "pool": pool}
-
-
-def compose(language, rng) -> str:
-    """One random sentence of the demo's grammar."""
-    grammar = GRAMMAR[language]
-    pattern = rng.choice(grammar["patterns"])
-    slots = {}
-    for slot, choices in grammar.items():
-        if slot != "patterns":
-            slots[slot] = rng.choice(choices)
-    return pattern.format(**slots)
 
 
 def add_noise(audio, rng) -> np.ndarray:
@@ -1262,16 +1067,6 @@ def add_noise(audio, rng) -> np.ndarray:
     return audio * 10 ** (rng.uniform(-16, -6) / 20) / np.abs(audio).max()
 
 
-def write_wav(path, audio) -> None:
-    """(n,) in [-1, 1] at 16 kHz -> a file of 16-bit samples."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)  # bytes
-        file.setframerate(SAMPLE_RATE)
-        in_32_bits = np.rint(audio * 2.0 ** 31).astype(np.int64)
-        file.writeframes((in_32_bits >> 16).astype("<i2").tobytes())
-
-
 class Espeak:
     """espeak-ng through ctypes. One global engine a process."""
     def __init__(self):
@@ -1281,13 +1076,10 @@ class Espeak:
         # 2: synchronous; 0: pieces of default length; 0x8000: do not exit if the data is missing.
         self.rate = self.lib.espeak_Initialize(2, 0, data_path, 0x8000)
         self.pieces = []
-        receiver = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        samples = ctypes.POINTER(ctypes.c_short)
+        receiver = ctypes.CFUNCTYPE(ctypes.c_int, samples, ctypes.c_int, ctypes.c_void_p)
         self.callback = receiver(self.receive)  # kept alive: the library holds a bare pointer to it
         self.lib.espeak_SetSynthCallback(self.callback)
-        self.lib.espeak_Synth.argtypes = [
-            ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint,
-            ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p]
 
     def receive(self, samples, n, _events):
         if samples and n > 0:
@@ -1303,7 +1095,8 @@ class Espeak:
         self.lib.espeak_SetParameter(3, pitch, 0)             # 3: pitch, 0 to 100
         raw = text.encode() + b"\0"
         # Position 0 in characters (1) to the end (0), text in UTF-8 (1).
-        failed = self.lib.espeak_Synth(raw, len(raw), 0, 1, 0, 1, None, None)
+        size = ctypes.c_size_t(len(raw))
+        failed = self.lib.espeak_Synth(raw, size, 0, 1, 0, 1, None, None)
         if failed or not self.pieces:
             raise RuntimeError(f"espeak-ng could not say {text!r}")
         self.lib.espeak_Synchronize()
@@ -1324,7 +1117,7 @@ def at_least(low, kind=int):
         except ValueError:
             value = math.nan
         if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {low} or more, found {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {low} or more, not {text!r}")
         return value
     return parse
 
@@ -1333,25 +1126,20 @@ def parse_args(argv=None):
     """Flags -> namespace."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(
-        dest="corpus", required=True, metavar="NAME",
-        help=f"demo, {', '.join(CORPORA)}; NAME --help says more")
-    for name, function in {"demo": make_demo, **CORPORA}.items():
-        command = commands.add_parser(name, description=function.__doc__, allow_abbrev=False,
-                                      formatter_class=HelpFormatter)
-        flag = command.add_argument
-        if name == "demo":
-            flag("--out", default="runs/data", help="folder for manifests and audio")
-            flag("--seed", type=at_least(0), default=0, help="of sentences, voices and noise")
-            flag("--pool", type=at_least(2), default=SIZES["pool"], help="clips in the pool, even")
-        else:
-            flag("root", metavar="ROOT", help="where the corpus lies")
-            flag("out", metavar="OUT", help="folder for the manifests")
-        if name == "folder":
-            flag("--language", help="code for every line: en, zh, ...")
+    commands = parser.add_subparsers(dest="corpus", required=True, metavar="NAME",
+                                     help=f"demo, {', '.join(CORPORA)}; NAME --help says more")
+    demo = commands.add_parser("demo", description=make_demo.__doc__, formatter_class=HelpFormatter)
+    demo.add_argument("--out", default="runs/data", help="folder for manifests and audio")
+    demo.add_argument("--seed", type=at_least(0), default=0, help="of sentences, voices and noise")
+    demo.add_argument("--pool", type=at_least(2), default=SIZES["pool"], help="clips in the pool")
+    for name, corpus in CORPORA.items():
+        command = commands.add_parser(name, description=corpus.__doc__, formatter_class=HelpFormatter)
+        command.add_argument("root", metavar="ROOT", help="where the corpus lies")
+        command.add_argument("out", metavar="OUT", help="folder for the manifests")
+    command.add_argument("--language", help="code for every line: en, zh, ...")  # of folder
     args = parser.parse_args(argv)
     if args.corpus == "demo" and args.pool % 2:
-        parser.error(f"argument --pool: expected an even number, found {args.pool}")
+        parser.error(f"argument --pool: expected an even number, not {args.pool}")
     return args
 
 
@@ -1360,12 +1148,13 @@ def main(args) -> None:
     if args.corpus == "demo":
         make_demo(args.out, args.seed, SIZES | {"pool": args.pool})
         return
-    root = Path(os.path.abspath(args.root))
-    options = {"language": args.language} if args.corpus == "folder" else {}
+    corpus = CORPORA[args.corpus]
+    options = {"language": args.language} if corpus is folder else {}
     try:
-        write_corpus(CORPORA[args.corpus](root, **options), args.out)
-    except (OSError, ValueError) as error:  # what is wrong with the corpus ends in one line
-        raise SystemExit(f"data.py {args.corpus}: {error}") from None
+        write_corpus(corpus(Path(os.path.abspath(args.root)), **options), args.out)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"data.py {args.corpus}: {error}. What is expected in {args.root}: "
+                         f"{corpus.__doc__}") from None
 
 
 if __name__ == "__main__":
