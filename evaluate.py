@@ -2,631 +2,476 @@
 
   rate = (substitutions + deletions + insertions) / reference units, summed over the corpus
 
-Each line's language decides what a unit is in the text that data.normalize makes of both sides:
-a character (CER: zh, yue, ja, ko, th), a word (WER), or either a CJK character or a run of anything
-else (MER: zh-en, en-zh, ...). An empty reference counts its insertions. The 95 % interval resamples
-speakers where every line names one, else utterances.
+Units are those of the text that data.normalize makes of both sides: a character of Chinese and of
+other scripts without spaces, or a run of anything else. A line's language decides how its text is
+normalised and what the rate is called, CER or WER; a line without one is counted all the same. An
+empty reference counts its insertions. 95 % intervals resample speakers where every line names one,
+else utterances.
 
   python evaluate.py --model runs/x/opd --data test.jsonl --out runs/x/eval
   torchrun --nproc_per_node 8 evaluate.py --model runs/x/opd --data a.jsonl b.jsonl --out runs/x/e
   python evaluate.py --model TEACHER --data pool.jsonl --out runs/x/td --as_manifest td.jsonl  # TD
   python evaluate.py --model runs/x/opd --audio a.wav b.flac               # only transcripts
-  python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl ...  # with the first one
+  python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl    # with the first one
   python evaluate.py --rescore runs/x/eval/hyps.jsonl --out runs/x/again   # same numbers; no model
 
 TD is teacher data: transcripts that become references for sft.py. Decoding is greedy. A transcript
-is scored as it is: empty, truncated and looping ones are counted and shown, never mended. --out
-receives hyps.jsonl, summary.json and errors.html (the worst clips to read and hear, confusions,
-error rate by length; one page that loads nothing).
+is scored as it is: empty and truncated ones are counted, never mended.
 
-Transcripts are appended to OUT/part-RANK.jsonl, batch by batch, and leave it for hyps.jsonl when all
-are there. A run that was stopped goes on with --resume, on any number of processes, and ends in the
-same hyps.jsonl; of each process the batch at work is lost. Nodes share --out.
+Every process appends what it decodes to OUT/part-RANK.jsonl, batch by batch; in the end these become
+hyps.jsonl. A run that was stopped goes on with --resume, on any number of processes: of each, the
+batch at work is lost. Nodes share --out.
 
 hyps.jsonl: a manifest in the order of --data, with these keys added to each line
-  set                  its manifest: the file's name without .jsonl
-  hyp                  the transcript
-  stopped, n_tokens    false if it was cut at --max_new_tokens; its length, end token included
-  looping              true if its end repeats itself, see is_looping
+  set                   its manifest: the file's name without .jsonl
+  hyp                   the transcript
+  stopped, n_tokens     false if it was cut at --max_new_tokens; its length, end token included
+  audio_sec, seconds    decoded audio and time taken (over all processes), each its batch's mean
   substitutions, deletions, insertions, units    where the line has a text
-  failed               only where the clip could not be decoded (--keep_going): the reason
-A silent or clipped clip is transcribed like any other, and named on stderr.
+  failed                only where the clip could not be decoded (--keep_going): the reason
 
 summary.json
-  results              one entry a set and language:
-    set, language, metric          metric is WER, CER or MER
-    rate, low, high                percent, with its 95 % interval: null of a single block, and where
-                                   a tenth of the resampled corpora has no reference unit
-    resampled, blocks              what the interval resamples, speakers or utterances; how many
-    substitutions, deletions, insertions, units, utterances
-    sentence_error                 percent of the utterances that have an error
-    no_speech, insertions_per_minute    utterances whose reference is empty; units written on them per
-                                   minute of their audio (null without any, or if it isn't to be had)
-    empty, truncated, looping, failed              how many utterances
-    set_audio_sec, set_seconds     audio decoded and time taken for the whole set, model load
-                                   excluded, mean of the processes, with the time before a resume;
-                                   real-time factor (RTF) = set_seconds / set_audio_sec
-  macro_average        mean of the entries' rates: every set and language weighs the same
-  pooled               rate, low, high, resampled, blocks, errors, units: all sets and languages
-                       as one corpus, words and characters alike
-  clips, empty, truncated, looping, failed         over all sets, lines without a text included
-  normaliser, versions, commit, command            what made the numbers
-  model, weights, data, decoding, device, processes    weights and data: SHA-256 of each file
-  rescored             in place of the line above: what --rescore read, with its SHA-256
+  results: one entry a set and language ("" where lines have none)
+    set, language, metric             metric is WER or CER
+    rate, low, high                   percent, with its interval; null where there is none
+    resampled, blocks                 what the interval resamples, and how many of them
+    substitutions, deletions, insertions, errors, units, utterances
+    sentence_error, no_speech         percent of utterances with an error; empty references
+    empty, truncated, failed          how many utterances
+    set_audio_sec, set_seconds        sums over its utterances; loading the model is left out
+  pooled: the same of all as one corpus; macro_average: the mean of the entries' rates
+  clips, without_text, empty, truncated, failed    over all lines, with a text or without
+  normaliser, versions, commit, command, model, weights, data, decoding, device, processes
+                        what made the numbers; weights and data: bytes and time of each file
+  rescored              what --rescore read, in place of model to processes
 
 compare.json (--compare with --out, beside compare.png): one entry a set, language and system; of
 several sets or languages also all pooled (set all, language and metric pooled)
   system, set, language, metric, rate, low, high, resampled, blocks, utterances, units
   difference, difference_low, difference_high    what it lies below the first system, points
-  p_improvement        share of resampled corpora in which it has fewer errors, ties counting half
+  p_improvement         share of resampled corpora in which it has fewer errors, ties counting half
+
+errors.html: the clips with the most errors, to read and to hear. One page that loads nothing.
 """
 
 import argparse
 import base64
-import bisect
-import hashlib
 import io
 import json
 import math
 import os
 import platform
-import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+import wave
 from collections import Counter, defaultdict
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from string import Template
-from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 import model
-from data import at_least_one, not_negative
 
-FEW_SPEAKERS = 20  # below it, an interval over speakers is too narrow more often than it says
-WORST = 30         # clips with a player in errors.html
-
-
-# ---------------------------------------------------------------------------- transcripts
-
-def read_sets(paths) -> dict[str, data.Manifest]:
-    """Manifests -> {set: utterances}. Raises ValueError, before any work, for what could not be
-    scored or written afterwards."""
-    stems = [Path(path).stem for path in paths]
-    sets = {}
-    for path, stem in zip(paths, stems):
-        name = stem if stems.count(stem) == 1 else path
-        sets[name] = data.read_manifest(path)
-        u = sets[name].first_without("scorable")
-        if u:
-            check_language(u.language, f"{u.line}: {u.id}")
-    u = data.read_manifests(paths).first_repeated()
-    if u:
-        raise ValueError(f"{u.line}: id {u.id!r} stands in another set too, "
-                         "and hyps.jsonl is one manifest")
-    return sets
+MODES = {  # the flag that names a mode: those that it needs, those that it reads too
+    "data": ({"model", "out"}, {"as_manifest", "max_wer", "keep_going", "resume", "batch",
+                                "max_new_tokens", "device"}),
+    "audio": ({"model"}, {"language", "keep_going", "max_new_tokens", "device"}),
+    "rescore": ({"out"}, set()),
+    "compare": (set(), {"out"}),
+}
 
 
-def check_language(language, where) -> None:
-    """Raise ValueError, naming the line, unless a transcript in this language can be scored."""
-    try:
-        data.metric(language)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+def parse_args(argv=None):
+    """Flags -> namespace. A flag that the mode does not read is refused."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=data.HelpFormatter)
+    add = parser.add_argument
+    # what to do
+    add("--model", help="checkpoint directory or Hub id, student or teacher")
+    add("--data", nargs="+", help="manifests to transcribe")
+    add("--audio", nargs="+", help="audio files to transcribe and print")
+    add("--rescore", help="hyps.jsonl to score again")
+    add("--compare", nargs="+", help="hyps.jsonl of several systems, same clips")
+    add("--out", help="folder for what is written")
+    # transcripts to train on
+    add("--as_manifest", help="also write transcripts as references, to this file")
+    add("--max_wer", type=data.at_least(0, float), help="percent from their text at most")
+    # decoding
+    add("--language", help="of --audio, for a teacher that wants to be told")
+    add("--keep_going", action="store_true", help="count broken clips as deleted")
+    add("--resume", action="store_true", help="go on where a run into --out stopped")
+    add("--batch", type=data.at_least(1), default=32, help="utterances a forward")
+    add("--max_new_tokens", type=data.at_least(1), default=128, help="longest transcript, tokens")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
+    args = parser.parse_args(argv)
+    given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
+    modes = given & MODES.keys()
+    if len(modes) != 1:
+        parser.error("one of these is needed: --data, --audio, --rescore, --compare")
+    mode = modes.pop()
+    needed, read = MODES[mode]
+    for flag in sorted(needed - given):
+        parser.error(f"--{mode} needs --{flag}")
+    for flag in sorted(given - needed - read - {mode}):
+        parser.error(f"--{mode} does not read --{flag}")
+    if args.compare and len(set(args.compare)) < max(2, len(args.compare)):
+        parser.error("--compare wants two or more different files")
+    if args.max_wer is not None and not args.as_manifest:
+        parser.error("--max_wer filters --as_manifest")
+    return args
 
 
-def gather(results, world) -> dict:
-    """Every rank's {id: result} in one."""
-    parts = [results] * world
-    if world > 1:
-        dist.all_gather_object(parts, results)
-    merged = {}
-    for part in parts:
-        merged |= part
-    return merged
-
-
-def transcribe_all(args, rank, world, device):
-    """Write a transcript of every clip of --data into OUT/part-RANK.jsonl.
-
-    -> {set: utterances}, provenance (None off rank 0). A batch holds the same clips whoever decodes
-    it and whenever, so that a resumed run and any number of ranks write the same transcripts.
-    """
-    sets = read_sets(args.data)
-    facts, done = None, [None]
-    if rank == 0:
-        facts = provenance(args, device, world)
-        done[0] = prepare_parts(args, sum(map(len, sets.values())), facts)
-    if world > 1:
-        dist.broadcast_object_list(done)  # from rank 0: nobody looks while others already write
-    clips = data.read_manifests(args.data)
-    missing = np.flatnonzero(~done[0])[rank::world]
-    failed = gather(find_undecodable((clips[i] for i in missing), args.keep_going), world)
-    asr = model.load(args.model, device)
-    first = 0
-    with (Path(args.out) / f"part-{rank}.jsonl").open("a", encoding="utf-8") as file:
-        for name, utterances in sets.items():
-            done_here = done[0][first:first + len(utterances)]
-            transcribe_set(asr, name, utterances, done_here, failed, first, file, args, rank, world)
-            first += len(utterances)
-    if world > 1:
-        dist.barrier()
-    return sets, facts
-
-
-def prepare_parts(args, n_clips, facts) -> np.ndarray:
-    """Make OUT ready for part files -> (n_clips,) bool: which clips have a transcript there.
-
-    Raises FileExistsError if any has and --resume is not given, ValueError if they were made with
-    another model, other data or other batches.
-    """
+@record  # torchrun then shows what stopped a process, at the end
+def main(args):
+    """Do what the flags ask for, see the top of this file. Returns the entries of --compare."""
+    if args.compare:
+        return compare(args.compare, args.out)
+    if args.audio:
+        return print_transcripts(args)
     out = Path(args.out)
+    outputs = [out / name for name in ("hyps.jsonl", "summary.json", "errors.html")]
+    if args.as_manifest:
+        outputs.append(args.as_manifest)
+    data.check_writable(*outputs)
+    if args.rescore:
+        rows = read_hyps(args.rescore)
+        facts = {"rescored": {args.rescore: stamp(args.rescore)}}
+    else:
+        rows, facts = transcribe_sets(args)
+        if rows is None:
+            return  # a process beside the first
+    summary = summarize(rows) | provenance() | facts
+    write_manifest(out / "hyps.jsonl", rows)
+    write_json(out / "summary.json", summary)
+    (out / "errors.html").write_text(errors_page(rows), encoding="utf-8")
+    print_summary(summary)
+    if args.as_manifest:
+        write_teacher_manifest(rows, args.as_manifest, args.max_wer)
+    for path in out.glob("part-*.jsonl"):
+        path.unlink()  # all is in hyps.jsonl
+
+
+# ------------------------------------------------------------------------------------- transcribe
+
+def transcribe_sets(args):
+    """A transcript of every clip of --data -> rows of hyps.jsonl, provenance; None off rank 0.
+
+    Raises FileExistsError where a run into OUT was stopped and --resume is not given.
+    """
+    rank, world, device = model.setup(args)
+    out = Path(args.out)
+    stems = [Path(path).stem for path in args.data]
+    sets = {}
+    for path, stem in zip(args.data, stems):
+        utterances = data.read_manifest(path)
+        sets[stem if stems.count(stem) == 1 else path] = utterances
+        if rank == 0 and all(u.text is None for u in utterances):
+            print(f'{path}: NO LINE HAS A "text": it is transcribed, not scored', file=sys.stderr)
+    folder = model.find_checkpoint(args.model)
+    made_with = {
+        "model": args.model,
+        "weights": {file.name: stamp(file) for file in sorted(folder.glob("*.safetensors"))},
+        "data": {path: stamp(path) for path in args.data},
+        "max_new_tokens": args.max_new_tokens,
+    }
     out.mkdir(parents=True, exist_ok=True)
-    made_with = {key: facts[key] for key in ("model", "weights", "data")}
-    made_with |= {"batch": args.batch, "max_new_tokens": args.max_new_tokens}
-    made_with = json.dumps(made_with, indent=2)
-    note = out / "part.json"
-    if not any([cut_half_line(path) for path in out.glob("part-*.jsonl")]):
-        note.write_text(made_with, encoding="utf-8")
-        return np.zeros(n_clips, dtype=bool)
-    if not args.resume:
+    done = set(read_parts(out, made_with) if rank == 0 else [])
+    if done and not args.resume:
         raise FileExistsError(f"{out} holds transcripts of a run that was stopped: continue it with "
                               "--resume, or choose another --out")
-    if note.read_text(encoding="utf-8") != made_with:
-        raise ValueError(f"{out}: its transcripts were made with another --model, --data, --batch or "
-                         f"--max_new_tokens, see {note}; choose another --out")
-    _, _, offsets = find_transcripts(out, n_clips)
-    return offsets >= 0
+    if world > 1:  # rank 0 looks into OUT before anybody writes
+        shared = [made_with, done]
+        dist.broadcast_object_list(shared)
+        made_with, done = shared
+
+    asr = model.load(args.model, device)
+    for utterances in sets.values():
+        model.check_languages(asr, utterances)
+    with (out / f"part-{rank}.jsonl").open("a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            file.write(json.dumps(made_with) + "\n")
+        for name, utterances in sets.items():
+            transcribe_set(asr, name, utterances, done, file, args, rank, world)
+    model.finish()  # waits for the others
+    if rank > 0:
+        return None, None
+    results = read_parts(out, made_with)
+    rows = []
+    for name, utterances in sets.items():
+        for u in utterances:
+            if (name, u.id) not in results:
+                raise ValueError(f"{u.line}: no transcript of {u.id!r}; do all nodes share --out?")
+            rows.append(count_errors(results[name, u.id]))
+    decoding = {"search": "greedy", "max_new_tokens": made_with.pop("max_new_tokens"),
+                "batch": args.batch, "keep_going": args.keep_going}
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return rows, made_with | {"decoding": decoding, "device": place, "processes": world}
 
 
-def cut_half_line(path) -> int:
-    """Cut off what a killed process left of a last line -> bytes that remain."""
-    with path.open("r+b") as file:
-        whole = sum(len(line) for line in file if line.endswith(b"\n"))
-        file.truncate(whole)
-    return whole
-
-
-def find_transcripts(out, n_clips):
-    """Part files; for each clip the number of its file, (n,), and its line's place there, (n,) bytes
-    or -1. Ten bytes a clip."""
-    paths = sorted(out.glob("part-*.jsonl"))
-    parts = np.zeros(n_clips, dtype=np.int16)
-    offsets = np.full(n_clips, -1, dtype=np.int64)
-    for number, path in enumerate(paths):
-        offset = 0
-        with path.open("rb") as file:
-            for line in file:
-                clip = json.loads(line)["clip"]
-                parts[clip] = number
-                offsets[clip] = offset
-                offset += len(line)
-    return paths, parts, offsets
-
-
-def transcribe_set(asr, name, utterances, done, failed, first, file, args, rank, world) -> None:
+def transcribe_set(asr, name, utterances, done, file, args, rank, world) -> None:
     """Append this rank's share of a set to its part file, batch after batch.
 
-    done: (n,) bool, clips that have a transcript. failed: see find_undecodable. first: the number of the set's first clip in
-    --data. A batch that was written in part is made again as a whole.
+    done: (set, id) of the clips that have a transcript. Clips of similar length go together. Batches
+    are cut before those clips are left out: a resumed run, and any number of processes, decodes the
+    same batches.
     """
-    seconds = data.measure(utterances)
-    order = seconds.argsort(kind="stable")  # clips of similar length go together
-    todo = []
+    order = np.argsort(utterances.durations, kind="stable")  # nan, unknown, comes last
+    batches = []
     for start in range(0, len(order), args.batch):
-        if not done[order[start:start + args.batch]].all():
-            todo.append(start)
-    clips, audio_sec = int(done.sum()), float(seconds[done].sum(dtype=float))
-    total_sec = float(seconds.sum(dtype=float))
-    bar = model.progress(round(total_sec), name, "s", rank, round(audio_sec))
-    for start in todo[rank::world]:
-        batch = order[start:start + args.batch]
+        missing = [i for i in order[start:start + args.batch]
+                   if (name, utterances[i].id) not in done]
+        if missing:
+            batches.append(missing)
+    bar = data.progress(len(order), name, "clip", rank, len(order) - sum(map(len, batches)))
+    for indices in batches[rank::world]:
         began = time.time()
-        chosen = [utterances[i] for i in batch]
-        usable = [u for u in chosen if u.id not in failed]
-        results = model.transcribe(asr, usable, 0, 1, args.batch, args.max_new_tokens) | failed
-        share = (time.time() - began) / world / len(batch)
-        lines = ""
-        for i in batch:
-            result = results.get(utterances[i].id)
-            if result:
-                line = {"clip": first + int(i), "seconds": share} | result
-                lines += json.dumps(line, ensure_ascii=False) + "\n"
-        file.write(lines)
+        clips = [utterances[i] for i in indices]
+        results, audio_sec = transcribe_clips(asr, clips, args)
+        share = {"audio_sec": audio_sec / len(clips),
+                 "seconds": (time.time() - began) / world / len(clips)}
+        for u in clips:
+            row = {"id": u.id, "set": name, "audio": u.audio, "text": u.text,
+                   "language": u.language, "start": u.start_sec or None,
+                   "duration": u.duration_sec, "speaker": u.speaker, "channel": u.channel}
+            row = {key: value for key, value in row.items() if value is not None}
+            file.write(json.dumps(row | results[u.id] | share, ensure_ascii=False) + "\n")
         file.flush()  # what is killed after this loses nothing
-        clips = min(clips + len(batch) * world, len(order))  # the other ranks do about as much
-        audio_sec = min(audio_sec + seconds[batch].sum(dtype=float) * world, total_sec)
-        bar.set_postfix_str(f"{clips} of {len(order)} clips, {audio_sec / 3600:.2f} of "
-                            f"{total_sec / 3600:.2f} h", refresh=False)
-        bar.update(round(audio_sec) - bar.n)
+        bar.update(min(len(clips) * world, bar.total - bar.n))  # the others do about as much
     bar.close()
 
 
-def find_undecodable(utterances, keep_going) -> dict[str, dict]:
-    """{id: result} of the clips that can't be decoded: no transcript, the reason in "failed". Without
-    keep_going the first one's data.AudioError is raised."""
-    results = {}
-    for u in utterances:
-        try:
-            data.check_decodable([u])
-        except data.AudioError as error:
-            if not keep_going:
-                raise
-            print(f"counted as all deleted: {error}", file=sys.stderr)
-            results[u.id] = {"hyp": "", "stopped": True, "n_tokens": 0, "failed": error.reason}
-    return results
+def transcribe_clips(asr, clips, args) -> tuple[dict[str, dict], float]:
+    """A forward's transcripts -> {id: {"hyp", "stopped", "n_tokens"}}, seconds of audio.
 
-
-def finished_rows(sets, out, timing):
-    """Yield the rows of hyps.jsonl in the order of --data, from the part files. Fills in
-    timing[set] = seconds of audio, seconds it took. Raises ValueError if a clip has no transcript."""
-    paths, parts, offsets = find_transcripts(out, sum(map(len, sets.values())))
-    files = [path.open("rb") for path in paths]
-    clip = 0
-    for name, utterances in sets.items():
-        audio_sec = took = 0.0
-        for u, duration in zip(utterances, data.measure(utterances).tolist()):
-            if offsets[clip] < 0:
-                raise ValueError(f"{name}: no transcript of {u.id!r} ({u.line})")
-            file = files[parts[clip]]
-            file.seek(offsets[clip])
-            result = json.loads(file.readline())
-            clip += 1
-            del result["clip"]
-            took += result.pop("seconds")
-            if "failed" not in result:
-                audio_sec += duration
-            yield score(u, result, name)
-        timing[name] = audio_sec, took
-
-
-def is_looping(hyp) -> bool:
-    """True if the end repeats itself: its last max(4 n, 8) units or more have period n, for some n.
-
-    Units are those of MER whatever the language, so "no no no no no no no no" loops and
-    "哈哈哈哈哈哈哈哈" does, and seven of each don't.
+    A clip that can't be decoded has an empty transcript and the reason in "failed", or raises
+    data.AudioError without --keep_going.
     """
-    units = data.runs(data.words(hyp.lower()))
-    for n in range(1, len(units) // 4 + 1):
-        length = n
-        while length < len(units) and units[-1 - length] == units[-1 - length + n]:
-            length += 1
-        if length >= max(4 * n, 8):
-            return True
-    return False
+    batch = data.load_batch(clips, (asr.n_mels,), args.keep_going, data.MAX_EVAL_SEC,
+                            for_training=False)
+    results = model.transcribe(asr, batch, args.max_new_tokens)
+    results = {u.id: result for u, result in zip(batch.utterances, results)}
+    for clip, reason, message in batch.rejected:
+        print(f"not decoded: {message}", file=sys.stderr)
+        results[clip] = {"hyp": "", "stopped": True, "n_tokens": 0, "failed": reason}
+    return results, batch.audio_sec
 
 
-def print_transcripts(args, device) -> None:
+def read_parts(out, made_with) -> dict[tuple[str, str], dict]:
+    """{(set, id): row} of OUT's part files. Half a line of a killed process is cut off.
+
+    A file begins with what makes its transcripts. Raises ValueError if that is not `made_with`.
+    """
+    rows = {}
+    for path in sorted(out.glob("part-*.jsonl")):
+        with path.open("r+b") as file:
+            lines = [line for line in file if line.endswith(b"\n")]
+            file.truncate(sum(map(len, lines)))
+        if not lines:
+            continue
+        first, *found = map(json.loads, lines)
+        changed = [key for key in made_with if first.get(key) != made_with[key]]
+        if changed:
+            raise ValueError(f"{path} was made with another {', '.join(changed)}, see its first "
+                             "line: choose another --out")
+        rows |= {(row["set"], row["id"]): row for row in found}
+    return rows
+
+
+def print_transcripts(args) -> None:
     """What is said in each file of --audio. Exits with one line if a file can't be decoded."""
-    utterances = []
-    for name in dict.fromkeys(args.audio):
-        path = os.path.abspath(name)
-        utterances.append(data.Utterance(name, path, language=args.language, line="--audio"))
-    try:
-        data.check_decodable(utterances)
-    except data.AudioError as error:
-        raise SystemExit(str(error)) from None
+    _, _, device = model.setup(args)
     asr = model.load(args.model, device)
-    results = model.transcribe(asr, utterances, 0, 1, args.batch, args.max_new_tokens)
-    for u in utterances:
-        text = results[u.id]["hyp"]
-        if not results[u.id]["stopped"]:
-            text += " [cut at --max_new_tokens]"
-        if len(utterances) > 1:
-            text = f"{u.id}: {text}"
-        print(text)
+    for path in args.audio:
+        u = data.Utterance(path, os.path.abspath(path), language=args.language, line="--audio")
+        try:
+            result = transcribe_clips(asr, [u], args)[0][path]
+        except data.AudioError as error:
+            raise SystemExit(str(error)) from None
+        name = f"{path}: " if len(args.audio) > 1 else ""
+        cut = "" if result["stopped"] else " [cut at --max_new_tokens]"
+        if "failed" not in result:
+            print(name + result["hyp"] + cut)
+    model.finish()
 
 
-# ---------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------ score
 
-def without_none(row) -> dict:
-    return {key: value for key, value in row.items() if value is not None}
+def read_hyps(path) -> list[dict]:
+    """The rows of a hyps.jsonl, counted anew, with absolute audio paths.
 
-
-def add_counts(row) -> dict:
-    """The row with "looping" and, where it has a "text", the edit counts of its "hyp"."""
-    row = row | {"looping": is_looping(row["hyp"])}
-    if "text" in row:
-        row |= data.edit_counts(row["text"], row["hyp"], row["language"])._asdict()
-    return row
-
-
-def score(u, result, name="test") -> dict:
-    """A clip's row of hyps.jsonl."""
-    row = {"id": u.id, "set": name, "audio": u.audio, "text": u.text, "language": u.language,
-           "duration": u.duration_sec, "start": u.start_sec or None, "speaker": u.speaker}
-    return add_counts(without_none(row | result))
-
-
-def read_hyps(path):
-    """Yield the rows of a hyps.jsonl, counted again. Raises ValueError naming the line.
-
-    Any JSON Lines with "id" and "hyp" will do; "text" and "language" make a score.
+    Any JSON Lines with "id" and "hyp" will do. Raises ValueError naming the line.
     """
-    seen = set()
-    for where, row in read_rows(path):
-        check_hyp(row, where)
-        row["id"] = str(row["id"])
-        if row["id"] in seen:
+    path, rows = Path(path), {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            found = dict(json.loads(line.decode("utf-8")))
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: expected a JSON object, found {line[:60]!r}") from None
+        row = {"set": "test", "stopped": True}
+        row |= {key: value for key, value in found.items() if value is not None}
+        for key in row.keys() & data.MANIFEST_KEYS.keys():
+            data.check_value(key, row[key], where)
+        if "id" not in row or not isinstance(row.get("hyp"), str):
+            raise ValueError(f"{where}: expected 'id' and a string as 'hyp', found {line[:60]!r}")
+        if (row["set"], row["id"]) in rows:
             raise ValueError(f"{where}: id {row['id']!r} stands twice")
-        seen.add(row["id"])
-        yield add_counts(row)
-    if not seen:
+        if "audio" in row:
+            row["audio"] = data.audio_path(path.parent, row["audio"])
+        rows[row["set"], row["id"]] = count_errors(row)
+    if not rows:
         raise ValueError(f"{path}: no transcript in it")
+    return list(rows.values())
 
 
-def read_rows(path):
-    """Yield (path:line, row) of a JSON Lines file; paths of audio are made absolute."""
-    path = Path(path)
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = {"set": path.stem, "stopped": True} | without_none(json.loads(line))
-            except (ValueError, AttributeError):
-                found = data.describe(line)
-                raise ValueError(f"{where}: expected a JSON object, found {found}") from None
-            if "audio" in row:
-                row["audio"] = data.audio_path(path.parent, row["audio"])
-            yield where, row
+def count_errors(row) -> dict:
+    """The row with the edit counts of its "hyp", if it has a "text"."""
+    if "text" not in row:
+        return row
+    return row | data.edit_counts(row["text"], row["hyp"], row.get("language"))._asdict()
 
 
-HYPS_KEYS = {"hyp": str, "stopped": bool, "text": str, "language": str, "audio": str, "set": str,
-             "speaker": str, "start": data.NUMBER, "duration": data.NUMBER}
+def count_troubles(rows) -> dict[str, int]:
+    """How many rows look wrong even without a reference. A failed one is not empty."""
+    failed = sum("failed" in row for row in rows)
+    return {"empty": sum(not row["hyp"] for row in rows) - failed,
+            "truncated": sum(not row["stopped"] for row in rows), "failed": failed}
 
 
-def check_hyp(row, where) -> None:
-    """Raise ValueError, naming line and key, unless a row of hyps.jsonl can be scored and written."""
-    for key in ("id", "hyp"):
-        if key not in row:
-            raise ValueError(f"{where}: no {key!r}")
-    for key, types in HYPS_KEYS.items():
-        if key in row and not isinstance(row[key], types):
-            raise ValueError(f"{where}: {key!r} has the wrong type: {row[key]!r}")
-        if re.search("[\ud800-\udfff]", str(row.get(key))):  # no file can hold it
-            raise ValueError(f"{where}: {key!r} has half a character (a lone surrogate): {row[key]!r}")
-    if "text" in row:
-        check_language(row.get("language"), where)
+def errors_of(rows) -> np.ndarray:
+    """Errors of rows that have a text: (n,) int64."""
+    return np.array([r["substitutions"] + r["deletions"] + r["insertions"] for r in rows], np.int64)
 
 
+def rate_of(errors, rows) -> tuple[float, np.ndarray, dict]:
+    """100 sum(errors) / sum(units), never a mean of rates; its resampled values (draws,); of what.
 
-
-def counts_of(row) -> data.Counts:
-    return data.Counts(row["substitutions"], row["deletions"], row["insertions"], row["units"])
-
-
-TROUBLES = ("empty", "truncated", "looping", "failed")
-
-
-def troubles_of(row) -> tuple[str, ...]:
-    """What looks wrong even without a reference. A clip that could not be decoded is failed, not
-    empty."""
-    found = {"empty": not row["hyp"] and "failed" not in row, "truncated": not row["stopped"],
-             "looping": row["looping"], "failed": "failed" in row}
-    return tuple(trouble for trouble in TROUBLES if found[trouble])
-
-
-class Scored(NamedTuple):
-    """What is kept in memory of a clip that has a reference: numbers and shared words, no text."""
-    set: str
-    language: str
-    speaker: str | None
-    duration: float | None  # seconds
-    counts: data.Counts
-    troubles: tuple[str, ...]
-
-
-def without_texts(row) -> Scored:
-    """A row of hyps.jsonl that has a reference -> what is kept of it."""
-    speaker = row.get("speaker")
-    return Scored(sys.intern(row["set"]), sys.intern(row["language"]), speaker and sys.intern(speaker),
-                  row.get("duration"), counts_of(row), troubles_of(row))
-
-
-class Scores:
-    """What is kept of the rows of hyps.jsonl while they pass by: counts, and the worst clips."""
-    def __init__(self):
-        self.clips = 0
-        self.troubles = Counter()
-        self.scored = []                        # Scored, in the order of the rows
-        self.confusions = defaultdict(Counter)  # language and kind of error: what for what
-        self.worst = defaultdict(list)          # language: up to WORST of (-errors, units, id, row)
-
-    def watch(self, rows):
-        """Yield the rows as they are."""
-        for row in rows:
-            self.clips += 1
-            self.troubles.update(troubles_of(row))
-            if "units" in row:
-                scored = without_texts(row)
-                if scored.duration is None:
-                    scored = scored._replace(duration=float(data.measure([to_utterance(row)])[0]))
-                self.scored.append(scored)
-                if scored.counts.errors:
-                    self.add_errors(row)
-            yield row
-
-    def add_errors(self, row) -> None:
-        language, counts = row["language"], counts_of(row)
-        worst = self.worst[language]
-        bisect.insort(worst, (-counts.errors, counts.units, row["id"], row))
-        del worst[WORST:]
-        for kind, ref, hyp in data.align(row["text"], row["hyp"], language):
-            if kind != "equal":
-                what = f"{ref} → {hyp}" if kind == "sub" else ref or hyp
-                self.confusions[language, kind][what] += 1
-
-
-def group_scored(rows, key) -> dict[str, list[Scored]]:
-    """{value of the key: its rows}."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[getattr(row, key)].append(row)
-    return groups
-
-
-def errors_and_units(rows):
-    """Errors (n,) and reference units (n,) of n rows, int64."""
-    counts = np.array([row.counts for row in rows])  # (n, 4)
-    return counts[:, :3].sum(1), counts[:, 3]
-
-
-def percent(errors, units) -> float:
-    """Corpus rate: sum of errors / sum of units, never a mean of rates. NaN without a unit."""
-    return 100.0 * float(errors.sum()) / float(units.sum()) if units.any() else math.nan
-
-
-def blocks_of(rows) -> tuple[str, list]:
-    """What an interval resamples, and a label a row: its speaker, if every row names one and there
-    are two or more, else its number."""
-    speakers = [row.speaker for row in rows]
+    nan without a unit. Utterances of a speaker share a voice and a microphone: speakers are drawn
+    if every row names one and there are two or more.
+    """
+    units = np.array([row["units"] for row in rows])
+    speakers = [row.get("speaker") for row in rows]
+    resampled, blocks = "utterances", list(range(len(rows)))
     if all(speakers) and len(set(speakers)) > 1:
-        return "speakers", speakers
-    return "utterances", list(range(len(rows)))
+        resampled, blocks = "speakers", speakers
+    rate = 100 * float(errors.sum()) / float(units.sum()) if units.any() else math.nan
+    draws = 100 * data.bootstrap(errors, units, blocks)
+    return rate, draws, {"resampled": resampled, "blocks": len(set(blocks))}
 
 
 def corpus_rate(rows) -> dict:
-    """Error rate in percent, its 95 % interval (nan: see data.interval), and what that rests on."""
-    errors, units = errors_and_units(rows)
-    resampled, labels = blocks_of(rows)
-    low, high = data.bootstrap(errors, units, blocks=labels)
-    if low < 0:  # by the normal approximation; nan stays nan
-        low = 0.0
-    return {"rate": percent(errors, units), "low": 100 * low, "high": 100 * high,
-            "resampled": resampled, "blocks": len(set(labels))}
+    """Error rate in percent, its 95 % interval, and what that rests on."""
+    errors = errors_of(rows)
+    rate, draws, basis = rate_of(errors, rows)
+    low, high = data.interval(draws)
+    # Of many blocks data.bootstrap draws from a normal distribution, which does not end at 0.
+    return {"rate": rate, "low": max(low, 0.0), "high": high, **basis, "errors": int(errors.sum()),
+            "units": sum(row["units"] for row in rows), "utterances": len(rows)}
 
 
-def summarize(name, rows, audio_sec=None, seconds=None) -> list[dict]:
-    """Entries of summary.json for one set. audio_sec and seconds are the whole set's."""
+def group_scored(rows) -> dict[tuple[str, str], list[dict]]:
+    """{(set, language): its rows that have a text}; of several, also ("all", "pooled")."""
+    groups = defaultdict(list)
+    for row in rows:
+        if "text" in row:
+            groups[row["set"], row.get("language", "")].append(row)
+    if len(groups) > 1:
+        groups["all", "pooled"] = [row for row in rows if "text" in row]
+    return groups
+
+
+def metric_of(language) -> str:
+    """WER or CER, or pooled for all languages together."""
+    return "pooled" if language == "pooled" else data.rate_name(language)
+
+
+def summarize(rows) -> dict:
+    """summary.json but for its provenance."""
     entries = []
-    for language, group in sorted(group_scored(rows, "language").items()):
-        entry = {"set": name, "language": language, "metric": data.metric(language)}
-        entry |= corpus_rate(group)
-        for field in data.Counts._fields:
-            entry[field] = sum(getattr(row.counts, field) for row in group)
-        wrong = sum(row.counts.errors > 0 for row in group)
-        entry["utterances"] = len(group)
-        entry["sentence_error"] = 100 * wrong / len(group)
-        entry |= insertions_on_silence(group)
-        entry |= count_troubles(group)
-        entry |= {"set_audio_sec": audio_sec, "set_seconds": seconds}
+    for (name, language), group in group_scored(rows).items():
+        entry = {"set": name, "language": language, "metric": metric_of(language)}
+        entry |= corpus_rate(group) | count_troubles(group)
+        for key in ("substitutions", "deletions", "insertions"):
+            entry[key] = sum(row[key] for row in group)
+        entry["sentence_error"] = 100 * float((errors_of(group) > 0).mean())
+        entry["no_speech"] = sum(row["units"] == 0 for row in group)
+        entry["set_audio_sec"] = sum(row.get("audio_sec", 0) for row in group)
+        entry["set_seconds"] = sum(row.get("seconds", 0) for row in group)
         entries.append(entry)
+    pooled = entries[-1] if entries else None
+    entries = [e for e in entries if e["metric"] != "pooled"]
+    rates = [e["rate"] for e in entries if e["units"]]
+    return {"results": entries, "macro_average": sum(rates) / len(rates) if rates else None,
+            "pooled": pooled if rates else None, "clips": len(rows),
+            "without_text": sum("text" not in row for row in rows), **count_troubles(rows)}
+
+
+def bracket(entry, low="low", high="high", form=".2f") -> str:
+    """[low, high], or - where there is no interval."""
+    return "-" if math.isnan(entry[low]) else f"[{entry[low]:{form}}, {entry[high]:{form}}]"
+
+
+def basis_of(entry) -> str:
+    """What an interval rests on. Over few speakers it is too narrow more often than it says."""
+    few = entry["resampled"] == "speakers" and entry["blocks"] < 20
+    return f"{entry['blocks']} {entry['resampled']}" + few * " (too few to rely on the interval)"
+
+
+def print_summary(summary) -> None:
+    """A line a set and language, all pooled, what looks wrong."""
+    for e in summary["results"]:
+        speed = e["set_seconds"] / e["set_audio_sec"] if e["set_audio_sec"] else math.nan
+        print(f"{e['set']} {e['language']}: {e['metric']} {e['rate']:.2f} % {bracket(e)} over "
+              f"{basis_of(e)}; {e['substitutions']} substituted, {e['deletions']} deleted, "
+              f"{e['insertions']} inserted of {e['units']}; {e['sentence_error']:.1f} % of "
+              f"{e['utterances']} sentences; real-time factor {speed:.4f}")
+    if summary["pooled"]:
+        print(f"all pooled: {summary['pooled']['rate']:.2f} % {bracket(summary['pooled'])}; macro "
+              f"average {summary['macro_average']:.2f} %; normaliser {summary['normaliser']}")
+    print(f"{summary['clips']} clips: {summary['empty']} empty, {summary['truncated']} truncated, "
+          f"{summary['failed']} failed to decode and counted as deleted, "
+          f"{summary['without_text']} lines without a text")
+
+
+# ---------------------------------------------------------------------------------------- compare
+
+def compare(paths, out=None) -> list[dict]:
+    """Print and return the entries of compare.json; write it and compare.png into `out`, if given."""
+    if out:
+        data.check_writable(Path(out) / "compare.json", Path(out) / "compare.png")
+    systems = {name: group_scored(rows) for name, rows in read_systems(paths).items()}
+    first = next(iter(systems))
+    width = max(map(len, systems))
+    entries = []
+    for (name, language), reference in systems[first].items():
+        metric = metric_of(language)
+        print(f"\n{name} {language}: {metric}, % [95 % interval]; below {first}, points; P(better)")
+        for system, groups in systems.items():
+            e = {"system": system, "set": name, "language": language, "metric": metric}
+            e |= compare_rows(reference, groups[name, language])
+            entries.append(e)
+            gain = bracket(e, "difference_low", "difference_high", "+.2f")
+            print(f"{system:{width}}  {e['rate']:.2f} {bracket(e):18} "
+                  f"{e['difference']:+.2f} {gain:18} {e['p_improvement']:.4f}")
+        print(f"{e['utterances']} clips, {e['units']} units; intervals over {basis_of(e)}")
+    if out:
+        write_json(Path(out) / "compare.json", entries)
+        draw_rates(entries, Path(out) / "compare.png")
     return entries
 
 
-def count_troubles(rows) -> dict:
-    """How many transcripts look wrong even without a reference, by trouble."""
-    counts = Counter()
-    for row in rows:
-        counts.update(row.troubles)
-    return {trouble: counts[trouble] for trouble in TROUBLES}
-
-
-def summarize_all(scores, timing) -> dict:
-    """summary.json but for its provenance. timing: {set: (seconds of audio, seconds it took)}."""
-    entries, scored = [], []
-    for name, group in group_scored(scores.scored, "set").items():
-        audio_sec, seconds = timing.get(name, (None, None))
-        entries += summarize(name, group, audio_sec, seconds)
-        scored += group
-    summary = {"results": entries, "macro_average": None, "pooled": None, "clips": scores.clips}
-    rates = [e["rate"] for e in entries if e["units"]]
-    if rates:
-        errors, units = errors_and_units(scored)
-        totals = {"errors": int(errors.sum()), "units": int(units.sum())}
-        summary["macro_average"] = sum(rates) / len(rates)
-        summary["pooled"] = corpus_rate(scored) | totals
-    return summary | {trouble: scores.troubles[trouble] for trouble in TROUBLES}
-
-
-def insertions_on_silence(rows) -> dict:
-    """What is written where nothing is said: clips whose reference has no unit, and insertions per
-    minute of them, nan if there is no such audio. Clips that failed to decode don't count."""
-    silent = [row for row in rows if not row.counts.units and "failed" not in row.troubles]
-    minutes = sum(row.duration for row in silent) / 60
-    insertions = sum(row.counts.insertions for row in silent)
-    return {"no_speech": len(silent),
-            "insertions_per_minute": insertions / minutes if minutes else math.nan}
-
-
-def interval(entry, low="low", high="high", form=".2f") -> str:
-    """[low, high], or - where there is no interval."""
-    if math.isnan(entry[low]):
-        return "-"
-    return f"[{entry[low]:{form}}, {entry[high]:{form}}]"
-
-
-def few_speakers(entry) -> bool:
-    return entry["resampled"] == "speakers" and entry["blocks"] < FEW_SPEAKERS
-
-
-def print_table(summary) -> None:
-    """One line a set and language, all pooled, what looks wrong, what the numbers rest on."""
-    entries, pooled = summary["results"], summary["pooled"]
-    width = 12
-    resampled = []
-    caveat = ""
-    for e in entries:
-        width = max(width, len(f"{e['set']} {e['language']}"))
-        normal = " (normal approximation)" if e["blocks"] > data.MANY_BLOCKS else ""
-        resampled.append(f"{e['blocks']} {e['resampled']}{normal}")
-        if few_speakers(e):
-            caveat = f" (unreliable below {FEW_SPEAKERS} speakers)"
-    if entries:
-        print(f"{'':{width}} {'utts':>6} {'units':>8} {'sub':>6} {'del':>6} {'ins':>6}  "
-              f"{'rate, %':25} sent.err     RTF")
-    for e in entries:
-        name = f"{e['set']} {e['language']}"
-        edits = f"{e['substitutions']:6} {e['deletions']:6} {e['insertions']:6}"
-        rtf = f"{e['set_seconds'] / e['set_audio_sec']:.4f}" if e["set_audio_sec"] else "-"
-        print(f"{name:{width}} {e['utterances']:6} {e['units']:8} {edits}  {e['metric']} "
-              f"{e['rate']:6.2f} {interval(e):14} {e['sentence_error']:6.1f} %  {rtf:>6}")
-    if pooled:
-        print(f"all pooled {pooled['rate']:.2f} % {interval(pooled)}, "
-              f"{pooled['errors']} errors in {pooled['units']} units")
-        print(f"macro average {summary['macro_average']:.2f} %; normaliser {data.NORMALISER}; "
-              f"95 % intervals resample {', '.join(dict.fromkeys(resampled))}{caveat}")
-    for e in entries:
-        if e["no_speech"]:
-            print(f"{e['set']} {e['language']}: {e['no_speech']} clips without speech, "
-                  f"{e['insertions_per_minute']:.1f} insertions per minute of them")
-    counted = " and counted as all deleted" if summary["failed"] else ""
-    print(f"{summary['clips']} clips: {summary['empty']} empty, {summary['truncated']} truncated, "
-          f"{summary['looping']} looping, {summary['failed']} failed to decode{counted}")
-
-
-# ---------------------------------------------------------------------------- several systems
-
-def compare_rows(reference, rows) -> dict:
-    """Rates of one system, and what it gains on the reference system: a paired bootstrap over the
-    same clips in the same order."""
-    errors_a, units = errors_and_units(reference)
-    errors_b, _ = errors_and_units(rows)
-    _, labels = blocks_of(reference)
-    gains = 100 * data.bootstrap_rates(errors_a - errors_b, units, blocks=labels)  # (n_draws,) points
-    low, high = data.interval(gains)
-    p_improvement = float((gains > 0).mean() + 0.5 * (gains == 0).mean())  # a tie is for neither
-    if math.isnan(low):
-        p_improvement = math.nan
-    return corpus_rate(rows) | {
-        "difference": percent(errors_a - errors_b, units), "difference_low": low,
-        "difference_high": high, "p_improvement": p_improvement, "utterances": len(rows),
-        "units": int(units.sum())}
-
-
-def read_systems(paths) -> dict[str, list[Scored]]:
-    """{system: its rows that have a reference}, clip by clip in the order of the first system's.
+def read_systems(paths) -> dict[str, list[dict]]:
+    """{system: its rows that have a text}, clip by clip in the first system's order.
 
     A system is called by the folder of its hyps.jsonl, where that tells all of them apart, else by
     the path. Raises ValueError unless all hold the same clips with the same references.
@@ -634,56 +479,32 @@ def read_systems(paths) -> dict[str, list[Scored]]:
     names = [Path(path).absolute().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    systems, references = {}, {}
+    systems = {name: {} for name in names}
     for name, path in zip(names, paths):
-        systems[name], references[name] = {}, {}  # by id
         for row in read_hyps(path):
             if "text" in row:
-                systems[name][row["id"]] = without_texts(row)
-                references[name][row["id"]] = hash((row["text"], row["language"]))
+                systems[name][row["id"], row["set"], row["text"], row.get("language")] = row
     first = systems[names[0]]
     for name, rows in systems.items():
-        odd = [i for i in first.keys() ^ rows.keys()]
-        for i in first.keys() & rows.keys():
-            if references[names[0]][i] != references[name][i]:
-                odd.append(i)
+        odd = sorted({clip for clip, *_ in first.keys() ^ rows.keys()})
         if odd or not first:
             raise ValueError(f"{paths[0]} and {name}: {len(odd)} clips are not in both with one "
-                             f"reference, such as {sorted(odd)[:1]}")
-    return {name: [rows[i] for i in first] for name, rows in systems.items()}
+                             f"reference, such as {odd[:1]}")
+    return {name: [rows[clip] for clip in first] for name, rows in systems.items()}
 
 
-def compare(paths, out=None) -> list[dict]:
-    """Print and return the entries of compare.json; write it and compare.png into `out`, if given."""
-    systems = read_systems(paths)
-    reference = next(iter(systems))
-    groups = defaultdict(list)  # set and language: places of its rows
-    for i, row in enumerate(systems[reference]):
-        groups[row.set, row.language].append(i)
-    if len(groups) > 1:
-        groups["all", "pooled"] = list(range(len(systems[reference])))
-    width = max(map(len, systems))
-    entries = []
-    for (name, language), places in groups.items():
-        metric = language if language == "pooled" else data.metric(language)
-        print(f"\n{name} {language}: {metric}, % [95 % interval]; below {reference}, points; P(better)")
-        chosen = [systems[reference][i] for i in places]
-        for system, rows in systems.items():
-            e = {"system": system, "set": name, "language": language, "metric": metric}
-            e |= compare_rows(chosen, [rows[i] for i in places])
-            entries.append(e)
-            rate = f"{e['rate']:.2f} {interval(e)}"
-            gain = f"{e['difference']:+.2f} {interval(e, 'difference_low', 'difference_high', '+.2f')}"
-            if system == reference:
-                print(f"{system:{width}}  {rate}")
-            else:
-                print(f"{system:{width}}  {rate:22} {gain:24} {e['p_improvement']:.4f}")
-        caveat = ": too few to rely on the intervals" if few_speakers(e) else ""
-        print(f"{e['utterances']} clips, {e['units']} units, {e['blocks']} {e['resampled']}{caveat}")
-    if out:
-        write_json(Path(out) / "compare.json", entries)
-        draw_rates(entries, Path(out) / "compare.png")
-    return entries
+def compare_rows(reference, rows) -> dict:
+    """Rate of one system, and what it gains on the reference system: a paired bootstrap.
+
+    Both hold the same clips in the same order.
+    """
+    entry = corpus_rate(rows)
+    del entry["errors"]
+    difference, gains, _ = rate_of(errors_of(reference) - errors_of(rows), reference)
+    low, high = data.interval(gains)
+    better = (gains > 0).mean() + 0.5 * (gains == 0).mean()  # a tie speaks for neither
+    return entry | {"difference": difference, "difference_low": low, "difference_high": high,
+                    "p_improvement": math.nan if math.isnan(low) else float(better)}
 
 
 def draw_rates(entries, path) -> None:
@@ -692,8 +513,8 @@ def draw_rates(entries, path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     panels = list(dict.fromkeys((e["set"], e["language"]) for e in entries))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels) + 1, 2.6), sharey=True,
-                                   layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels) + 1, 2.6),
+                                   sharey=True, layout="constrained", squeeze=False)
     for axis, (name, language) in zip(axes[0], panels):
         chosen = [e for e in entries if (e["set"], e["language"]) == (name, language)]
         for y, e in enumerate(chosen):
@@ -707,7 +528,39 @@ def draw_rates(entries, path) -> None:
     pyplot.close(figure)
 
 
-# ---------------------------------------------------------------------------- what is written
+# -------------------------------------------------------------------------------- what is written
+
+def write_manifest(path, rows) -> None:
+    """Rows as JSON Lines, their audio relative to the file's folder."""
+    folder = os.path.realpath(Path(path).parent)
+    moved = []
+    for row in rows:
+        if "audio" in row:
+            row = row | {"audio": os.path.relpath(row["audio"], folder)}
+        moved.append(row)
+    data.write_jsonl(path, moved)
+
+
+def write_teacher_manifest(rows, path, max_wer) -> None:
+    """Transcripts as references, for the TD stage. What is left out is counted by reason."""
+    kept, notes = {}, Counter()
+    for row in rows:
+        reason = unfit_to_teach(row, max_wer)
+        if reason:
+            notes[f"left out: {reason}"] += 1
+            continue
+        line = {key: row[key] for key in ("id", "audio", "language", "start", "duration", "speaker",
+                                          "channel") if key in row}
+        if row["id"] in kept:  # two sets may have it, a manifest may not
+            line["id"] = f"{row['set']}/{row['id']}"
+        kept[line["id"]] = line | {"text": row["hyp"]}
+        notes["kept without a language"] += "language" not in row
+        if max_wer is not None:
+            notes["kept without a reference to hold against --max_wer"] += "text" not in row
+    write_manifest(path, kept.values())
+    said = [f"; {n} {what}" for what, n in notes.most_common() if n]
+    print(f"{path}: {len(kept)} transcripts kept", *said, sep="")
+
 
 def unfit_to_teach(row, max_wer) -> str | None:
     """Why a transcript should not become a reference; None if it may."""
@@ -717,84 +570,10 @@ def unfit_to_teach(row, max_wer) -> str | None:
         return "empty"
     if not row["stopped"]:
         return "cut at --max_new_tokens"
-    if row["looping"]:
-        return "looping"
-    if max_wer is None or "units" not in row:
-        return None
-    if 100 * counts_of(row).errors / max(row["units"], 1) > max_wer:
-        return f"above --max_wer {max_wer:g}"
+    if max_wer is not None and "text" in row:
+        if 100 * errors_of([row])[0] > max_wer * max(row["units"], 1):
+            return f"above --max_wer {max_wer:g}"
     return None
-
-
-def write_teacher_manifest(hyps, path, max_wer) -> None:
-    """Transcripts of a hyps.jsonl as references, for the TD stage. What is left out is counted by
-    reason."""
-    counts = Counter()  # of lines that are kept, have no language, have no reference
-    left_out = Counter()
-
-    def lines():
-        for _, row in read_rows(hyps):
-            counts["unchecked"] += "units" not in row
-            reason = unfit_to_teach(row, max_wer)
-            if reason:
-                left_out[reason] += 1
-                continue
-            counts["kept"] += 1
-            counts["no language"] += "language" not in row
-            audio = os.path.relpath(row["audio"], os.path.realpath(Path(path).parent))
-            line = {"id": row["id"], "audio": audio, "text": row["hyp"]}
-            for key in ("language", "duration", "start", "speaker"):
-                if key in row:
-                    line[key] = row[key]
-            yield line
-
-    data.write_jsonl(path, lines())
-    reasons = [f"{n} {reason}" for reason, n in left_out.most_common()]
-    said = f"{path}: {counts['kept']} transcripts kept; left out: {', '.join(reasons) or 'none'}"
-    if counts["no language"]:
-        said += f"; {counts['no language']} have no language, which sft.py will ask for"
-    if max_wer is not None and counts["unchecked"]:
-        said += f"; {counts['unchecked']} had no reference to hold against --max_wer"
-    print(said)
-
-
-def sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def git_commit() -> str | None:
-    """Commit of this file's repository, -dirty if it has changed since; None outside of one."""
-    command = ["git", "-C", Path(__file__).resolve().parent,
-               "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:  # a machine without git
-        return None
-
-
-DECISIVE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-            "vocab.json", "merges.txt"]  # beside the weights
-
-
-def provenance(args, device, world) -> dict:
-    """What it takes to make the numbers again."""
-    libraries = ("torch", "torchaudio", "transformers", "jiwer", "numpy")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in libraries}
-    facts = {"normaliser": data.NORMALISER, "versions": versions, "commit": git_commit(),
-             "command": shlex.join(sys.argv)}
-    if args.rescore:
-        return facts | {"rescored": {args.rescore: sha256(args.rescore)}}
-    weights = {}
-    for file in sorted(model.find_checkpoint(args.model).iterdir()):
-        if file.suffix == ".safetensors" or file.name in DECISIVE:
-            weights[file.name] = sha256(file)
-    decoding = {"search": "greedy", "max_new_tokens": args.max_new_tokens, "batch": args.batch,
-                "keep_going": args.keep_going}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return facts | {"model": args.model, "weights": weights,
-                    "data": {path: sha256(path) for path in args.data},
-                    "decoding": decoding, "device": name, "processes": world}
 
 
 def write_json(path, value) -> None:
@@ -804,203 +583,74 @@ def write_json(path, value) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_hyps(path, rows) -> None:
-    """Rows as hyps.jsonl, one after the other; audio relative to its folder."""
-    def lines():
-        for row in rows:
-            if "audio" in row:
-                row = row | {"audio": os.path.relpath(row["audio"], os.path.realpath(path.parent))}
-            yield row
-
-    data.write_jsonl(path, lines())
+def stamp(path) -> dict:
+    """Size and time of a file: a file that was written again has another."""
+    found = os.stat(path)
+    return {"bytes": found.st_size, "modified": str(np.datetime64(found.st_mtime_ns, "ns"))}
 
 
-# ---------------------------------------------------------------------------- errors.html
+def provenance() -> dict:
+    """What scored the transcripts: metric, versions, commit (-dirty if changed since), command."""
+    packages = ("torch", "torchaudio", "transformers", "numpy", "jiwer", "wetext", "kaldifst", "av")
+    describe = ["git", "-C", Path(__file__).resolve().parent,
+                "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = None
+    if shutil.which("git"):
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+    return {"normaliser": data.METRIC, "commit": commit, "command": shlex.join(sys.argv),
+            "versions": {"python": platform.python_version()}
+                        | {name: version(name) for name in packages}}
 
-def to_utterance(row) -> data.Utterance:
-    return data.Utterance(row["id"], row.get("audio", ""), start_sec=row.get("start", 0.0),
-                          duration_sec=row.get("duration"))
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; media-src data:">
+<title>Recognition errors</title><style>
+:root { color-scheme: light dark }
+body { margin: 2rem auto; max-width: 64rem; font: 16px/1.5 system-ui, sans-serif }
+.pair { display: inline-flex; flex-direction: column; text-align: center; margin-right: .4rem }
+.pair span { padding: 0 .2rem; min-height: 1.5em; min-width: .6em }
+.equal { opacity: .6 }
+.substitute { background: #f806 }
+.delete { background: #f446; text-decoration: line-through }
+.insert { background: #48f6; text-decoration: underline }
+</style></head><body><h1>Clips with the most errors</h1><p>Reference above, transcript below.</p>
+"""
+
+
+def errors_page(rows, n_worst=30) -> str:
+    """One page that loads and runs nothing: the worst clips, unit by unit, with a player each."""
+    scored = [row for row in rows if "text" in row]
+    errors = errors_of(scored)
+    page = [PAGE]
+    for i in np.argsort(-errors, kind="stable")[:n_worst]:
+        row = scored[i]
+        if not errors[i]:
+            break
+        said = [row["set"], row.get("language", ""), row.get("speaker", ""), f"{errors[i]} errors"]
+        page.append(f"<h3>{escape(row['id'])}</h3><p>{escape(' '.join(said))} {player(row)}</p>")
+        for kind, ref, hyp in data.align(row["text"], row["hyp"], row.get("language")):
+            page.append(f'<span class="pair {kind}"><span>{escape(ref)}</span>'
+                        f"<span>{escape(hyp)}</span></span>")
+    return "".join(page) + "</body></html>"
 
 
 def player(row) -> str:
     """The clip itself inside the page: 16 kHz, 16 bit, only the segment."""
+    if "audio" not in row:
+        return ""
+    u = data.Utterance(row["id"], row["audio"], start_sec=row.get("start", 0.0),
+                       duration_sec=row.get("duration"), channel=row.get("channel"))
     try:
-        audio = data.load_audio(to_utterance(row), data.MAX_EVAL_SEC, for_training=False)
+        audio = data.load_audio(u, data.MAX_EVAL_SEC, for_training=False)
     except data.AudioError as error:
-        return f'<span class="soft">no audio: {error.reason}</span>'
-    wav = io.BytesIO()
-    soundfile.write(wav, audio, data.SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    source = "data:audio/wav;base64," + base64.b64encode(wav.getvalue()).decode()
+        return f"(no audio: {error.reason})"
+    file = io.BytesIO()
+    with wave.open(file, "wb") as wav:
+        wav.setparams((1, 2, data.SAMPLE_RATE, 0, "NONE", ""))
+        wav.writeframes((audio.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
+    source = "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
     return f'<audio controls preload="metadata" src="{source}"></audio>'
-
-
-def length_chart(rows) -> str:
-    """Error rate by clip length as bars: the rate above, seconds and the number of clips below."""
-    errors, units = errors_and_units(rows)
-    seconds = np.array([row.duration for row in rows])
-    step = next(s for s in (0.25, 0.5, 1, 2, 5, 10, 1e9) if seconds.max() / s <= 12)  # a dozen bars
-    bins = (seconds / step).astype(int)
-    first, last = bins.min(), bins.max()
-    rates = {i: percent(errors[bins == i], units[bins == i]) for i in np.unique(bins)}
-    highest = np.nanmax([*rates.values(), 1e-9])
-    bars = ""
-    for i, rate in rates.items():  # 62 wide with the gap, 120 high at most, standing on y = 150
-        x = 62 * (i - first) + 31
-        height = 120 * np.nan_to_num(rate) / highest
-        bars += f'<rect x="{x - 22}" y="{150 - height:.1f}" width="44" height="{height:.1f}" rx="3"/>'
-        if not math.isnan(rate):
-            bars += f'<text x="{x}" y="{144 - height:.1f}">{rate:.1f}</text>'
-        bars += f'<text x="{x}" y="168">{i * step:g}–{(i + 1) * step:g}</text>'
-        bars += f'<text class="n" x="{x}" y="184">{(bins == i).sum()}</text>'
-    width = 62 * (last - first + 1)
-    axis = f'<line x1="0" x2="{width}" y1="150" y2="150"/>'
-    return f'<svg viewBox="0 0 {width} 190" width="{width}">{axis}{bars}</svg>'
-
-
-def confusion_lists(confusions, language) -> str:
-    """The most frequent substitutions, deletions and insertions, a list each."""
-    lists = ""
-    for kind, title in (("sub", "Substituted"), ("del", "Deleted"), ("ins", "Inserted")):
-        if confusions[language, kind]:
-            lists += f"<div><h3>{title}</h3><table>"
-            for what, n in confusions[language, kind].most_common(8):
-                lists += f"<tr><td>{escape(what)}</td><td>{n}</td></tr>"
-            lists += "</table></div>"
-    return lists
-
-
-def clip_card(row) -> str:
-    """One clip to hear and to read: the units of its reference above those of its transcript."""
-    pairs = data.align(row["text"], row["hyp"], row["language"])
-    notes = [row["set"]]
-    if row.get("speaker"):
-        notes.append(row["speaker"])
-    if not row["stopped"]:
-        notes.append("truncated")
-    if row["looping"]:
-        notes.append("looping")
-    if "failed" in row:
-        notes.append("failed to decode")
-    errors = counts_of(row).errors
-    head = (f'<b>{escape(row["id"])}</b><span>{errors} errors, {row["units"]} units</span>'
-            f'<span class="soft">{escape(", ".join(notes))}</span>{player(row)}')
-    words = ""
-    for kind, ref, hyp in pairs:
-        words += f'<span class="pair {kind}">'
-        words += f'<span class="r">{escape(ref)}</span><span class="h">{escape(hyp)}</span></span>'
-    return f'<div class="clip"><div class="head">{head}</div>{words}</div>'
-
-
-def language_section(scores, language, rows, n_worst) -> str:
-    """Lengths, confusions and the worst clips of one language."""
-    cards = [clip_card(row) for *_, row in scores.worst[language][:n_worst]]
-    return (f'<h2>{escape(language)}</h2><div class="columns"><div>'
-            f'<h3>{data.metric(language)}, %, by seconds; number of clips</h3>'
-            f'{length_chart(rows)}</div>'
-            f'{confusion_lists(scores.confusions, language)}</div>'
-            f'<h3>The {len(cards)} clips with the most errors: '
-            f'reference above, transcript below</h3>{"".join(cards)}')
-
-
-def table_row(e) -> str:
-    """One entry of summary.json."""
-    rate = f"{e['metric']} <b>{e['rate']:.2f}</b> {interval(e)}"
-    cells = [escape(f"{e['set']} {e['language']}"), e["utterances"], e["units"], e["substitutions"],
-             e["deletions"], e["insertions"], rate, f"{e['sentence_error']:.1f}"]
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def errors_page(summary, scores) -> str:
-    """One page that loads and runs nothing. Worst clips are shared out over the languages."""
-    groups = group_scored(scores.scored, "language")
-    n_worst = max(5, WORST // max(1, len(groups)))
-    sections = ""
-    for language, rows in sorted(groups.items()):
-        sections += language_section(scores, language, rows, n_worst)
-    table = map(table_row, summary["results"])
-    source = summary["model"] if "model" in summary else next(iter(summary["rescored"]))
-    troubles = {trouble: summary[trouble] for trouble in TROUBLES}
-    template = Path(__file__).resolve().parent / ".assets" / "errors.html"
-    return Template(template.read_text(encoding="utf-8")).substitute(
-        source=escape(source), normaliser=escape(summary["normaliser"]), table="".join(table),
-        clips=scores.clips, **troubles, sections=sections)
-
-
-# ---------------------------------------------------------------------------- main
-
-@record  # torchrun then shows what stopped a process, at the end
-def main(args):
-    """Do what the flags ask for, see the top of this file. Returns the entries of --compare."""
-    outputs = []
-    if args.out:
-        names = "compare.json compare.png" if args.compare else "hyps.jsonl summary.json errors.html"
-        outputs += [Path(args.out) / name for name in names.split()]
-    if args.as_manifest:
-        outputs.append(args.as_manifest)
-    data.check_outputs(*outputs)
-    if args.compare:
-        return compare(args.compare, args.out)
-    rank, world, device = model.setup_scoring(args)
-    if args.audio:
-        if rank == 0:
-            print_transcripts(args, device)
-        return model.finish()
-    out, timing = Path(args.out), {}
-    if args.rescore:
-        facts = provenance(args, device, world)
-        rows = read_hyps(args.rescore)
-    else:
-        sets, facts = transcribe_all(args, rank, world, device)
-        rows = finished_rows(sets, out, timing)
-    if rank == 0:
-        scores = Scores()
-        write_hyps(out / "hyps.jsonl", scores.watch(rows))
-        summary = summarize_all(scores, timing)
-        print_table(summary)
-        write_json(out / "summary.json", summary | facts)
-        (out / "errors.html").write_text(errors_page(summary | facts, scores), encoding="utf-8")
-        if args.as_manifest:
-            write_teacher_manifest(out / "hyps.jsonl", args.as_manifest, args.max_wer)
-        for path in [*out.glob("part-*.jsonl"), *out.glob("part.json")]:
-            path.unlink()  # all is in hyps.jsonl
-    model.finish()
-
-
-def parse_args(argv=None):
-    """Flags -> namespace."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=data.HelpFormatter)
-    # what to do
-    parser.add_argument("--model", help="checkpoint directory or Hub id, student or teacher")
-    parser.add_argument("--data", nargs="+", help="manifests to transcribe")
-    parser.add_argument("--audio", nargs="+", help="audio files to transcribe and print")
-    parser.add_argument("--rescore", help="hyps.jsonl to score again")
-    parser.add_argument("--compare", nargs="+", help="hyps.jsonl of several systems, same clips")
-    parser.add_argument("--out", help="folder for what is written")
-    # transcripts to train on
-    parser.add_argument("--as_manifest", help="also write transcripts as references, to this file")
-    parser.add_argument("--max_wer", type=not_negative, help="percent from their text at most")
-    # decoding
-    parser.add_argument("--language", help="of --audio, for a teacher that wants to be told")
-    parser.add_argument("--keep_going", action="store_true", help="count broken clips as deleted")
-    parser.add_argument("--resume", action="store_true", help="go on where a run into --out stopped")
-    parser.add_argument("--batch", type=at_least_one, default=32, help="utterances a forward")
-    parser.add_argument("--max_new_tokens", type=at_least_one, default=128,
-                        help="longest transcript, tokens")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
-    args = parser.parse_args(argv)
-    flags = ("model", "data", "audio", "rescore", "compare", "out")
-    given = {flag for flag in flags if getattr(args, flag)}
-    modes = ({"model", "data", "out"}, {"model", "audio"}, {"rescore", "out"},
-             {"compare"}, {"compare", "out"})
-    if given not in modes:
-        parser.error("one of these is needed: --model --data --out, --model --audio, "
-                     "--rescore --out, --compare, --compare --out")
-    if args.compare and len(set(args.compare)) < max(2, len(args.compare)):
-        parser.error("--compare wants two or more different files")
-    if args.max_wer is not None and not args.as_manifest:
-        parser.error("--max_wer filters --as_manifest")
-    return args
 
 
 if __name__ == "__main__":
