@@ -65,9 +65,13 @@ from transformers.models.qwen3_asr.processing_qwen3_asr import LANGUAGE_CODE_TO_
 
 import data
 
-INSTRUCTION = "Please transcribe this audio."
 EOS, PAD, AUDIO = "<|im_end|>", "<|endoftext|>", "<|audio|>"
 SPECIAL = [PAD, EOS, AUDIO, "<|user|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|assistant|>"]
+INSTRUCTION = "Please transcribe this audio."
+# What stands in a prompt before and after the audio.
+ARKASR_PROMPT = ("<|user|><|begin_of_audio|>", f"<|end_of_audio|>{INSTRUCTION}<|assistant|>")
+QWEN3_ASR_PROMPT = ("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|>",
+                    "<|audio_end|><|im_end|>\n<|im_start|>assistant\n")
 
 transformers.utils.logging.disable_progress_bar()  # a bar per checkpoint read says nothing
 
@@ -428,32 +432,43 @@ class ASR:
 
 
 def assemble(net, tokenizer, device, files=None) -> ASR:
-    """A student's network and tokenizer, joined.
+    """A network and its tokenizer, joined: a student, or a Qwen3ASR.
 
     The network is in eval mode, in training too: a rollout and its scoring must be the same
-    function, and no published config drops out. Raises ValueError naming the token that has another
-    id in config.json.
+    function, and no published config drops out. files: see small_files. Raises ValueError naming
+    the token that the tokenizer lacks, or that has another id in config.json.
     """
     files = files or {}
     config = net.config
-    ids = special_ids(tokenizer, SPECIAL, config.vocab_size)
     generation_config = json.loads(files.get("generation_config.json", b"{}"))
-    stop_ids = id_set(config.eos_token_id) | id_set(generation_config.get("eos_token_id"))
-    for key, token in (("audio_token_id", AUDIO), ("eos_token_id", EOS), ("pad_token_id", PAD)):
-        accepted = stop_ids if token == EOS else id_set(getattr(config, key, None))
-        if ids[token] not in accepted:
-            raise ValueError(f"config.json says {key} = {getattr(config, key, None)}, "
+    stop_ids = set()
+    for value in (config.eos_token_id, generation_config.get("eos_token_id")):
+        stop_ids |= set(value) if isinstance(value, (list, tuple)) else {value} - {None}
+    if isinstance(net, ArkasrForConditionalGeneration):
+        family, (prefix, suffix) = ASR, ARKASR_PROMPT
+        pad, audio, tokens = PAD, AUDIO, SPECIAL
+        expected = {"audio_token_id": AUDIO, "pad_token_id": PAD, "eos_token_id": EOS}
+    else:
+        family, (prefix, suffix) = Qwen3ASR, QWEN3_ASR_PROMPT
+        pad, audio = EOS, "<|audio_pad|>"
+        tokens = ["<|im_start|>", EOS, "<|audio_start|>", audio, "<|audio_end|>", "<asr_text>"]
+        expected = {"audio_token_id": audio}
+    n_rows = config.get_text_config().vocab_size
+    ids = special_ids(tokenizer, tokens, n_rows)
+    for key, token in expected.items():
+        value = getattr(config, key, None)
+        if ids[token] not in (stop_ids if token == EOS else {value}):
+            raise ValueError(f"config.json says {key} = {value}, "
                              f"but the tokenizer has {token!r} at {ids[token]}")
-    stop, blocked = stop_and_blocked(tokenizer, stop_ids, config.vocab_size, device)
-    instruction = tokenizer.encode(INSTRUCTION, add_special_tokens=False)
-    return ASR(
+    stop, blocked = stop_and_blocked(tokenizer, stop_ids | {ids[EOS]}, n_rows, device)
+    return family(
         net=net.eval().to(device),
         tokenizer=tokenizer,
-        prefix_ids=[ids["<|user|>"], ids["<|begin_of_audio|>"]],
-        suffix_ids=[ids["<|end_of_audio|>"], *instruction, ids["<|assistant|>"]],
+        prefix_ids=tokenizer.encode(prefix, add_special_tokens=False),
+        suffix_ids=tokenizer.encode(suffix, add_special_tokens=False),
         eos_id=ids[EOS],
-        pad_id=ids[PAD],
-        audio_id=ids[AUDIO],
+        pad_id=ids[pad],
+        audio_id=ids[audio],
         stop=stop,
         blocked=blocked,
         files=files,
@@ -487,15 +502,6 @@ def stop_and_blocked(tokenizer, stop_ids, n_rows, device):
     stop[[i for i in stop_ids if i < n_rows]] = True
     blocked[[i for i in markup + tokenizer.all_special_ids if i < n_rows]] = True
     return stop.to(device), (blocked & ~stop).to(device)
-
-
-def id_set(value) -> set[int]:
-    """A token id of a config, which may be None, a number or a list, as a set."""
-    if value is None:
-        return set()
-    if isinstance(value, int):
-        return {value}
-    return set(value)
 
 
 # -------------------------------------------------------------------------------------- Qwen3-ASR
@@ -563,35 +569,6 @@ class Qwen3ASR(ASR):
         """The ids that follow the audio: they end in "language X<asr_text>"."""
         language = self.plain_tokenizer.encode(f"language {language_name(utterance)}").ids
         return self.suffix_ids + language + [self.tokenizer.convert_tokens_to_ids("<asr_text>")]
-
-
-def assemble_qwen3_asr(net, tokenizer, device) -> Qwen3ASR:
-    """Network and tokenizer, joined as `assemble` does for a student.
-
-    Raises ValueError naming the token that the tokenizer lacks or that has another id in config.json.
-    """
-    n_rows = net.config.text_config.vocab_size
-    tokens = ["<|im_start|>", EOS, "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>", "<asr_text>"]
-    ids = special_ids(tokenizer, tokens, n_rows)
-    audio_id = ids["<|audio_pad|>"]
-    if net.config.audio_token_id != audio_id:
-        raise ValueError(f"config.json says audio_token_id = {net.config.audio_token_id}, "
-                         f"but the tokenizer has '<|audio_pad|>' at {audio_id}")
-    stop_ids = {ids[EOS]} | id_set(net.config.eos_token_id)
-    stop, blocked = stop_and_blocked(tokenizer, stop_ids, n_rows, device)
-    prefix = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|>"
-    suffix = "<|audio_end|><|im_end|>\n<|im_start|>assistant\n"
-    return Qwen3ASR(
-        net=net.eval().to(device),
-        tokenizer=tokenizer,
-        prefix_ids=tokenizer.encode(prefix, add_special_tokens=False),
-        suffix_ids=tokenizer.encode(suffix, add_special_tokens=False),
-        eos_id=ids[EOS],
-        pad_id=ids[EOS],
-        audio_id=audio_id,
-        stop=stop,
-        blocked=blocked,
-    )
 
 
 # The original repositories' names of weights, as regular expressions -> transformers' names.
@@ -899,10 +876,10 @@ def load(name, device="cpu", dtype=None) -> ASR:
                        dtype or torch.float32)
         return assemble(net, load_tokenizer(path), device, small_files(path))
     if model_type == "qwen3_asr":
+        key_mapping = QWEN3_ASR_KEYS if "thinker_config" in config else None
         net = load_net(Qwen3ASRForConditionalGeneration, path, qwen3_asr_config(config),
-                       dtype or inference_dtype(device),
-                       QWEN3_ASR_KEYS if "thinker_config" in config else None)
-        return assemble_qwen3_asr(net, load_tokenizer(path), device)
+                       dtype or inference_dtype(device), key_mapping)
+        return assemble(net, load_tokenizer(path), device)
     raise ValueError(f"{path}/config.json: model_type {model_type!r} is not known; "
                      "expected 'arkasr' or 'qwen3_asr'")
 
@@ -955,10 +932,11 @@ def find_checkpoint(name) -> Path:
 
 
 def weight_files(path) -> list[Path]:
-    """The files of a directory's weights. Raises ValueError naming one that is not whole, or FileNotFoundError."""
+    """The files of a directory's weights. Raises FileNotFoundError, and ValueError naming one that
+    is not whole."""
     files = sorted(path.glob("model*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{path}: no model*.safetensors; weights are read from safetensors only")
+        raise FileNotFoundError(f"{path}: no model*.safetensors; weights are read from nothing else")
     for file in files:
         try:
             safe_open(file, "pt")
@@ -1166,9 +1144,6 @@ class Run:
         if rank == 0:  # what was logged after the restored step is about to be made again
             rows = [r for r in self.records() if r["step"] < self.start + ("loss" in r)]
             data.write_jsonl(self.out / "metrics.jsonl", rows)
-            for name, before in kept.get("flags", {}).items():
-                if before != kept_flags(args).get(name):
-                    print(f"resumed with another --{name} than before: {before} -> {getattr(args, name, None)}")
         self.bar = data.progress(args.steps, self.out.name, "step", rank, self.start)
 
     def records(self) -> list[dict]:
@@ -1204,7 +1179,8 @@ class Run:
         self.bar.write("  ".join(shown))
 
     def is_due(self, step, every) -> bool:
-        return self.stopping or step == self.args.steps or step % every == 0
+        """True at the last step and at every `every`-th."""
+        return step == self.args.steps or step % every == 0
 
     def evaluate(self, dev, step) -> None:
         """Dev error of the weights after `step` updates, if it is time; --out keeps the best weights.
@@ -1223,7 +1199,8 @@ class Run:
 
     def save_state(self, step, dev) -> None:
         """OUT/state/step-N, if it is time; older ones then go. Before an evaluation too: that might fail."""
-        due = self.is_due(step, self.args.save_every) or (dev and self.is_due(step, self.args.eval_every))
+        due = self.stopping or self.is_due(step, self.args.save_every)
+        due = due or (dev and self.is_due(step, self.args.eval_every))
         if self.rank > 0 or not due:
             return
         tensors = {}
@@ -1233,7 +1210,7 @@ class Run:
                 tensors[f"{name}.{key}"] = value.detach().cpu()
             if name not in stored:  # trained beside the student, thrown away at the end
                 tensors[f"{name}.value"] = p.detach().cpu()
-        kept = {"step": step, "best": self.best, "sums": self.sums, "flags": kept_flags(self.args)}
+        kept = {"step": step, "best": self.best, "sums": self.sums, "flags": vars(self.args)}
         folder = self.out / "state"
         part = folder / "part"
         shutil.rmtree(part, ignore_errors=True)
@@ -1283,11 +1260,6 @@ class Run:
             raise ValueError(f"none of the clips could be trained on; first: {first}")
         if self.stopping:
             raise SystemExit(143)
-
-
-def kept_flags(args) -> dict:
-    """The flags that decide a run's result, as they are kept in its state."""
-    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "workers")}
 
 
 def dev_error(asr, utterances, batch_size, max_new_tokens) -> dict[str, float]:
