@@ -1,5 +1,5 @@
-"""On-policy distillation (OPD) for speech recognition: the student writes, a stronger frozen teacher
-scores every token of it.
+"""On-policy distillation (OPD) for speech recognition: the student writes, a stronger, frozen
+teacher scores every token of it.
 
 For every batch of audio x:
   (1) rollout  y ~ p_S(. | x)                     the student writes a transcript   no gradient
@@ -49,7 +49,8 @@ means since the record before (*: of the logged step alone):
   tokens_per_clip         scored tokens per rollout
   truncated, empty        share of rollouts cut at --max_new_tokens, and of those that are EOS alone
   not_scored, rejected    tokens from the first id on that the teacher lacks; clips left out
-  dev_error, dev_length   greedy errors on --dev, %; units written / units in the references
+  dev_error               greedy errors on --dev, %. Of several manifests, the mean; dev_error/NAME
+                          is that of one
 """
 
 import argparse
@@ -82,7 +83,7 @@ def parse_args(argv=None):
     add("--student", help="checkpoint to start from, a directory or a Hub id; without it, the demo")
     add("--teacher", help="checkpoint that scores, a directory or a Hub id")
     add("--data", nargs="+", help="manifests of audio to distil on; transcripts are not read")
-    add("--dev", help="manifest to measure the error rate on while training")
+    add("--dev", nargs="+", help="manifests to measure error rates on while training")
     add("--language", help="language of the lines of --data that name none (Qwen3-ASR is told it)")
     add("--out", help="folder to write to (the demo: runs/demo)")
     add("--resume", action="store_true", help="continue from the newest state in --out, if any")
@@ -91,7 +92,7 @@ def parse_args(argv=None):
     # rollout
     add("--states", default="rollout", choices=["rollout", "reference"],
         help="learn at the student's rollouts, or (a control) at the transcripts of --data")
-    add("--temperature", type=at_least(0.0), default=1.0, help="of the sampling; 0: greedy, as published")
+    add("--temperature", type=at_least(0.0), default=1.0, help="of the sampling; 0 is greedy")
     add("--max_new_tokens", type=at_least(1), default=64, help="longest rollout, tokens")
     # objective
     add("--divergence", default="reverse", choices=["reverse", "forward"],
@@ -99,18 +100,18 @@ def parse_args(argv=None):
     add("--support", default="full", choices=["full", "union", "sampled"],
         help="ids compared: all; both top-k sets, renormalised; the emitted one (policy gradient)")
     add("--top_k", type=at_least(1), default=32, help="k of the union support")
-    add("--tau", type=at_least(1e-3), default=1.0, help="temperature of both sides in the divergence")
+    add("--tau", type=at_least(1e-3), default=1.0, help="temperature of both inside the divergence")
     add("--chunk", type=at_least(1), default=128, help="rows whose logits exist at a time")
     # optimisation
     add("--steps", type=at_least(1), default=600, help="optimiser updates")
     add("--batch", type=at_least(1), default=16, help="utterances per step, over all processes")
-    add("--micro_batch", type=at_least(1), default=16, help="utterances per forward: memory, not the result")
+    add("--micro_batch", type=at_least(1), default=16, help="utterances per forward: memory alone")
     add("--lr", type=at_least(0.0), default=1e-3, help="peak learning rate")
     add("--warmup", type=at_least(0), default=20, help="updates of linear warm-up")
     add("--weight_decay", type=at_least(0.0), default=0.01, help="AdamW's, on matrices")
     add("--clip", type=at_least(1e-9), default=1.0, help="largest gradient norm")
     add("--freeze", choices=["encoder"], help="train adapter and LM alone")
-    add("--recompute", action="store_true", help="less memory, more time: activations are made twice")
+    add("--recompute", action="store_true", help="less memory, more time: activations made twice")
     # bookkeeping
     add("--log_every", type=at_least(1), default=25, help="steps between log lines")
     add("--eval_every", type=at_least(1), default=100, help="steps between dev error rates")
@@ -118,9 +119,8 @@ def parse_args(argv=None):
     add("--eval_batch", type=at_least(1), default=32, help="utterances decoded together on dev")
     add("--workers", type=at_least(0), default=1, help="loader processes per rank")
     args = parser.parse_args(argv)
-    run_flags = ["student", "teacher", "data", "out"]
-    missing = [name for name in run_flags if not getattr(args, name)]
-    if missing and missing != ["student", "teacher", "data", "out"][:len(missing)]:
+    given = [args.student, args.teacher, args.data, args.out]
+    if any(given[:3]) and not all(given):
         parser.error("give --student, --teacher, --data and --out together; "
                      "without any of the first three, the demo runs")
     if not args.student and (args.dev or args.language or args.resume):
@@ -128,9 +128,9 @@ def parse_args(argv=None):
     if args.support == "sampled":
         recipe = (args.divergence, args.temperature, args.tau)
         if recipe != ("reverse", 1.0, 1.0) or args.states == "reference":
-            parser.error("--support sampled estimates reverse KL from tokens that the student drew at "
-                         "temperature 1: it goes with --divergence reverse, --temperature 1, --tau 1, "
-                         "and not with --states reference")
+            parser.error("--support sampled estimates reverse KL from tokens that the student drew "
+                         "at temperature 1: it goes with --divergence reverse, --temperature 1, "
+                         "--tau 1, and not with --states reference")
     return args
 
 
@@ -177,12 +177,13 @@ def sampled_kl(z_s, z_t, y):
       gradient  -A_t d log p_S(y_t),   A_t taken as a number
 
     Unbiased (for the sum over positions; N itself depends on the draws) only where y was drawn from
-    this very p_S: at temperature 1, with one vocabulary. reverse_kl sums over all v what this leaves
-    to one draw; it is here to compare with, and for teachers that give one log-probability per token.
+    this very p_S: at temperature 1, with one vocabulary. reverse_kl sums over all v what this
+    leaves to one draw; it is here to compare with, and for teachers that give one log-probability
+    per token.
     """
     logp_s = z_s.log_softmax(-1).gather(-1, y[:, None])[:, 0]               # (n,)
     logp_t = z_t.log_softmax(-1).gather(-1, y[:, None])[:, 0]               # (n,)
-    impossible = torch.isneginf(logp_s)  # rounding may draw an id of p = 0 on a GPU: it says nothing
+    impossible = torch.isneginf(logp_s)  # a GPU's rounding may draw an id of p = 0: it says nothing
     logp_s = logp_s.masked_fill(impossible, 0.0)
     logp_t = logp_t.masked_fill(impossible, 0.0)
     advantage = (logp_t - logp_s).detach()                                  # (n,)
@@ -219,11 +220,11 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, divergence
     """Heads, loss and its gradient for n rows, `chunk` at a time -> 1/N sum_t D_t (), its gradient
     (n, width).
 
-    So nothing of size (n, V) ever exists. hidden_s (n, width), hidden_t (n, width of the teacher),
-    y (n,): emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary;
+    So nothing of size (n, V) ever exists. hidden_s (n, width), hidden_t (n, width_t), y (n,):
+    emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary;
     to_teacher (V,): see model.vocabulary_map; divergence: (z_s, z_t, y) -> D_t. A chunk's rows are
-    cut from the graph: its backward ends in the head's weight, where it adds to the gradient, and in
-    the rows, whose gradient the caller carries into the body. Copies out with model.map_logits.
+    cut from the graph: its backward ends in the head's weight, where it adds to the gradient, and
+    in the rows, whose gradient the caller carries into the body. Copies out with model.map_logits.
     """
     loss = torch.zeros((), device=hidden_s.device)
     grad_rows = torch.zeros_like(hidden_s)                                  # (n, width)
@@ -241,7 +242,7 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, divergence
     return loss, grad_rows
 
 
-# ----------------------------------------------------------------------------------- the same in sft.py
+# ------------------------------------------------------------------------------ the same in sft.py
 
 def sum_gradients(parameters):
     """The gradient of every rank's share -> that of the whole step, on every rank.
@@ -279,7 +280,8 @@ def make_optimizer(parameters, args):
     vectors = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=parameters[0].is_cuda or None)
+    fused = parameters[0].is_cuda or None
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=fused)
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -314,8 +316,7 @@ def main(args):
     state = model.find_state(args)
     need = ("text",) if args.states == "reference" else ()
     pool = data.read_manifest(args.data, need, args.language)
-    dev = data.read_manifest(args.dev, need=("text",)) if args.dev else []
-    data.check_decodable(dev[rank::world])  # the first evaluation would stop the run
+    dev = model.read_dev(args.dev, rank, world)
     student = model.load_student(state or args.student, device)
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, pool)
@@ -333,9 +334,10 @@ def main(args):
     share = data.Steps(pool, plan, rank, world, (student.n_mels, teacher.n_mels))
     batches = iter(data.loader(share, range(run.start, args.steps), args.workers))
     if rank == 0:
-        print(f"{int((to_teacher >= 0).sum())} of {len(student.tokenizer)} student ids stand in the "
-              f"teacher's vocabulary; {len(pool)} clips, {plan.steps_per_epoch} steps per epoch, "
-              f"{args.batch} clips per step over {world} process(es) on {device}", flush=True)
+        shared = int((to_teacher >= 0).sum())
+        print(f"{shared} of {len(student.tokenizer)} student ids are in the teacher's vocabulary; "
+              f"{len(pool)} clips, {plan.steps_per_epoch} steps per epoch, {args.batch} clips per "
+              f"step over {world} process(es) on {device}", flush=True)
 
     for step in range(run.start, args.steps + 1):
         run.evaluate(dev, step)  # the weights after `step` updates
@@ -366,11 +368,12 @@ def main(args):
             y, read = ids[part, :width], scored[part, :width]               # (b, R)
 
             # ---- (2) teacher   z_T[t] = logits of T at (x, y_<t)
-            #      The same ids, in its own numbering, on the same audio. Its head follows in (4). [dev 3]
+            #      The same ids, in its numbering, on the same audio. Its head follows in (4).
+            #                                                                              [dev 3]
             with torch.no_grad():
                 prompt_t = model.encode_audio(teacher, clips)
                 y_t = to_teacher[y].clamp(min=0)  # 0 stands where no id is read
-                hidden_t = model.response_hidden(                           # (n, width of the teacher)
+                hidden_t = model.response_hidden(                           # (n, width_t)
                     teacher.body, prompt_t.embeds, prompt_t.mask, y_t, read)
 
             # ---- (3) student   z_S[t] = logits of S at (x, y_<t), now with gradients
@@ -445,43 +448,46 @@ def demo_commands(args, root) -> dict[str, str]:
         if args.device != "cpu" and torch.cuda.is_available():
             processes = torch.cuda.device_count()
     at = shlex.quote(str(root))
+    train = f"{at}/data/train.jsonl"
+    dev = f"{at}/data/dev.jsonl"
+    test = f"{at}/data/test.jsonl"
     run = f"torchrun --standalone --nproc_per_node {processes}"
-    common = f"--device {args.device} --seed {args.seed}"
-    sft = f"{run} sft.py --dev {at}/data/dev.jsonl --resume {common}"
-    opd = (f"{run} distill.py --teacher {at}/teacher --data {at}/data/train.jsonl "
-           f"--dev {at}/data/dev.jsonl --resume {common}")
+    device = f"--device {args.device}"
+    sft = f"{run} sft.py --dev {dev} --resume {device} --seed {args.seed}"
+    opd = f"{run} distill.py --teacher {at}/teacher --data {train} --dev {dev} --resume {device}"
     for flag, default in vars(parse_args([])).items():  # other flags given are for these stages
         value = getattr(args, flag)
-        if value != default and flag not in ("out", "device", "seed"):
+        if flag == "seed" or (value != default and flag not in ("out", "device")):
             opd += f" --{flag}" if value is True else f" --{flag} {value}"
     go_on = f"{sft} --student {at}/base --lr 1e-3 --warmup 20"
+    td = f"{at}/transcripts/td.jsonl"
     commands = {
         "data": f"python data.py demo --out {at}/data --seed {args.seed}",
-        # The teacher has a corpus of its own: more voices, other sentences, no clip of the student's.
+        # The teacher has a corpus of its own: more voices, other sentences, no clip of train.
         "teacher": f"{sft} --init random --data {at}/data/teacher.jsonl --out {at}/teacher "
                    "--d_model 112 --encoder_layers 3 --steps 2200 --lr 2e-3",
-        "base": f"{sft} --init random --data {at}/data/train.jsonl --tokenizer {at}/teacher --out {at}/base",
+        "base": f"{sft} --init random --data {train} --tokenizer {at}/teacher --out {at}/base",
         # OPD on the very clips that base was trained on (section 4.1), and as many updates of SFT.
         "opd": f"{opd} --student {at}/base --out {at}/opd",
-        "more": f"{go_on} --data {at}/data/train.jsonl --out {at}/more --steps {args.steps}",
-        # TD, a short stage on the teacher's transcripts of a little other audio; then OPD as before.
-        "transcripts": f"{run} evaluate.py --model {at}/teacher --data {at}/data/pool.jsonl --resume "
-                       f"--device {args.device} --out {at}/transcripts --as_manifest {at}/transcripts/td.jsonl",
-        "td": f"{go_on} --data {at}/transcripts/td.jsonl --out {at}/td --steps {max(1, args.steps // 3)}",
+        "more": f"{go_on} --data {train} --out {at}/more --steps {args.steps}",
+        # TD, a short stage on the teacher's transcripts of a little other audio; then OPD.
+        "transcripts": f"{run} evaluate.py --model {at}/teacher --data {at}/data/pool.jsonl "
+                       f"--resume {device} --out {at}/transcripts --as_manifest {td}",
+        "td": f"{go_on} --data {td} --out {at}/td --steps {max(1, args.steps // 3)}",
         "td_opd": f"{opd} --student {at}/td --out {at}/td_opd",
     }
     for name in SYSTEMS:
-        commands[f"eval/{name}"] = (f"{run} evaluate.py --resume --model {at}/{name} --device {args.device} "
-                                    f"--data {at}/data/test.jsonl --out {at}/eval/{name}")
+        commands[f"eval/{name}"] = (f"{run} evaluate.py --model {at}/{name} --data {test} --resume "
+                                    f"{device} --out {at}/eval/{name}")
     commands["overlap"] = (f"{run} overlap.py --student {at}/base {at}/td --teacher {at}/teacher "
-                           f"--data {at}/data/test.jsonl --out {at}/overlap {common}")
+                           f"--data {test} --out {at}/overlap {device} --seed {args.seed}")
     hyps = " ".join(f"{at}/eval/{name}/hyps.jsonl" for name in SYSTEMS)
     commands["compare"] = f"python evaluate.py --compare {hyps} --out {at}/compare"
     return commands
 
 
 def run_stage(root, name, command) -> float:
-    """Prints a command and runs it, unless ROOT/stages.json says that it is done -> seconds it took."""
+    """Prints a command and runs it, unless stages.json says that it is done -> seconds it took."""
     print(f"\n$ {command}", flush=True)
     note = root / "stages.json"
     stages = data.read_json(note) if note.exists() else {}
@@ -510,7 +516,7 @@ def run_stage(root, name, command) -> float:
 
 
 def write_result(root, seconds) -> None:
-    """result.json: the demo's two tables in numbers, {system: {rate or statistic, its interval}}."""
+    """result.json: the demo's two tables, {system: {rate or statistic, its interval}}."""
     result = {"seconds": seconds}
     for row in json.loads((root / "compare" / "compare.json").read_text()):
         system = result.setdefault(row["system"], {})
@@ -522,8 +528,8 @@ def write_result(root, seconds) -> None:
     overlap = data.read_json(root / "overlap" / "overlap.json")
     for system, report in zip(("base", "td"), overlap["students"]):
         for name in ("vuss", "overlap"):
-            entry = report[name]
-            result[system] |= {name: entry["mean"], f"{name}_interval": [entry["low"], entry["high"]]}
+            e = report[name]
+            result[system] |= {name: e["mean"], f"{name}_interval": [e["low"], e["high"]]}
     (root / "result.json").write_text(json.dumps(result, indent=2))
     shutil.copy(root / "compare" / "compare.png", root / "result.png")
     print(f"{root}/result.json  {root}/result.png")

@@ -52,7 +52,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -113,7 +112,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q_proj = nn.Linear(d_model, d_model)
-        self.k_proj = nn.Linear(d_model, d_model, bias=False)  # its bias would cancel in the softmax
+        self.k_proj = nn.Linear(d_model, d_model, bias=False)  # a bias cancels in the softmax
         self.v_proj = nn.Linear(d_model, d_model)
         self.out_proj = nn.Linear(d_model, d_model)
 
@@ -121,7 +120,7 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, T, head_dim)
 
     def forward(self, x, rope, mask):
-        """x (B, T, d_model), rope (cos, sin), mask (B, 1, 1, T) True on valid keys -> (B, T, d_model)."""
+        """x (B, T, d_model), rope (cos, sin), mask (B, 1, 1, T) True on valid keys -> like x."""
         q = rotate(self.split_heads(self.q_proj(x)), *rope)
         k = rotate(self.split_heads(self.k_proj(x)), *rope)
         v = self.split_heads(self.v_proj(x))
@@ -191,11 +190,11 @@ class AudioEncoder(nn.Module):
         )
 
     def n_tokens(self, n_frames):
-        """Audio tokens of clips: 100 frames/s -> 50 -> 12.5 tokens/s, rounded down, at least one."""
+        """Audio tokens of clips: 100 frames/s -> 50 -> 12.5 tokens/s, rounded down; at least 1."""
         return ((n_frames + 1) // 2 // self.merge).clamp(min=1)
 
     def adapt(self, x, n_frames):
-        """x (B, T', d_model) from `whisper`, n_frames (B,) mel frames -> (B, A, lm_width), n_tokens (B,).
+        """x (B, T', d_model) from `whisper`, n_frames (B,) -> (B, A, lm_width), n_tokens (B,).
 
         T' may be longer than these clips need.
         """
@@ -258,15 +257,15 @@ def student_config(keys: dict) -> ArkasrConfig:
     keys = {"tie_word_embeddings": True, "merge_factor": 4} | WRITTEN_OUT | keys
     for key, expected in WRITTEN_OUT.items():
         if keys[key] != expected:
-            raise ValueError(f"config.json: {key} {keys[key]!r}: only {expected!r} is written out here")
+            raise ValueError(f"config.json: {key} {keys[key]!r}: only {expected!r} is written here")
     rope = {"rope_type": "default", "rope_theta": keys.get("rope_theta", 1e6)}
     rope |= keys.get("rope_parameters") or {}
     if rope["rope_type"] != "default":
-        raise ValueError(f"config.json: rope_parameters {rope}: only rope_type 'default' is written out")
+        raise ValueError(f"config.json: rope_parameters {rope}: only 'default' is written here")
     if "whisper_config" not in keys:
         raise ValueError("config.json: no whisper_config, the sizes of the audio encoder")
     left_out = ("model_type", "transformers_version", "torch_dtype", "dtype", "rope_scaling")
-    # Private keys stay out: transformers would fetch and run the code that _attn_implementation names.
+    # Private keys stay out: transformers would fetch and run what _attn_implementation names.
     kept = {k: v for k, v in keys.items() if k not in left_out and not k.startswith("_")}
     kept |= {"rope_parameters": rope, "architectures": ["ArkasrForConditionalGeneration"]}
     config = ArkasrConfig(**kept, attn_implementation="sdpa")
@@ -294,8 +293,8 @@ def new_student_config(lm_keys: dict, whisper_keys: dict, tokenizer, n_rows) -> 
 
 
 # How Qwen's tokenizers cut a text into words before byte pairs are merged.
-QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def train_tokenizer(texts, vocab_size) -> PreTrainedTokenizerFast:
@@ -366,7 +365,7 @@ def round_up(n, multiple) -> int:
 
 @dataclass
 class ASR:
-    """A recogniser: what is needed to run a model without knowing its family. This one is a student."""
+    """A recogniser: what it takes to run a model without knowing its family. Here, a student."""
     net: nn.Module
     tokenizer: PreTrainedTokenizerFast
     prefix_ids: list[int]     # prompt before the audio
@@ -478,7 +477,7 @@ def assemble(net, tokenizer, device, files=None) -> ASR:
 def special_ids(tokenizer, tokens, n_rows) -> dict[str, int]:
     """{token: id} of the prompt's special tokens.
 
-    Raises ValueError naming the one that the tokenizer lacks or that lies beyond the n_rows embeddings.
+    Raises ValueError naming the one that the tokenizer lacks, or that has no row of n_rows.
     """
     vocabulary = tokenizer.get_vocab()
     ids = {token: vocabulary.get(token) for token in tokens}
@@ -498,7 +497,7 @@ def stop_and_blocked(tokenizer, stop_ids, n_rows, device):
     blocked = torch.zeros(n_rows, dtype=torch.bool)
     blocked[len(tokenizer):] = True
     markup = [i for token, i in tokenizer.get_added_vocab().items() if re.fullmatch(r"<.*>", token)]
-    # Ids past the table are passed over: transformers' default ids of Qwen3-ASR lie past a small one.
+    # Ids past the table are passed over: transformers' defaults lie past that of a small model.
     stop[[i for i in stop_ids if i < n_rows]] = True
     blocked[[i for i in markup + tokenizer.all_special_ids if i < n_rows]] = True
     return stop.to(device), (blocked & ~stop).to(device)
@@ -519,19 +518,19 @@ LANGUAGE_NAMES |= {name.lower(): name for name in LANGUAGE_CODE_TO_NAME.values()
 def language_name(utterance: data.Utterance) -> str:
     """Qwen3-ASR's name for the language of a manifest's line: en, en-US, eng, English -> English.
 
-    Raises ValueError naming line and value where there is none, or one that the model does not know.
+    Raises ValueError naming line and value where there is none, or one that it does not know.
     """
     spelled = (utterance.language or "").lower()
     name = LANGUAGE_NAMES.get(spelled) or LANGUAGE_NAMES.get(re.split("[-_]", spelled)[0])
     if name is None:
         known = ", ".join(map(" ".join, LANGUAGE_CODE_TO_NAME.items()))
-        raise ValueError(f"{utterance.line}: language {utterance.language!r}: Qwen3-ASR has to be told "
-                         f"one that it knows, in the manifest or by --language: {known}")
+        raise ValueError(f"{utterance.line}: language {utterance.language!r}: Qwen3-ASR has to be "
+                         f"told one that it knows, in the manifest or by --language: {known}")
     return name
 
 
 def check_languages(asr: ASR, manifest: data.Manifest) -> None:
-    """Raises ValueError, before any work, if a Qwen3-ASR can't be told the language of some line."""
+    """Raises ValueError, before any work, if a Qwen3-ASR can't be told some line's language."""
     if isinstance(asr, Qwen3ASR):
         for utterance in manifest.languages.values():
             language_name(utterance)
@@ -539,7 +538,7 @@ def check_languages(asr: ASR, manifest: data.Manifest) -> None:
 
 @dataclass
 class Qwen3ASR(ASR):
-    """A Qwen3-ASR checkpoint in transformers' classes. Its prompt names the language of the audio."""
+    """A Qwen3-ASR checkpoint in transformers' classes. Its prompt names the audio's language."""
 
     @property
     def n_mels(self):
@@ -561,7 +560,7 @@ class Qwen3ASR(ASR):
         valid = torch.arange(mel.shape[2]) < n_frames[:, None]     # (B, T)
         packed = self.net.get_audio_features(mel, valid.long().to(self.device)).pooler_output
         n_audio = _get_feat_extract_output_lengths(n_frames, chunk // 2)
-        rows = packed.split(n_audio.tolist())                      # B times (n_audio of the row, width)
+        rows = packed.split(n_audio.tolist())                      # B times (n_audio, width)
         audio = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, A, width)
         return audio, n_audio.to(self.device), None
 
@@ -582,9 +581,9 @@ QWEN3_ASR_KEYS = {
 
 
 def qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
-    """transformers' config from a config.json in either layout. The original nests all in thinker_config.
+    """A config.json in either layout -> transformers' config. The original has a thinker_config.
 
-    Raises ValueError for a config.json in neither: transformers would take its defaults, the 1.7B size.
+    Raises ValueError for one in neither: transformers would take its defaults, the 1.7B size.
     """
     if "audio_config" in config and "text_config" in config:
         left_out = ("model_type", "architectures", "transformers_version")
@@ -629,7 +628,7 @@ class Prompt:
 def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, frames=None) -> Prompt:
     """Audio encoder and adapter, then prompts with the audio in place. Differentiable.
 
-    micro_batch: clips that go through the encoder together, which bounds its memory; all by default.
+    micro_batch: clips that go through the encoder together: its memory. All by default.
     frames: `.frames` of an earlier call on these clips, where the Whisper encoder is frozen.
     """
     parts = batch.split(micro_batch or len(batch))
@@ -652,13 +651,13 @@ def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, frames=None) -> 
 
 
 def pad_and_join(parts):
-    """[(b, T, width)] of unequal T -> (sum of b, longest T, width), zeros behind the shorter ones."""
+    """[(b, T, width)] of unequal T -> (sum of b, longest T, width), zeros behind shorter ones."""
     longest = max(part.shape[1] for part in parts)
     return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
 
 
 def autocast(device):
-    """bf16 arithmetic over fp32 weights on a GPU (not run on hardware here); nothing on a CPU. [dev 7]"""
+    """bf16 arithmetic over fp32 weights on a GPU [dev 7] (not run on one); nothing on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -679,7 +678,7 @@ def positions_of(valid):
 
 
 def check_attention(body) -> None:
-    """Raises ValueError unless the LM takes a mask of bools: eager attention would add it as 0 and 1."""
+    """Raises ValueError unless the LM takes a mask of bools: eager would add it as 0 and 1."""
     if body.config._attn_implementation != "sdpa":
         raise ValueError(f"attention {body.config._attn_implementation!r}: expected 'sdpa'")
 
@@ -696,7 +695,7 @@ def logits(hidden, weight):
 
 
 def response_hidden(body, embeds, prompt_mask, ids, mask) -> torch.Tensor:
-    """Teacher forcing: the hidden rows that predict the response tokens, packed row by row -> (n, width).
+    """Teacher forcing: the hidden rows that predict the n response tokens, packed -> (n, width).
 
     body: an LM without its head. embeds (B, P, width), prompt_mask (B, P): prompts, padded on the
     left. ids, mask (B, R): responses, padded on the right. The caller applies the head to these n
@@ -722,9 +721,9 @@ def draw_token(z, temperature, uniform):
     if temperature == 0:
         return z.argmax(-1)
     cdf = (z / temperature).softmax(-1).cumsum(-1)                              # (B, V)
-    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 2e-5, and kept below it, so that
-    # the id found has p > 0. (On a GPU cumsum is a parallel scan and need not rise to the last bit:
-    # there an id of p = 0 has a chance of about 1e-7.)
+    # u is scaled by the CDF's last value, which fp32 leaves at 1 +- 2e-5, and kept below it, so
+    # that the id found has p > 0. (On a GPU cumsum is a parallel scan and need not rise to the last
+    # bit: there an id of p = 0 has a chance of about 1e-7.)
     last = cdf[:, -1]
     below = torch.nextafter(last, torch.zeros_like(last))
     point = torch.minimum(uniform * last, below)                                # (B,)
@@ -739,8 +738,8 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
 
     body, weight: an LM and its head's weight (V, width). embeds (B, P, width), prompt_mask (B, P):
     prompts, padded on the left. stop, blocked (V,): ids that end a response, ids that none may
-    contain. uniforms (B, max_new_tokens) in [0, 1): see data.keyed_uniforms. mask is True on emitted
-    tokens, the stop id included; a row without one was cut at max_new_tokens.
+    contain. uniforms (B, max_new_tokens) in [0, 1): see data.keyed_uniforms. mask is True on
+    emitted tokens, the stop id included; a row without one was cut at max_new_tokens.
 
     Copies out with check_attention, autocast, causal_mask, positions_of, logits and draw_token.
     When a quarter of the rows are done the others go on alone. There is no collective, and the host
@@ -760,10 +759,10 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     unfinished = torch.ones_like(rows, dtype=torch.bool)                        # (b,)
     cache = DynamicCache(config=body.config)
     valid = prompt_mask                                                         # (b, P+t) columns
-    attend = causal_mask(prompt_mask)                                           # (b, 1, queries, P+t)
-    positions = positions_of(prompt_mask)                                       # (b, queries)
-    # Autocast keeps its bf16 casts of weights to the end of this context, so that they are made once
-    # per rollout. A bf16 copy of the LM would need as much memory, and round otherwise than scoring.
+    attend = causal_mask(prompt_mask)                                           # (b, 1, P, P)
+    positions = positions_of(prompt_mask)                                       # (b, P)
+    # Autocast keeps its bf16 casts of weights to the end of this context: they are made once per
+    # rollout. A bf16 copy of the LM would need as much memory, and round otherwise than scoring.
     with autocast(device):
         for t in range(max_new_tokens):
             output = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
@@ -820,7 +819,7 @@ def transcribe(asr: ASR, batch: data.Batch, max_new_tokens) -> list[dict]:
 # ------------------------------------------------------------------------------- two vocabularies
 
 def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
-    """(V,) long: the teacher's id of each student id with an equal token string; -1 where it has none.
+    """The teacher's id of each student id with an equal token string, -1 where it has none: (V,).
 
     Every id that ends the student's transcripts maps to the teacher's EOS, whatever it is called.
     Ids blocked on either side are -1: no transcript has them.
@@ -838,7 +837,7 @@ def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
 
 
 def map_logits(z_t, to_teacher):
-    """The teacher's logits (n, V_t) in the student's ids (n, V), -inf where the teacher has no such id.
+    """The teacher's logits (n, V_t) in the student's ids -> (n, V), -inf where it has none.
 
     Where k student ids mean one teacher id (two ids that end a transcript), each gets z_T - log k:
     together they have the probability that the teacher gives the one.
@@ -927,39 +926,24 @@ def find_checkpoint(name) -> Path:
         raise ValueError(f"{name} is a LoRA adapter: join it with its base model "
                          "(peft's merge_and_unload), save that, and give its folder here")
     if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{name}: no config.json there, so it is not a checkpoint directory")
+        raise FileNotFoundError(f"{name}: no config.json there: not a checkpoint directory")
     return path
-
-
-def weight_files(path) -> list[Path]:
-    """The files of a directory's weights. Raises FileNotFoundError, and ValueError naming one that
-    is not whole."""
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{path}: no model*.safetensors; weights are read from nothing else")
-    for file in files:
-        try:
-            safe_open(file, "pt")
-        except SafetensorError as error:
-            with file.open("rb") as raw:
-                start = raw.read(48)  # a git-lfs pointer says so itself
-            raise ValueError(f"{file}: not weights in safetensors, or not whole ({error}): "
-                             f"{file.stat().st_size} bytes, that begin with {start}") from None
-    return files
 
 
 def load_net(net_class, path, config, dtype, key_mapping=None):
     """transformers' `from_pretrained`, on the CPU, where nothing may be missing or left over.
 
     It would fill what it does not find with random numbers. Raises ValueError that lists all that
-    is missing, unexpected or of another shape, or names the file that is not whole;
-    FileNotFoundError where there are no weights in safetensors.
+    is missing, unexpected or of another shape, or says why the weights can't be read.
     """
-    weight_files(path)
-    net, report = net_class.from_pretrained(
-        path, config=config, dtype=dtype, key_mapping=key_mapping, attn_implementation="sdpa",
-        use_safetensors=True, output_loading_info=True,
-        ignore_mismatched_sizes=True)  # not ignored, but reported with the rest below
+    try:
+        net, report = net_class.from_pretrained(
+            path, config=config, dtype=dtype, key_mapping=key_mapping, attn_implementation="sdpa",
+            use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True)  # not ignored, but reported with the rest below
+    except Exception as error:  # a missing shard, half a download; it may not say where
+        raise ValueError(f"{path}: its *.safetensors can't be read (half downloaded, or git-lfs "
+                         f"pointers?): {error}") from error
     wrong = []
     for kind in ("missing", "unexpected", "mismatched"):
         wrong += [f"{kind} {key}" for key in sorted(map(str, report[f"{kind}_keys"]))]
@@ -970,14 +954,6 @@ def load_net(net_class, path, config, dtype, key_mapping=None):
         raise ValueError(f"{path}/config.json ties lm_head.weight to the embeddings, "
                          "but the stored one is another matrix")
     return net
-
-
-def read_weights(path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory, by name, in fp32."""
-    tensors = {}
-    for file in weight_files(path):
-        tensors |= load_file(file)
-    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def load_tokenizer(name) -> PreTrainedTokenizerFast:
@@ -1058,7 +1034,7 @@ def setup(args):
         torch.backends.cuda.enable_cudnn_sdp(False)
         # Partial sums stay in fp32: rounded to bf16, a sum over the vocabulary loses small terms.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if world > 1:  # hours, since the others wait while rank 0 saves; NCCL's own limit is ten minutes
+    if world > 1:  # hours: the others wait while rank 0 saves, and NCCL's own limit is ten minutes
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     return rank, world, device
@@ -1080,7 +1056,7 @@ def all_sum(values: dict, device) -> dict[str, float]:
 
 
 def trainable(asr: ASR, freeze=None, recompute=False) -> dict[str, nn.Parameter]:
-    """The parameters to train, by name. freeze "encoder": adapter and LM alone, not the Whisper encoder.
+    """The parameters to train, by name. freeze "encoder": adapter and LM alone.
 
     recompute: only the inputs of encoder blocks and LM layers are kept, backward runs each of them
     again (Chen et al. 2016, arXiv 1604.06174): about a third more arithmetic. transformers' own
@@ -1119,9 +1095,9 @@ class Run:
     """What a training run keeps between its steps: sums for the log, the best dev error, its state.
 
     Its numbers are the same on every rank; rank 0 writes. OUT/state/step-N is a checkpoint with
-    training.safetensors (AdamW's moments by the parameter's name) and training.json beside it. There
-    is no position in the data and no state of a random generator to keep: every draw and every
-    batch is a function of (seed, step).
+    training.safetensors (AdamW's moments by the parameter's name) and training.json beside it.
+    There is no position in the data and no state of a random generator to keep: every draw and
+    every batch is a function of (seed, step).
     """
 
     def __init__(self, args, asr, trained, optimizer, state, rank):
@@ -1183,22 +1159,25 @@ class Run:
         return step == self.args.steps or step % every == 0
 
     def evaluate(self, dev, step) -> None:
-        """Dev error of the weights after `step` updates, if it is time; --out keeps the best weights.
+        """Errors on the dev sets after `step` updates, if it is time; --out keeps the best mean.
 
-        While no error can be measured (nan: a dev set in which nothing is said), the latest is best.
+        While no error can be measured (nan: nothing is said in a dev set), the latest is best.
         """
         if not dev or step == 0 or not self.is_due(step, self.args.eval_every):
             return
-        error = dev_error(self.asr, dev, self.args.eval_batch, self.args.max_new_tokens)
-        self.record({"step": step} | error)
-        unknown = math.isnan(error["dev_error"])
-        if self.rank == 0 and (error["dev_error"] < self.best or (unknown and self.best == math.inf)):
+        errors = {}
+        for name, manifest in dev.items():
+            errors[f"dev_error/{name}"] = dev_error(self.asr, manifest, self.args)
+        mean = sum(errors.values()) / len(errors)
+        self.record({"step": step, "dev_error": mean} | (errors if len(errors) > 1 else {}))
+        is_best = mean < self.best or (math.isnan(mean) and self.best == math.inf)
+        if is_best and self.rank == 0:
             save(self.asr, self.out)
-        if not unknown:
-            self.best = min(error["dev_error"], self.best)
+        if mean < self.best:
+            self.best = mean
 
     def save_state(self, step, dev) -> None:
-        """OUT/state/step-N, if it is time; older ones then go. Before an evaluation too: that might fail."""
+        """OUT/state/step-N, if it is time, and before an evaluation; older ones then go."""
         due = self.stopping or self.is_due(step, self.args.save_every)
         due = due or (dev and self.is_due(step, self.args.eval_every))
         if self.rank > 0 or not due:
@@ -1226,13 +1205,13 @@ class Run:
 
     @torch.no_grad()
     def restore(self, state) -> dict:
-        """AdamW's moments, and what is trained beside the student -> the content of training.json."""
+        """AdamW's moments, and what is trained beside the student -> what training.json holds."""
         tensors = load_file(state / "training.safetensors")
         stored = self.asr.net.state_dict()
         names = {name.rpartition(".")[0] for name in tensors}
         if names and names != self.trained.keys():
-            raise ValueError(f"{state}: moments of {len(names)} parameters, but {len(self.trained)} are "
-                             "trained: was --freeze or --ctc another one?")
+            raise ValueError(f"{state}: moments of {len(names)} weights, {len(self.trained)} are "
+                             "trained: another --freeze or --ctc?")
         for name, p in self.trained.items():
             if name not in stored:
                 p.copy_(tensors.pop(f"{name}.value"))
@@ -1244,8 +1223,8 @@ class Run:
     def close(self, dev) -> None:
         """The last weights where there is no dev set, metrics.png, and what was left out and why.
 
-        Raises ValueError if no clip could be used; exits 143 after SIGTERM, as a shell reports it, so
-        that a scheduler can tell it from success.
+        Raises ValueError if no clip could be used. Exits 143 after SIGTERM, as a shell reports it:
+        a scheduler can tell it from success.
         """
         self.bar.close()
         if self.rank == 0:
@@ -1262,27 +1241,30 @@ class Run:
             raise SystemExit(143)
 
 
-def dev_error(asr, utterances, batch_size, max_new_tokens) -> dict[str, float]:
-    """Greedy errors, languages pooled; the ranks share the clips.
+def read_dev(paths, rank, world) -> dict[str, data.Manifest]:
+    """--dev's manifests by name. Each clip is decoded once: one that can't be would end the run."""
+    dev = {}
+    for path in paths or []:
+        name = Path(path).stem if Path(path).stem not in dev else str(path)
+        dev[name] = data.read_manifest(path, need=("text",))
+        data.check_decodable(dev[name][rank::world])
+    return dev
 
-    -> {"dev_error": percent, "dev_length": units written / units in the references}
-    """
+
+def dev_error(asr, manifest, args) -> float:
+    """Greedy errors, % of the references' units, languages pooled. The ranks share the clips."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    sums = Counter(errors=0, units=0, longer=0)
-    for first in range(rank * batch_size, len(utterances), world * batch_size):
-        clips = utterances[first:first + batch_size]
+    sums = {"errors": 0, "units": 0}
+    for first in range(rank * args.eval_batch, len(manifest), world * args.eval_batch):
+        clips = manifest[first:first + args.eval_batch]
         batch = data.load_batch(clips, (asr.n_mels,), keep_going=False, max_sec=data.MAX_EVAL_SEC,
                                 for_training=False)
-        for u, result in zip(batch.utterances, transcribe(asr, batch, max_new_tokens)):
+        for u, result in zip(batch.utterances, transcribe(asr, batch, args.max_new_tokens)):
             counts = data.edit_counts(u.text, result["hyp"], u.language)
             sums["errors"] += counts.errors
             sums["units"] += counts.units
-            sums["longer"] += counts.insertions - counts.deletions
     sums = all_sum(sums, asr.device)
-    if not sums["units"]:
-        return {"dev_error": math.nan, "dev_length": math.nan}
-    return {"dev_error": 100 * sums["errors"] / sums["units"],
-            "dev_length": 1 + sums["longer"] / sums["units"]}
+    return 100 * sums["errors"] / sums["units"] if sums["units"] else math.nan
 
 
 PANELS = {"loss": ["loss", "ctc"], "dev error, %": ["dev_error"],
@@ -1290,7 +1272,7 @@ PANELS = {"loss": ["loss", "ctc"], "dev error, %": ["dev_error"],
 
 
 def draw_metrics(records, path) -> None:
-    """Records of metrics.jsonl -> a picture: what PANELS lists and the run has logged, over steps."""
+    """Records of metrics.jsonl -> a picture: what PANELS lists and the run logged, over steps."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -7,23 +7,25 @@ Two stages of the paper are this script:
 
 For every step, over all its utterances x with response y_0 ... y_{R-1} = EOS:
   L = -1/N sum_x sum_t log p_S(y_t | x, y_<t)
-N: response tokens of the step, over all ranks and micro-batches. Prompt, audio and padding are never
-targets. From random weights, an auxiliary CTC loss on the adapter's output (--ctc) makes the encoder
-listen before the LM has learnt to ignore it; real runs start from a trained encoder instead.
+N: response tokens of the step, over all ranks and micro-batches. Prompt, audio and padding are
+never targets. From random weights, an auxiliary CTC loss on the adapter's output (--ctc) makes the
+encoder listen before the LM has learnt to ignore it; real runs start from a trained encoder.
 
     python sft.py --init random --data train.jsonl --dev dev.jsonl --out runs/base
-    torchrun --nproc_per_node 8 sft.py --student runs/base --data td.jsonl --dev dev.jsonl --out runs/td
+    torchrun --nproc_per_node 8 sft.py --student runs/base --data td.jsonl --dev dev.jsonl \\
+        --out runs/td
     torchrun --nproc_per_node 8 sft.py --init_encoder WHISPER --init_lm QWEN --data train.jsonl ...
 
 --out then holds the best checkpoint on dev (without --dev: the last), --out/state/step-N the last
 one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl, sums and
 means since the record before (*: of the logged step alone):
   step, loss (nats per response token), grad_norm* (before clipping), lr*, tokens (N, summed)
-  ctc, ctc_skipped       CTC loss, nats per response token; clips with more tokens than audio frames,
-                         which are left out of it
+  ctc, ctc_skipped       CTC loss, nats per response token; clips with more tokens than audio
+                         frames, which are left out of it
   rejected               clips left out
   audio_per_sec          seconds of audio trained on per second
-  dev_error, dev_length  greedy errors on --dev, %; units written / units in the references
+  dev_error              greedy errors on --dev, %. Of several manifests, the mean; dev_error/NAME
+                         is that of one
 """
 
 import argparse
@@ -33,6 +35,7 @@ import time
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -49,15 +52,15 @@ def parse_args(argv=None):
                                      allow_abbrev=False)
     add = parser.add_argument
     add("--data", nargs="+", required=True, help="manifests to train on")
-    add("--dev", help="manifest to measure the error rate on while training")
+    add("--dev", nargs="+", help="manifests to measure error rates on while training")
     add("--out", required=True, help="folder to write to")
     add("--resume", action="store_true", help="continue from the newest state in --out, if any")
     add("--seed", type=at_least(0), default=0, help="decides weights and data order")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     # student
     add("--student", help="checkpoint to start from, a directory or a Hub id")
-    add("--init_encoder", help="or: encoder of a Whisper, GLM-ASR or ARK-ASR checkpoint, with a new adapter")
-    add("--init_lm", help="Qwen2 or Qwen2.5 causal LM to put behind it")
+    add("--init_encoder", help="or: encoder of a Whisper, GLM-ASR or ARK-ASR checkpoint")
+    add("--init_lm", help="Qwen2 or Qwen2.5 causal LM to put behind it, and a new adapter")
     add("--init", choices=["random"], help="or: random weights of the size below")
     add("--tokenizer", help="checkpoint whose tokenizer to take (else one is trained on --data)")
     add("--vocab_size", type=at_least(1), default=640, help="size of that trained tokenizer")
@@ -68,13 +71,13 @@ def parse_args(argv=None):
     # optimisation
     add("--steps", type=at_least(1), default=1200, help="optimiser updates")
     add("--batch", type=at_least(1), default=16, help="utterances per step, over all processes")
-    add("--micro_batch", type=at_least(1), default=16, help="utterances per forward: memory, not the result")
+    add("--micro_batch", type=at_least(1), default=16, help="utterances per forward: memory alone")
     add("--lr", type=at_least(0.0), default=3e-3, help="peak learning rate")
     add("--warmup", type=at_least(0), default=100, help="updates of linear warm-up")
     add("--weight_decay", type=at_least(0.0), default=0.01, help="AdamW's, on matrices")
     add("--clip", type=at_least(1e-9), default=1.0, help="largest gradient norm")
     add("--freeze", choices=["encoder"], help="train adapter and LM alone")
-    add("--recompute", action="store_true", help="less memory, more time: activations are made twice")
+    add("--recompute", action="store_true", help="less memory, more time: activations made twice")
     add("--ctc", type=at_least(0.0), help="weight of the CTC loss (1 with --init random, else 0)")
     # bookkeeping
     add("--log_every", type=at_least(1), default=25, help="steps between log lines")
@@ -110,7 +113,7 @@ def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
     """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class V.
 
     audio (B, A, width), of which n_audio (B,) are each row's; responses: lists of ids -> sum of
-    -log p () nats over the clips whose tokens fit their frames; how many don't fit and are left out.
+    -log p () nats over the clips whose tokens fit their frames; how many are left out.
     """
     labels = []
     fits = torch.zeros(len(responses), dtype=torch.bool)
@@ -130,7 +133,7 @@ def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
     return loss, n_skipped
 
 
-# ----------------------------------------------------------------------------------- the same in distill.py
+# -------------------------------------------------------------------------- the same in distill.py
 
 def sum_gradients(parameters):
     """The gradient of every rank's share -> that of the whole step, on every rank.
@@ -168,7 +171,8 @@ def make_optimizer(parameters, args):
     vectors = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=parameters[0].is_cuda or None)
+    fused = parameters[0].is_cuda or None
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=fused)
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -180,8 +184,7 @@ def main(args):
     torch.manual_seed(args.seed)
     state = model.find_state(args)
     train = data.read_manifest(args.data, need=("text",))
-    dev = data.read_manifest(args.dev, need=("text",)) if args.dev else []
-    data.check_decodable(dev[rank::world])  # the first evaluation would stop the run
+    dev = model.read_dev(args.dev, rank, world)
     student = model.load_student(state, device) if state else make_student(args, train, device)
     trained = model.trainable(student, args.freeze, args.recompute)
     ctc_head = None
@@ -222,7 +225,7 @@ def main(args):
             hidden = model.response_hidden(                                     # (n, width)
                 student.body, prompt.embeds, prompt.mask, y, mask)
             z = model.logits(hidden, student.head.weight)                       # (n, V)
-            z = z.masked_fill(student.blocked, -math.inf)  # what no transcript may contain has p = 0
+            z = z.masked_fill(student.blocked, -math.inf)  # no transcript contains these: p = 0
 
             # ---- loss        -1/N sum_t log p_S(y_t | x, y_<t), and --ctc times the CTC loss
             loss = cross_entropy_sum(z, y[mask])
@@ -263,7 +266,7 @@ def main(args):
     run.close(dev)
 
 
-# ------------------------------------------------------------------------------- where a student comes from
+# --------------------------------------------------------------------- where a student comes from
 
 def make_student(args, train, device) -> model.ASR:
     """--student, or --init_encoder with --init_lm, or --init random."""
@@ -280,10 +283,10 @@ def make_student(args, train, device) -> model.ASR:
 
 
 def student_from_parts(encoder, lm, device="cpu") -> model.ASR:
-    """The audio encoder of one checkpoint and a Qwen2 or Qwen2.5 causal LM, joined to a new student.
+    """One checkpoint's audio encoder and a Qwen2 or Qwen2.5 causal LM, joined to a new student.
 
     The adapter is drawn from torch's global generator. Tokens of the prompt that the LM lacks are
-    added. Raises FileNotFoundError, and ValueError naming the checkpoint and what in it does not fit.
+    added. Raises FileNotFoundError, and ValueError naming the checkpoint and what does not fit.
     """
     path = model.find_checkpoint(lm)
     config = data.read_json(path / "config.json")
@@ -305,7 +308,8 @@ def student_from_parts(encoder, lm, device="cpu") -> model.ASR:
     student = model.ArkasrForConditionalGeneration(
         model.new_student_config(lm_keys, whisper_keys, tokenizer, n_rows))
     missing, unexpected = student.load_state_dict(net.state_dict() | weights, strict=False)
-    wrong = [name for name in missing if not name.startswith("audio_encoder.adapting.")] + unexpected
+    wrong = unexpected
+    wrong += [name for name in missing if not name.startswith("audio_encoder.adapting.")]
     if wrong:
         raise ValueError(f"{encoder}: missing or unexpected weights of its encoder: {wrong[:5]}")
     return model.assemble(student, tokenizer, device)
@@ -324,16 +328,18 @@ def draw_new_rows(net, n_text) -> None:
 
 
 def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The encoder of a Whisper, GLM-ASR or ARK-ASR checkpoint: whisper_config, {our name: fp32 tensor}.
+    """The encoder of a Whisper, GLM-ASR or ARK-ASR checkpoint: its sizes, {our name: tensor}.
 
-    Of GLM-ASR, transformers' layout is read and the original one, which is ARK-ASR's. Whisper adds a
-    table of positions where this encoder rotates queries and keys: its weights fit, the positions
+    Of GLM-ASR, transformers' layout is read and the original one, which is ARK-ASR's. Whisper adds
+    a table of positions where this encoder rotates queries and keys: its weights fit, the positions
     have to be learnt anew. Its last LayerNorm becomes the one before the adapter. Raises ValueError
     for another encoder.
     """
     path = model.find_checkpoint(name)
     config = data.read_json(path / "config.json")
-    tensors = model.read_weights(path)
+    tensors = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(file)
     if config.get("model_type") == "glmasr":
         return convert_glmasr_encoder(path, config["audio_config"], tensors)
     prefixes = ("audio_encoder.whisper.", "model.encoder.", "encoder.")
@@ -344,14 +350,13 @@ def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
     weights = {}
     for key, tensor in tensors.items():
         ours = key.replace(prefix, "audio_encoder.whisper.", 1)
-        if prefix == "audio_encoder.whisper." and ours.startswith("audio_encoder.whisper.layer_norm."):
-            continue  # ARK-ASR's file keeps Whisper's, which nothing reads, and its own
-        ours = ours.replace("whisper.layer_norm.", "layer_norm.")
+        if prefix != "audio_encoder.whisper.":  # there, ARK-ASR's file has one that nothing reads
+            ours = ours.replace("whisper.layer_norm.", "layer_norm.")
         is_encoder = ours.startswith(("audio_encoder.whisper.", "audio_encoder.layer_norm."))
-        if is_encoder and "embed_positions" not in ours:
+        if is_encoder and "embed_positions" not in ours and ".whisper.layer_norm." not in ours:
             weights[ours] = tensor
     config = config.get("whisper_config", config)
-    keys = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins")
+    keys = """d_model encoder_layers encoder_attention_heads encoder_ffn_dim num_mel_bins""".split()
     return {key: config[key] for key in keys}, weights
 
 
@@ -375,7 +380,7 @@ def convert_glmasr_encoder(path, config, tensors):
     heads = config["num_attention_heads"]
     weights = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("model.")  # transformers' name in memory; on disk it leaves this out
+        name = name.removeprefix("model.")  # transformers' in memory; on disk it leaves this out
         if not name.startswith("audio_tower."):
             continue
         for theirs, ours in GLMASR_NAMES.items():
@@ -394,7 +399,7 @@ def convert_glmasr_encoder(path, config, tensors):
 
 
 def interleave_rope(weight, heads):
-    """transformers' order of rows of q and k undone, in a weight or bias: (heads * head_dim, ...) -> same.
+    """transformers' order of rows of q and k undone: (heads * head_dim, ...) -> same.
 
     Of each head's rows, the first half goes from [0, 2, .., 1, 3, ..] to [0, 1, 2, 3, ..].
     """
