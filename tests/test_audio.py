@@ -1,0 +1,306 @@
+"""Audio files and features: what FFmpeg makes of them against the samples that were written.
+
+    OMP_NUM_THREADS=1 python -m pytest tests/test_audio.py -q
+"""
+
+import dataclasses
+import wave
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from transformers import WhisperFeatureExtractor
+
+import data
+from conftest import sound
+
+RATE = 16_000
+CODECS = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame", "opus": "libopus",
+          "ogg": "libopus", "m4a": "aac", "webm": "libopus", "aiff": "pcm_s16be", "au": "pcm_s16be"}
+
+
+def write_wav(path, audio, rate=RATE):
+    """(n,) or (n, C) in [-1, 1] -> 16 bits, without any library of sound."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1 if audio.ndim == 1 else audio.shape[1], 2, rate, 0, "NONE", ""))
+        file.writeframes(np.rint(audio * 32767).astype("<i2").tobytes())
+    return path
+
+
+def encode(path, audio, codec=None, rate=RATE, **options):
+    """(n,) or (n, 2) -> a file of the format that its suffix names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layout = "mono" if audio.ndim == 1 else "stereo"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec or CODECS[path.suffix[1:].lower()], rate=rate,
+                                      layout=layout, options=options)
+        planes = np.ascontiguousarray(np.atleast_2d(audio.T), dtype=np.float32)
+        frame = av.AudioFrame.from_ndarray(planes, "fltp", layout)
+        frame.sample_rate = rate
+        frame.time_base = Fraction(1, rate)
+        frame.pts = 0
+        convert = av.AudioResampler(stream.format, layout, stream.rate, stream.frame_size or 1024)
+        for part in convert.resample(frame) + convert.resample(None):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    return path
+
+
+def clip(path, audio=None, start=0.0, duration=None, rate=RATE, codec=None, **fields):
+    """The utterance of manifest line m.jsonl:7 that names `path`; writes `audio` there."""
+    if audio is not None:
+        encode(path, audio, codec, rate)
+    return data.Utterance("clip", str(path), start_sec=start, duration_sec=duration, line="m.jsonl:7",
+                          **fields)
+
+
+def reason(u, **options):
+    """Why a clip is refused; its message names line, id and file."""
+    with pytest.raises(data.AudioError) as error:
+        data.load_audio(u, **options)
+    assert str(error.value).startswith(f"m.jsonl:7: clip: {u.audio}: {error.value.reason}: ")
+    return error.value.reason
+
+
+# ---------------------------------------------------------------------------- decoding
+
+@pytest.mark.parametrize("extension, codec, tolerance", [
+    ("wav", "pcm_s16le", 1e-4), ("wav", "pcm_f32le", 0), ("wav", "pcm_s24le", 1e-6),
+    ("wav", "pcm_mulaw", 0.02), ("flac", None, 1e-4), ("aiff", None, 1e-4), ("au", None, 1e-4),
+    ("mp3", None, None), ("opus", None, None), ("m4a", None, None), ("webm", None, None)])
+def test_a_file_is_read_as_it_was_written(tmp_path, extension, codec, tolerance):
+    x = sound(np.random.default_rng(1), 1.0)
+    audio = data.load_audio(clip(tmp_path / f"a.{extension}", x, codec=codec))
+    assert audio.dtype == np.float32
+    assert len(x) <= len(audio) <= len(x) + (1024 if extension == "m4a" else 0)  # whole aac frames
+    if tolerance is None:  # lossy; shifted by a single sample it would be 0.9
+        assert np.corrcoef(audio[:len(x)], x)[0, 1] > 0.96
+    else:
+        assert np.abs(audio - x).max() <= tolerance
+
+
+@pytest.mark.parametrize("extension", ["wav", "flac", "mp3", "opus", "m4a", "webm"])
+def test_a_segment_is_that_part_of_the_whole_file(tmp_path, extension):
+    # Longer than a few seconds: in a shorter file nothing is sought.
+    u = clip(tmp_path / f"a.{extension}", sound(np.random.default_rng(2), 8.0))
+    whole = data.load_audio(u)
+    for start, duration in ((0.25, 0.5), (3.3, 0.4), (6.05, 1.9), (7.0, None)):
+        part = data.load_audio(dataclasses.replace(u, start_sec=start, duration_sec=duration))
+        first = round(start * RATE)
+        expected = whole[first:] if duration is None else whole[first:first + round(duration * RATE)]
+        assert len(part) == len(expected)
+        # opus is decoded at 48 kHz: a segment is cut there and resampled, which rings at its ends.
+        edge = 400 if extension in ("opus", "webm") else 0
+        middle = slice(edge, len(part) - edge)
+        np.testing.assert_allclose(part[middle], expected[middle], rtol=0, atol=1e-5)
+
+
+def test_a_segment_of_a_long_file_does_not_decode_the_rest(tmp_path, monkeypatch):
+    u = clip(tmp_path / "a.mp3", sound(np.random.default_rng(2), 20.0), start=10.0, duration=1.0)
+    seen = []
+    plain = data.decoded_frames
+    monkeypatch.setattr(data, "decoded_frames", lambda path, start: (
+        seen.append(begin) or (begin, frame) for begin, frame in plain(path, start)))
+    data.load_audio(u)
+    assert 8.8 < seen[0] < 9.1 and 10.9 < seen[-1] < 11.1  # a run-up of one second
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_001, 22_050, 44_100, 44_101, 48_000])
+def test_resampling_keeps_pitch_phase_and_length(tmp_path, rate):
+    def tone(seconds):  # the same sound at any rate
+        return 0.5 * np.sin(2 * np.pi * 440 * seconds + 0.3)
+    u = clip(tmp_path / "a.wav", tone(np.arange(round(1.01 * rate)) / rate), rate=rate,
+             codec="pcm_f32le")
+    for start, duration in ((0.0, None), (0.3, 0.5)):
+        audio = data.load_audio(dataclasses.replace(u, start_sec=start, duration_sec=duration))
+        assert len(audio) == pytest.approx((duration or 1.01) * RATE, abs=1)
+        middle = slice(400, -400)  # the filter rings at both ends
+        expected = tone(round(start * rate) / rate + np.arange(len(audio)) / RATE)
+        np.testing.assert_allclose(audio[middle], expected[middle], atol=2e-4)
+
+
+def test_channels_are_averaged_or_one_is_selected(tmp_path):
+    rng = np.random.default_rng(3)
+    stereo = np.stack([sound(rng, 0.5), sound(rng, 0.5)], 1)
+    u = clip(tmp_path / "a.wav", stereo, codec="pcm_f32le")
+    np.testing.assert_allclose(data.load_audio(u), stereo.mean(1), atol=1e-7)
+    for channel in (0, 1):
+        audio = data.load_audio(dataclasses.replace(u, channel=channel))
+        np.testing.assert_array_equal(audio, stereo[:, channel])
+    assert reason(dataclasses.replace(u, channel=2)) == "no_channel"
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+def refused():
+    half = sound(np.random.default_rng(4), 0.5)
+    holed = half.copy()
+    holed[100] = np.nan
+    return {
+        "past_end": [dict(start=0.6), dict(duration=0.52), dict(start=0.3, duration=0.3),
+                     dict(start=0.5), dict(start=7.0), dict(duration=31.0)],
+        "too_short": [dict(audio=half[:1500]), dict(duration=0.09), dict(start=0.42)],
+        "too_long": [dict(audio=np.tile(half, 61)), dict(audio=np.tile(half, 63), duration=30.1)],
+        "not_finite": [dict(audio=holed), dict(audio=np.where(half > 0.3, np.inf, half))],
+        "silent": [dict(audio=0 * half), dict(audio=half * 1e-4), dict(audio=0.2 + half * 1e-4),
+                   dict(audio=np.stack([half, -half], 1))]}  # opposite phase: their average
+
+
+@pytest.mark.parametrize("why", refused())
+def test_what_is_refused_says_why(tmp_path, why):
+    for i, case in enumerate(refused()[why]):
+        case = {"audio": sound(np.random.default_rng(4), 0.5)} | case
+        assert reason(clip(tmp_path / f"{i}.wav", codec="pcm_f32le", **case)) == why
+
+
+def test_what_is_just_good_enough(tmp_path):
+    half = sound(np.random.default_rng(4), 0.5)
+    for i, case in enumerate((dict(audio=half[:1600]), dict(audio=np.tile(half, 60)),
+                              dict(audio=half * 4e-4),
+                              dict(audio=half, duration=0.509))):  # a length rounded up to 10 ms
+        u = clip(tmp_path / f"{i}.wav", codec="pcm_f32le", **case)
+        assert len(data.load_audio(u)) == len(case["audio"])
+
+
+def test_silence_is_heard_in_evaluation_and_where_nothing_is_said(tmp_path):
+    u = clip(tmp_path / "a.wav", np.zeros(RATE), text="hello")
+    assert reason(u) == "silent"
+    assert len(data.load_audio(dataclasses.replace(u, text=""))) == RATE
+    with pytest.warns(UserWarning, match="m.jsonl:7.*silent"):
+        assert len(data.load_audio(u, for_training=False)) == RATE
+    with pytest.warns(UserWarning, match="silent"):
+        data.check_decodable([u])
+    with pytest.raises(data.AudioError, match="too_long"):
+        data.check_decodable([clip(tmp_path / "b.wav", np.zeros(41 * RATE))])
+
+
+@pytest.mark.parametrize("name, content", [
+    ("missing.wav", None), ("empty.wav", b""), ("text.wav", b"not audio at all" * 99),
+    ("headerless.raw", b"\0\1" * 9000), ("stub.wav", b"RIFF"), ("stub.ogg", b"OggS")])
+def test_what_is_no_audio_is_unreadable(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert reason(clip(tmp_path / name)) == "unreadable"
+
+
+@pytest.mark.parametrize("extension", ["wav", "flac", "mp3", "opus", "m4a", "webm", "aiff", "au"])
+def test_a_file_that_is_cut_off_is_unreadable(tmp_path, extension):
+    # Half the sound under the whole transcript: a model would learn to invent the rest.
+    u = clip(tmp_path / f"a.{extension}", np.tile(sound(np.random.default_rng(5), 1.0), 5))
+    raw = (tmp_path / f"a.{extension}").read_bytes()
+    (tmp_path / f"a.{extension}").write_bytes(raw[:len(raw) * 6 // 10])
+    assert reason(u) == "unreadable"
+    assert reason(dataclasses.replace(u, duration_sec=5.0)) in ("unreadable", "past_end")
+
+
+@pytest.mark.parametrize("extension", ["wav", "flac", "mp3", "opus", "webm"])
+def test_files_joined_are_read_whole_or_refused(tmp_path, extension):
+    u = clip(tmp_path / f"a.{extension}", sound(np.random.default_rng(5), 2.0))
+    path = tmp_path / f"a.{extension}"
+    path.write_bytes(path.read_bytes() * 2)
+    try:
+        assert len(data.load_audio(u)) == pytest.approx(4 * RATE, rel=0.05)
+    except data.AudioError as error:
+        assert error.reason == "unreadable"
+
+
+def test_a_hole_in_a_file_is_unreadable(tmp_path):
+    u = clip(tmp_path / "a.flac", sound(np.random.default_rng(5), 8.0))
+    raw = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "a.flac").write_bytes(raw[:len(raw) // 3] + raw[len(raw) // 2:])
+    assert reason(u) == "unreadable"
+
+
+@pytest.mark.parametrize("size", [0x7FFFF000, 0x7FFFFFFF, 0x80000000 - 36, 2 ** 32 - 1, 0])
+def test_a_wav_that_was_written_to_a_pipe_is_whole(tmp_path, size):
+    x = sound(np.random.default_rng(5), 2.0)
+    raw = bytearray(write_wav(tmp_path / "a.wav", x).read_bytes())
+    raw[40:44] = size.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(raw)
+    np.testing.assert_allclose(data.load_audio(clip(tmp_path / "a.wav")), x, atol=1e-4)
+    tail = data.load_audio(clip(tmp_path / "a.wav", start=1.5))
+    np.testing.assert_allclose(tail, x[24_000:], atol=1e-4)
+
+
+def test_a_wav_whose_header_was_never_brought_up_to_date_is_unreadable(tmp_path):
+    raw = bytearray(write_wav(tmp_path / "a.wav", sound(np.random.default_rng(5), 1.0)).read_bytes())
+    raw[40:44] = (4096).to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(raw)
+    with pytest.raises(data.AudioError, match="4096 bytes of samples by the header, 32000 found"):
+        data.load_audio(clip(tmp_path / "a.wav"))
+
+
+def test_other_chunks_may_stand_around_the_samples_of_a_wav(tmp_path):
+    x = sound(np.random.default_rng(5), 0.5)
+    raw = write_wav(tmp_path / "a.wav", x).read_bytes()
+    note = b"LIST" + (5).to_bytes(4, "little") + b"data!\0"  # odd: one byte of padding
+    large = b"id3 " + (8000).to_bytes(4, "little") + bytes(8000)
+    (tmp_path / "a.wav").write_bytes(raw[:36] + note + raw[36:] + large)
+    np.testing.assert_allclose(data.load_audio(clip(tmp_path / "a.wav")), x, atol=1e-4)
+
+
+def test_what_stands_behind_an_mp3_is_not_heard(tmp_path):
+    x = sound(np.random.default_rng(5), 2.0)
+    u = clip(tmp_path / "a.mp3", x)
+    whole = data.load_audio(u)
+    for behind in (b"TAG".ljust(128, b"\0"), b"junk \xff\xfb " * 30):
+        (tmp_path / "b.mp3").write_bytes((tmp_path / "a.mp3").read_bytes() + behind)
+        audio = data.load_audio(clip(tmp_path / "b.mp3"))
+        np.testing.assert_array_equal(audio[:len(whole)], whole)
+        assert len(audio) - len(whole) < 0.05 * RATE
+
+
+def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
+    x = sound(np.random.default_rng(5), 2.0)
+    clip(tmp_path / "a.flac", x)
+    raw = bytearray((tmp_path / "a.flac").read_bytes())
+    raw[21] &= 0xF0
+    raw[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(raw)
+    np.testing.assert_allclose(data.load_audio(clip(tmp_path / "a.flac")), x, atol=1e-4)
+    part = data.load_audio(clip(tmp_path / "a.flac", start=1.3, duration=0.4))
+    np.testing.assert_allclose(part, x[20_800:27_200], atol=1e-4)
+
+
+def test_a_video_is_as_long_as_its_sound(tmp_path):
+    x = sound(np.random.default_rng(5), 1.0)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        pictures = container.add_stream("mpeg4", rate=10)
+        pictures.width = pictures.height = 16
+        pictures.pix_fmt = "yuv420p"
+        speech = container.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        for _ in range(12):  # 1.2 s
+            picture = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")
+            container.mux(pictures.encode(picture))
+        container.mux(pictures.encode(None))
+        frame = av.AudioFrame.from_ndarray(np.int16(x * 32767)[None], "s16", "mono")
+        frame.sample_rate = RATE
+        container.mux(speech.encode(frame))
+    u = clip(tmp_path / "a.mkv", duration=1.0)
+    np.testing.assert_allclose(data.load_audio(u), x, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------- log-mel
+
+def feature_clips():
+    rng = np.random.default_rng(6)
+    sweep, noise = sound(rng, 3.21), 0.1 * rng.standard_normal(5 * RATE).astype(np.float32)
+    return {"sweep": sweep, "noise": noise, "0.1 s": sweep[:1600], "odd length": sweep[:16_159],
+            "near silence": noise[:RATE] * 1e-5, "zeros": np.zeros(RATE, np.float32),
+            "floor at 80 dB": np.concatenate([1e-3 * noise[:RATE], sweep])}
+
+
+@pytest.mark.parametrize("n_mels", [80, 128])
+@pytest.mark.parametrize("name", feature_clips())
+def test_log_mel_is_whispers(name, n_mels):
+    audio = feature_clips()[name]
+    extractor = WhisperFeatureExtractor(feature_size=n_mels)
+    expected = extractor(audio, sampling_rate=RATE, padding=False, truncation=False,
+                         return_tensors="np").input_features[0]
+    mel = data.log_mel(audio, n_mels)
+    assert mel.dtype == torch.float32
+    assert mel.shape == (n_mels, len(audio) // data.HOP) == expected.shape
+    np.testing.assert_allclose(mel.numpy(), expected, rtol=0, atol=3e-5)
