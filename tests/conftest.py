@@ -1,9 +1,12 @@
 """Fixtures of all tests: a tiny corpus of synthesised sounds, a tokenizer, tiny random models."""
 
+import inspect
+import math
 import os
 import sys
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -148,3 +151,11 @@ def twins(student, teacher):
         if token in theirs and token not in model.SPECIAL:
             pairs[i] = theirs[token]
     return pairs
+
+
+def copied_out(*parts, **names):
+    """Sources of functions and classes, run where there is nothing but torch and `names`."""
+    namespace = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "math": math} | names
+    for part in parts:
+        exec(inspect.getsource(part), namespace)
+    return SimpleNamespace(**namespace)
