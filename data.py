@@ -272,9 +272,13 @@ def read_json(path) -> dict:
 def check_writable(*files) -> None:
     """Raise OSError, naming the file, if files that long work will end in can't be written."""
     for file in map(Path, files):
+        if file.is_dir():
+            raise IsADirectoryError(f"{file}: a file is to be written here, and there is a folder")
         folder = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
-        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise OSError(f"{file}: can't be written")
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:  # it names its own file: not what the user knows
+            raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def progress(total, name, unit, rank=0, initial=0) -> tqdm:
@@ -657,7 +661,8 @@ def normalize(text: str, language: str | None) -> str:
         text = english_normalizer()(text)
     else:
         text = words(text)
-    return " ".join(UNIT.findall(text))
+    # Whisper's leaves a symbol of its numbers alone where one stood alone, as in "...".
+    return " ".join(unit for unit in UNIT.findall(text) if unit.strip(".%$¢€£"))
 
 
 def rate_name(language: str | None) -> str:
