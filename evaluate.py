@@ -18,16 +18,16 @@ else utterances.
 TD is teacher data: transcripts that become references for sft.py. Decoding is greedy. A transcript
 is scored as it is: empty and truncated ones are counted, never mended.
 
-Every process appends what it decodes to OUT/part-RANK.jsonl, batch by batch; in the end these become
-hyps.jsonl. A run that was stopped goes on with --resume, on any number of processes: of each, the
-batch at work is lost. Nodes share --out.
+Every process appends what it decodes to OUT/part-RANK.jsonl, batch by batch; in the end these
+become hyps.jsonl. A run that was stopped goes on with --resume, on any number of processes: of each,
+the batch at work is lost. Nodes share --out.
 
 hyps.jsonl: a manifest in the order of --data, with these keys added to each line
   set                   its manifest: the file's name without .jsonl
   hyp                   the transcript
   stopped, n_tokens     false if it was cut at --max_new_tokens; its length, end token included
   audio_sec, seconds    decoded audio and time taken (over all processes), each its batch's mean
-  substitutions, deletions, insertions, units    where the line has a text
+  substitutions, deletions, insertions, errors, units    where the line has a text
   failed                only where the clip could not be decoded (--keep_going): the reason
 
 summary.json
@@ -185,8 +185,8 @@ def transcribe_sets(args):
     out.mkdir(parents=True, exist_ok=True)
     done = set(read_parts(out, made_with) if rank == 0 else [])
     if done and not args.resume:
-        raise FileExistsError(f"{out} holds transcripts of a run that was stopped: continue it with "
-                              "--resume, or choose another --out")
+        raise FileExistsError(f"{out} holds transcripts of a run that was stopped: continue it "
+                              "with --resume, or choose another --out")
     if world > 1:  # rank 0 looks into OUT before anybody writes
         shared = [made_with, done]
         dist.broadcast_object_list(shared)
@@ -219,9 +219,9 @@ def transcribe_sets(args):
 def transcribe_set(asr, name, utterances, done, file, args, rank, world) -> None:
     """Append this rank's share of a set to its part file, batch after batch.
 
-    done: (set, id) of the clips that have a transcript. Clips of similar length go together. Batches
-    are cut before those clips are left out: a resumed run, and any number of processes, decodes the
-    same batches.
+    done: (set, id) of the clips that have a transcript. Clips of similar length go together.
+    Batches are cut before those clips are left out: a resumed run, and any number of processes,
+    decodes the same batches.
     """
     order = np.argsort(utterances.durations, kind="stable")  # nan, unknown, comes last
     batches = []
@@ -338,7 +338,8 @@ def count_errors(row) -> dict:
     """The row with the edit counts of its "hyp", if it has a "text"."""
     if "text" not in row:
         return row
-    return row | data.edit_counts(row["text"], row["hyp"], row.get("language"))._asdict()
+    counts = data.edit_counts(row["text"], row["hyp"], row.get("language"))
+    return row | counts._asdict() | {"errors": counts.errors}
 
 
 def count_troubles(rows) -> dict[str, int]:
@@ -348,18 +349,13 @@ def count_troubles(rows) -> dict[str, int]:
             "truncated": sum(not row["stopped"] for row in rows), "failed": failed}
 
 
-def errors_of(rows) -> np.ndarray:
-    """Errors of rows that have a text: (n,) int64."""
-    return np.array([r["substitutions"] + r["deletions"] + r["insertions"] for r in rows], np.int64)
-
-
 def rate_of(errors, rows) -> tuple[float, np.ndarray, dict]:
     """100 sum(errors) / sum(units), never a mean of rates; its resampled values (draws,); of what.
 
-    nan without a unit. Utterances of a speaker share a voice and a microphone: speakers are drawn
-    if every row names one and there are two or more.
+    errors: one number a row. nan without a unit. Utterances of a speaker share a voice and a
+    microphone: speakers are drawn if every row names one and there are two or more.
     """
-    units = np.array([row["units"] for row in rows])
+    errors, units = np.array(errors), np.array([row["units"] for row in rows])
     speakers = [row.get("speaker") for row in rows]
     resampled, blocks = "utterances", list(range(len(rows)))
     if all(speakers) and len(set(speakers)) > 1:
@@ -371,48 +367,42 @@ def rate_of(errors, rows) -> tuple[float, np.ndarray, dict]:
 
 def corpus_rate(rows) -> dict:
     """Error rate in percent, its 95 % interval, and what that rests on."""
-    errors = errors_of(rows)
-    rate, draws, basis = rate_of(errors, rows)
+    rate, draws, basis = rate_of([row["errors"] for row in rows], rows)
     low, high = data.interval(draws)
     # Of many blocks data.bootstrap draws from a normal distribution, which does not end at 0.
-    return {"rate": rate, "low": max(low, 0.0), "high": high, **basis, "errors": int(errors.sum()),
+    return {"rate": rate, "low": max(low, 0.0), "high": high, **basis,
             "units": sum(row["units"] for row in rows), "utterances": len(rows)}
 
 
-def group_scored(rows) -> dict[tuple[str, str], list[dict]]:
-    """{(set, language): its rows that have a text}; of several, also ("all", "pooled")."""
+def group_scored(rows) -> dict[tuple[str, str, str], list[dict]]:
+    """{(set, language, metric): its rows that have a text}; of several, also all of them pooled."""
     groups = defaultdict(list)
-    for row in rows:
-        if "text" in row:
-            groups[row["set"], row.get("language", "")].append(row)
+    scored = [row for row in rows if "text" in row]
+    for row in scored:
+        language = row.get("language", "")
+        groups[row["set"], language, data.rate_name(language)].append(row)
     if len(groups) > 1:
-        groups["all", "pooled"] = [row for row in rows if "text" in row]
+        groups["all", "pooled", "pooled"] = scored
     return groups
-
-
-def metric_of(language) -> str:
-    """WER or CER, or pooled for all languages together."""
-    return "pooled" if language == "pooled" else data.rate_name(language)
 
 
 def summarize(rows) -> dict:
     """summary.json but for its provenance."""
     entries = []
-    for (name, language), group in group_scored(rows).items():
-        entry = {"set": name, "language": language, "metric": metric_of(language)}
-        entry |= corpus_rate(group) | count_troubles(group)
-        for key in ("substitutions", "deletions", "insertions"):
+    for (name, language, metric), group in group_scored(rows).items():
+        entry = {"set": name, "language": language, "metric": metric} | corpus_rate(group)
+        for key in ("substitutions", "deletions", "insertions", "errors"):
             entry[key] = sum(row[key] for row in group)
-        entry["sentence_error"] = 100 * float((errors_of(group) > 0).mean())
+        entry["sentence_error"] = 100 * sum(row["errors"] > 0 for row in group) / len(group)
         entry["no_speech"] = sum(row["units"] == 0 for row in group)
         entry["set_audio_sec"] = sum(row.get("audio_sec", 0) for row in group)
         entry["set_seconds"] = sum(row.get("seconds", 0) for row in group)
-        entries.append(entry)
-    pooled = entries[-1] if entries else None
+        entries.append(entry | count_troubles(group))
+    pooled = entries[-1] if entries and entries[-1]["units"] else None
     entries = [e for e in entries if e["metric"] != "pooled"]
     rates = [e["rate"] for e in entries if e["units"]]
     return {"results": entries, "macro_average": sum(rates) / len(rates) if rates else None,
-            "pooled": pooled if rates else None, "clips": len(rows),
+            "pooled": pooled, "clips": len(rows),
             "without_text": sum("text" not in row for row in rows), **count_troubles(rows)}
 
 
@@ -446,19 +436,19 @@ def print_summary(summary) -> None:
 # ---------------------------------------------------------------------------------------- compare
 
 def compare(paths, out=None) -> list[dict]:
-    """Print and return the entries of compare.json; write it and compare.png into `out`, if given."""
+    """Print and return the entries of compare.json; with `out`, write it and compare.png there."""
     if out:
         data.check_writable(Path(out) / "compare.json", Path(out) / "compare.png")
     systems = {name: group_scored(rows) for name, rows in read_systems(paths).items()}
     first = next(iter(systems))
     width = max(map(len, systems))
     entries = []
-    for (name, language), reference in systems[first].items():
-        metric = metric_of(language)
+    for key, reference in systems[first].items():
+        name, language, metric = key
         print(f"\n{name} {language}: {metric}, % [95 % interval]; below {first}, points; P(better)")
         for system, groups in systems.items():
             e = {"system": system, "set": name, "language": language, "metric": metric}
-            e |= compare_rows(reference, groups[name, language])
+            e |= compare_rows(reference, groups[key])
             entries.append(e)
             gain = bracket(e, "difference_low", "difference_high", "+.2f")
             print(f"{system:{width}}  {e['rate']:.2f} {bracket(e):18} "
@@ -498,13 +488,13 @@ def compare_rows(reference, rows) -> dict:
 
     Both hold the same clips in the same order.
     """
-    entry = corpus_rate(rows)
-    del entry["errors"]
-    difference, gains, _ = rate_of(errors_of(reference) - errors_of(rows), reference)
+    gained = [a["errors"] - b["errors"] for a, b in zip(reference, rows, strict=True)]
+    difference, gains, _ = rate_of(gained, reference)
     low, high = data.interval(gains)
     better = (gains > 0).mean() + 0.5 * (gains == 0).mean()  # a tie speaks for neither
-    return entry | {"difference": difference, "difference_low": low, "difference_high": high,
-                    "p_improvement": math.nan if math.isnan(low) else float(better)}
+    return corpus_rate(rows) | {
+        "difference": difference, "difference_low": low, "difference_high": high,
+        "p_improvement": math.nan if math.isnan(low) else float(better)}
 
 
 def draw_rates(entries, path) -> None:
@@ -571,7 +561,7 @@ def unfit_to_teach(row, max_wer) -> str | None:
     if not row["stopped"]:
         return "cut at --max_new_tokens"
     if max_wer is not None and "text" in row:
-        if 100 * errors_of([row])[0] > max_wer * max(row["units"], 1):
+        if 100 * row["errors"] > max_wer * max(row["units"], 1):
             return f"above --max_wer {max_wer:g}"
     return None
 
@@ -618,17 +608,15 @@ body { margin: 2rem auto; max-width: 64rem; font: 16px/1.5 system-ui, sans-serif
 """
 
 
-def errors_page(rows, n_worst=30) -> str:
+def errors_page(rows) -> str:
     """One page that loads and runs nothing: the worst clips, unit by unit, with a player each."""
-    scored = [row for row in rows if "text" in row]
-    errors = errors_of(scored)
+    wrong = [row for row in rows if row.get("errors")]
+    wrong.sort(key=lambda row: -row["errors"])
     page = [PAGE]
-    for i in np.argsort(-errors, kind="stable")[:n_worst]:
-        row = scored[i]
-        if not errors[i]:
-            break
-        said = [row["set"], row.get("language", ""), row.get("speaker", ""), f"{errors[i]} errors"]
-        page.append(f"<h3>{escape(row['id'])}</h3><p>{escape(' '.join(said))} {player(row)}</p>")
+    for row in wrong[:30]:
+        said = f"{row['set']} {row.get('language', '')} {row.get('speaker', '')}"
+        page.append(f"<h3>{escape(row['id'])}</h3><p>{escape(said)} {row['errors']} errors, "
+                    f"{row['units']} units {player(row)}</p>")
         for kind, ref, hyp in data.align(row["text"], row["hyp"], row.get("language")):
             page.append(f'<span class="pair {kind}"><span>{escape(ref)}</span>'
                         f"<span>{escape(hyp)}</span></span>")

@@ -20,7 +20,7 @@ the number of processes.
 batches (full ones), "students": a list, and "difference": {later student: it minus the first one,
 paired by utterance}. In both a statistic is {"mean", "low", "high"}: the mean over states, and a
 95 % interval that resamples utterances (null where too few have such a state). A student's over all
-states also has "batch_mean", "batch_min" and "batch_max": of the means of full batches, as in Table 2.
+states also has "batch_mean", "batch_min", "batch_max": of the means of full batches, as in Table 2.
 
   vuss             |S_t u T_t|, the Valid Union Support Size, up to 2k: smaller is closer.
                    It is 2k - |S_t n T_t| when nothing is dropped
@@ -42,7 +42,7 @@ and divergences are in nats:
   by_token         all above by the token's index in the rollout: "0", "1" ... "20 and later", each
                    with its number of "states" and "clips"
   vuss_histogram   size of the union: number of states
-  clips, states, states_not_scored    the last are at or behind a token without counterpart
+  clips, states, states_not_scored    the last: at or behind a token without counterpart
   shared_ids       ids that both vocabularies have
 
 Differs from the public code: that reports the number of one rank, and also takes stop tokens out of
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     # states
     add("--states", default="rollout", choices=["rollout", "reference"],
         help="whose prefixes: the student's rollouts, or the manifest's transcripts")
-    add("--temperature", type=data.at_least(0, float), default=1.0, help="of the rollouts; 0 = greedy")
+    add("--temperature", type=data.at_least(0, float), default=1.0, help="of rollouts; 0 = greedy")
     add("--max_new_tokens", type=data.at_least(1), default=64, help="longest rollout, tokens")
     add("--seed", type=data.at_least(0), default=0, help="of the rollouts and of the batches")
     # statistics
@@ -124,7 +124,7 @@ def main(args) -> None:
     model.finish()
     if rank > 0:
         return
-    students, difference = reduce(measured, full)
+    students, difference = summarize(measured, full)
     result = {
         "teacher": args.teacher, "data": args.data, "k": args.top_k, "states_of": args.states,
         "seed": args.seed, "temperature": args.temperature, "batch": args.batch,
@@ -217,20 +217,21 @@ def measure_student(name, teacher, utterances, batches, args, rank, world):
     measured = {}
     bar = data.progress(len(utterances), Path(name).name, "clip", rank)
     for indices in batches[rank::world]:
-        chosen = {utterances[i].line: i for i in indices}
-        batch = data.load_batch([utterances[i] for i in indices], (student.n_mels, teacher.n_mels),
-                                keep_going=False, max_sec=data.MAX_EVAL_SEC, for_training=False)
+        chosen = [utterances[i] for i in indices]
+        batch = data.load_batch(chosen, (student.n_mels, teacher.n_mels), keep_going=False,
+                                max_sec=data.MAX_EVAL_SEC, for_training=False)
         texts = [u.text for u in batch.utterances] if args.states == "reference" else None
         clips = measure_batch(student, teacher, to_teacher, batch, texts, args)
-        for u, clip in zip(batch.utterances, clips):
-            measured[chosen[u.line]] = clip
+        of_line = {u.line: clip for u, clip in zip(batch.utterances, clips)}
+        for i, u in zip(indices, chosen):
+            measured[i] = of_line[u.line]
         bar.update(min(len(indices) * world, bar.total - bar.n))  # the others do about as much
     bar.close()
-    parts = [measured]
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, measured)
-    measured = {i: clip for part in parts for i, clip in part.items()}
+        for part in parts:
+            measured |= part
     if not any(len(values) for values, _ in measured.values()):
         raise ValueError(f"no state of {name} could be scored: every rollout begins with a token "
                          "that has no counterpart in the teacher's vocabulary")
@@ -297,11 +298,11 @@ PLACES += [("by_k", str(k), name) for k in KS for name in OF_K]
 PLACES += [("by_token", label, name) for label in BINS for name in STATISTICS]
 
 
-def reduce(measured, batches) -> tuple[list[dict], dict]:
+def summarize(measured, batches) -> tuple[list[dict], dict]:
     """"students" and "difference" of overlap.json.
 
-    measured: a student's name, its clips, its number of shared ids (see `measure_student`), for each
-    one. batches: lists of indices of clips.
+    measured: of each student its name, its clips and its number of shared ids, see
+    `measure_student`. batches: lists of indices of clips.
     """
     tables = [[sum_states(values) for values, _ in clips] for _, clips, _ in measured]
     sums, counts = np.moveaxis(np.array(tables), (2, 1), (0, 1))  # (clips, students, PLACES) each
@@ -347,7 +348,7 @@ def sum_states(values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_entries(means, draws) -> dict[tuple, dict]:
-    """{place: {"mean", "low", "high"}} where there is a mean: means (PLACES,), draws (draws, PLACES)."""
+    """means (PLACES,), draws (draws, PLACES) -> {place: {"mean", "low", "high"}} where not nan."""
     low, high = data.interval(draws)
     entries = {}
     for i, place in enumerate(PLACES):
@@ -439,7 +440,8 @@ def check(args) -> None:
     chosen = data.Plan(len(utterances), args.clips, args.seed)[0]
     chosen.sort(key=lambda i: utterances.durations[i])  # clips of similar length go together
     clips = [utterances[i] for i in chosen]
-    clips = [u for u in clips if u.text] or clips
+    one_a_text = {u.text: u for u in clips if u.text}  # another clip's reference is another text
+    clips = list(one_a_text.values()) or clips
 
     states, errors, units, rejected = try_clips(student, teacher, to_teacher, clips, args)
     model.finish()
@@ -476,12 +478,12 @@ def check(args) -> None:
 def try_clips(student, teacher, to_teacher, clips, args):
     """Measure some clips in four ways, and decode them with both models.
 
-    -> {way: clips, see measure_student}, errors (n, 2) of student and teacher, reference units (n,),
-    number of clips that can't be used. The ways are the states of "rollout" under the teacher, under
-    the student "itself", and, where clips have texts, those of "reference" and of "other" clips'
-    references.
+    -> {way: clips, see measure_student}, errors (n, 2) of student and teacher, reference units
+    (n,), number of clips that can't be used. The ways: the states of "rollout" under the teacher,
+    under the student "itself", and, where clips have texts (each another one), the states of
+    "reference" and of "other" clips' references under the teacher.
     """
-    has_texts = len({u.text for u in clips}) > 1
+    has_texts = clips[0].text and len(clips) > 1
     other_text = exchange_texts(clips) if has_texts else {}
     to_itself = model.vocabulary_map(student, student)
     states = {"rollout": [], "itself": [], "reference": [], "other": []}
