@@ -37,7 +37,7 @@ import unicodedata
 import warnings
 import wave
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
