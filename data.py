@@ -82,87 +82,64 @@ def read_manifest(paths, need=()) -> "Manifest":
     """The utterances of one or more JSON Lines manifests, in the order of the lines.
 
     need: fields that every line must have, of "text" and "language"; a text may be "" (nothing is
-    said there). Every line is parsed once, here; no audio is opened. Raises ValueError, naming
-    file, line and value, for a line that can't be used, a manifest without an utterance, an id that
-    stands twice in a file; and saying how many lines lack what is needed.
+    said there). Raises ValueError, naming file, line and value, for a line that can't be used, an
+    id that stands twice in a file, a manifest without an utterance; and saying how many lines lack
+    what is needed. No audio is opened.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    manifest = Manifest([str(path) for path in paths])
-    hashes = array("q")  # (n,) of file and id
-    lacking = Counter()  # field: lines without it
-    first = {}           # field: the first of them
-    for k, path in enumerate(manifest.paths):
-        for u, number, offset, line in parse_lines(path, manifest.folders[k]):
-            manifest.files.append(k)
-            manifest.offsets.append(offset)
-            manifest.numbers.append(number)
-            manifest.seconds.append(math.nan if u.duration_sec is None else u.duration_sec)
-            hashes.append(hash((k, u.id)))
-            for field in need:
-                if getattr(u, field) is None:
-                    lacking[field] += 1
-                    first.setdefault(field, f"{u.line}, with the keys {list(json.loads(line))}")
-    for field, count in lacking.items():
-        raise ValueError(f"{count} of {len(manifest)} lines have no {field!r}, which is needed here; "
-                         f"the first is {first[field]}")
-
-    hashes = np.array(hashes)
-    order = np.argsort(hashes, kind="stable")
-    # 64 bits: two of 36 million ids are alike by chance once in 30,000 manifests.
-    for place in np.flatnonzero(np.diff(hashes[order]) == 0)[:1]:
-        earlier = manifest[order[place]]
-        later = manifest[order[place + 1]]
-        raise ValueError(f"{later.line}: id {later.id!r} ({later.audio}) already stands in "
-                         f"{earlier.line} ({earlier.audio})")
-    return manifest
+    return Manifest([str(path) for path in paths], need)
 
 
 class Manifest(Sequence):
-    """A read-only sequence of utterances, 18 bytes a line: each is parsed when it is asked for.
-
-    As objects, the lines of the 100,000 h that the paper trains on would take 36 GB a process.
+    """A read-only sequence of utterances. A line is parsed when it is asked for, and takes 28 bytes:
+    as objects, the 100,000 h that the paper trains on would take 36 GB in every process.
     """
-    def __init__(self, paths):
+    def __init__(self, paths, need=()):
         self.paths = paths
         # A ".." in a manifest behind a link leads from where the link leads.
         self.folders = [os.path.realpath(os.path.dirname(path)) for path in paths]
-        self.files = array("H")    # (n,) which of the paths a line stands in
-        self.offsets = array("q")  # (n,) where it begins there, bytes
-        self.numbers = array("I")  # (n,) its number, from 1
-        self.seconds = array("f")  # (n,) duration, NaN where the line has none
+        places = array("q")     # of each utterance: which path, number of its line, offset in bytes
+        durations = array("f")  # seconds, NaN where the line has none
+        lacking = Counter()     # field: lines without it
+        first = {}              # field: the first of them
+        for k, path in enumerate(paths):
+            seen = {}  # id: number of its line
+            offset = 0
+            for number, line in enumerate(tqdm(open(path, "rb"), path, unit="line", delay=1), 1):
+                u = self.parse(line, k, number)
+                if u and u.id in seen:
+                    raise ValueError(f"{u.line}: id {u.id!r} already stands on line {seen[u.id]}")
+                if u:
+                    seen[u.id] = number
+                    places.extend((k, number, offset))
+                    durations.append(math.nan if u.duration_sec is None else u.duration_sec)
+                for field in need:
+                    if u and getattr(u, field) is None:
+                        lacking[field] += 1
+                        first.setdefault(field, f"{u.line}, with {list(json.loads(line))}")
+                offset += len(line)
+            if not seen:
+                raise ValueError(f"{path}: the manifest has no utterance")
+        for field, count in lacking.items():
+            raise ValueError(f"{count} of {len(durations)} lines have no {field!r}, which is needed "
+                             f"here; the first is {first[field]}")
+        self.places = np.array(places).reshape(-1, 3)
+        self.durations = np.array(durations)
 
-    @property
-    def durations(self) -> np.ndarray:
-        return np.array(self.seconds)
+    def parse(self, line, k, number):
+        return parse_line(line, self.folders[k], f"{self.paths[k]}:{number}")
 
     def __len__(self):
-        return len(self.files)
+        return len(self.durations)
 
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[j] for j in range(len(self))[i]]
-        k = self.files[i]
+        k, number, offset = self.places[i].tolist()
         with open(self.paths[k], "rb") as file:
-            file.seek(self.offsets[i])
-            line = file.readline()
-        return parse_line(line, self.folders[k], f"{self.paths[k]}:{self.numbers[i]}")
-
-
-def parse_lines(path, folder):
-    """Yield (utterance, its line's number, offset in bytes, bytes) for all lines but blank ones."""
-    offset = 0
-    empty = True
-    with open(path, "rb") as file, progress(os.path.getsize(path), path, "B") as bar:
-        for number, line in enumerate(file, start=1):
-            utterance = parse_line(line, folder, f"{path}:{number}")
-            if utterance:
-                empty = False
-                yield utterance, number, offset, line
-            offset += len(line)
-            bar.update(len(line))
-    if empty:
-        raise ValueError(f"{path}: the manifest has no utterance")
+            file.seek(offset)
+            return self.parse(file.readline(), k, number)
 
 
 NUMBER = (int, float)
@@ -174,10 +151,7 @@ MANIFEST_KEYS = {  # the keys that are read, and the types of their values
 
 
 def parse_line(line, folder, where) -> Utterance | None:
-    """A manifest's line, bytes -> its utterance; None for a blank line. Raises ValueError.
-
-    folder: what paths in it are relative to. where: "manifest.jsonl:12".
-    """
+    """A manifest's line, bytes, with paths relative to `folder` -> its utterance; None if blank."""
     try:
         line = line.decode("utf-8-sig")  # -sig: editors of Windows put a mark before the first line
         if not line.strip():
@@ -196,7 +170,6 @@ def parse_line(line, folder, where) -> Utterance | None:
         raise ValueError(f"{where}: no 'audio'; the keys are {reprlib.repr(sorted(row))}")
     text = row.get("text")
     language = row.get("language") or row.get("lang") or ""
-    channel = row.get("channel")
     start, duration = segment_of(row, where)
     return Utterance(
         id=row.get("id") or os.path.splitext(audio)[0] + (f"@{start!r}" if start else ""),
@@ -206,20 +179,17 @@ def parse_line(line, folder, where) -> Utterance | None:
         start_sec=float(start),
         duration_sec=None if duration is None else float(duration),
         speaker=row.get("speaker"),
-        channel=channel,
+        channel=row.get("channel"),
         line=where)
 
 
 def check_value(key, value, where) -> None:
-    """Raise ValueError for a value of the wrong type. null is as good as no value."""
-    if value is None:
-        return
     valid = isinstance(value, MANIFEST_KEYS[key]) and not isinstance(value, bool)
     if valid and isinstance(value, str):
         valid = not re.search("[\ud800-\udfff]", value)  # half a character, which no file can hold
     elif valid:
         valid = math.isfinite(value) and (key != "channel" or value >= 0)
-    if not valid:
+    if not valid and value is not None:  # null is as good as no value
         raise ValueError(f"{where}: {key!r} has the wrong type or value: {reprlib.repr(value)}")
 
 
@@ -305,10 +275,9 @@ UNREADABLE = (av.FFmpegError, OSError, ValueError, IndexError)
 def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
     """One clip: what FFmpeg reads (wav, flac, mp3, opus, m4a, ...) -> (n,) float32 at 16 kHz.
 
-    Nothing is ever cut to fit. Raises AudioError, with the line of the manifest in its message:
-    unreadable, past_end, too_short, too_long, no_channel, not_finite; and silent, unless the text
-    says so, which must not be learned from. for_training=False: silence only warns, since
-    evaluation hears all that can be decoded.
+    Nothing is cut to fit. Raises AudioError, naming the line: unreadable, past_end, too_short,
+    too_long, no_channel, not_finite; and silent, unless the text says so: it must not be learned
+    from. for_training=False: that only warns, since evaluation hears all that can be decoded.
     """
     u = utterance
     wanted_sec = max_sec + 1.0 if u.duration_sec is None else min(u.duration_sec, max_sec + 1.0)
@@ -340,9 +309,9 @@ def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
 def decode(path, start_sec, seconds) -> np.ndarray:
     """Part of a file: `seconds` from start_sec on, or less at its end -> (C, n) float32 at 16 kHz.
 
-    Cut at the file's own rate, then resampled. Raises one of UNREADABLE.
+    Raises one of UNREADABLE.
     """
-    samples = av.AudioFifo()  # at the file's own rate and format
+    samples = av.AudioFifo()  # at the file's own rate and format: cut first, resampled once
     first_sec = None          # where they begin
     for begin_sec, frame in decoded_frames(path, start_sec):
         if first_sec is None:
@@ -464,8 +433,8 @@ def mel_transform(n_mels):
 class Batch:
     """Clips that go through a model together, shortest first.
 
-    Arrays of numpy: a loader's worker sends them through a pipe. Tensors would go through shared
-    memory, and where that is full (Docker gives 64 MB) a run would hang.
+    As arrays of numpy they travel from a loader's worker through a pipe. Tensors would go through
+    shared memory, and where that is full (Docker gives 64 MB) a run would hang.
     """
     utterances: list[Utterance]
     mel: dict[int, np.ndarray]            # n_mels: (B, n_mels, T) float32, zeros behind a row's end
@@ -556,10 +525,9 @@ class Plan:
 
 @dataclass
 class Steps(torch.utils.data.Dataset):
-    """Item s = this rank's batch of optimiser step s.
+    """Item s = this rank's batch of optimiser step s: its share of the utterances, maybe none.
 
-    The ranks share out each step's utterances, so any number of processes makes the same update. A
-    rank may get fewer rows than another, or none.
+    Together the ranks have all of them, so any number of processes makes the same update.
     """
     utterances: Sequence[Utterance]
     plan: Plan
@@ -575,7 +543,7 @@ class Steps(torch.utils.data.Dataset):
 def loader(dataset, items, workers):
     """dataset[i] for i in `items`, in that order, made ahead of time by `workers` processes.
 
-    0 workers: made in this process, when asked for. Workers end with this process, however it ends.
+    They end with this one, however it ends. 0 workers: made here, when asked for.
     """
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers,
@@ -745,9 +713,9 @@ def edit_counts(ref: str, hyp: str, language: str | None) -> Counts:
 
 
 def align(ref: str, hyp: str, language: str | None) -> list[tuple[str, str, str]]:
-    """A cheapest alignment as (kind, unit of ref, unit of hyp), unit by unit.
+    """A cheapest alignment as (kind, unit of ref or "", unit of hyp or ""), unit by unit.
 
-    kind is "equal", "substitute", "delete" or "insert"; the unit is "" where a side has none.
+    kind is "equal", "substitute", "delete" or "insert".
     """
     out = jiwer.process_words(normalize(ref, language), normalize(hyp, language))
     pairs = []
@@ -789,9 +757,8 @@ def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0) -> np.n
 def interval(rates):
     """95 % interval of `bootstrap`'s rates: (draws,) -> low, high; (draws, K) -> (K,), (K,).
 
-    Draws that are nan are left out. (nan, nan) if they are more than a tenth: fewer than three
-    utterances or so have a reference then, and what varies is whether there is anything to divide
-    by.
+    Draws that are nan are left out. (nan, nan) if they are more than a tenth: fewer than three or
+    so utterances have a reference then, and what varies is whether one is drawn.
     """
     undefined = np.isnan(rates).mean(0) > 0.1
     ends = np.nanpercentile(np.where(undefined, 0.0, rates), [2.5, 97.5], axis=0)
@@ -801,9 +768,9 @@ def interval(rates):
 
 # ------------------------------------------------------------------------------------- 6. corpora
 
-# Each corpus is a generator of (name of a manifest, row). The row's audio is an absolute path.
-# "text" is None where the corpus lacks a transcript that it promises. A row without "duration" is a
-# whole file. A row with "left_out": REASON goes into no manifest.
+# A corpus is a generator of (name of a manifest, row). The row's audio is an absolute path; "text"
+# is None where a promised transcript is missing; "duration" is missing for a whole file. A row with
+# "left_out": REASON goes into no manifest.
 
 AUDIO_SUFFIXES = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .mp4 .webm .mka .mkv .wma .amr .aiff "
                      ".aif .aifc .au .snd .caf .w64 .rf64 .sph".split())
@@ -812,32 +779,29 @@ WENETSPEECH = {"L": "train", "M": "train_m", "S": "train_s",  # subset: name of 
 
 
 def librispeech(root):
-    """SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac, and SPEAKER-CHAPTER.trans.txt beside them.
-
-    Somewhere below ROOT. Makes a manifest for each SUBSET. Text is in capitals, as published.
-    """
+    """SUBSET/SPEAKER/CHAPTER/*.flac somewhere below ROOT, SPEAKER-CHAPTER.trans.txt beside them."""
     texts = {}
     for path in sorted(root.rglob("*.trans.txt")):
         texts |= read_transcripts(path, " ")
-    for flac in sorted(root.rglob("*.flac")):
-        subset, speaker = flac.parts[-4:-2]
-        yield subset, {"id": flac.stem, "audio": str(flac), "text": texts.pop(flac.stem, None),
-                       "language": "en", "speaker": speaker}
-    for name in texts:
-        yield "transcripts", {"audio": name, "left_out": "no audio file"}
+    yield from transcribed(sorted(root.rglob("*.flac")), texts, -4, "en")
 
 
 def aishell1(root):
-    """transcript/aishell_transcript_v0.8.txt and wav/{train,dev,test}/SPEAKER/*.wav.
+    """transcript/aishell_transcript_v0.8.txt and wav/SPLIT/SPEAKER/*.wav, in ROOT or ROOT/data_aishell.
 
-    In ROOT or ROOT/data_aishell. Makes a manifest for each split. Words are joined.
+    Words are joined. Some of the published wavs have no transcript.
     """
     home = root / "data_aishell" if (root / "data_aishell").is_dir() else root
     texts = read_transcripts(home / "transcript" / "aishell_transcript_v0.8.txt", "")
-    for wav in sorted(home.glob("wav/*/*/*.wav")):  # some of the published ones have no transcript
-        split, speaker = wav.parts[-3:-1]
-        yield split, {"id": wav.stem, "audio": str(wav), "text": texts.pop(wav.stem, None),
-                      "language": "zh", "speaker": speaker}
+    yield from transcribed(sorted(home.glob("wav/*/*/*.wav")), texts, -3, "zh")
+
+
+def transcribed(audios, texts, place, language):
+    """Rows of audio files and of transcripts without one. place: of the split's name in a path."""
+    for path in audios:
+        yield path.parts[place], {
+            "id": path.stem, "audio": str(path), "text": texts.pop(path.stem, None),
+            "language": language, "speaker": path.parts[place + 1]}
     for name in texts:
         yield "transcripts", {"audio": name, "left_out": "no audio file"}
 
@@ -850,19 +814,18 @@ def wenetspeech(root):
     """
     path = root / "WenetSpeech.json"
     audio = None
-    try:
-        with path.open("rb") as file:  # object by object: as a whole, 6 GB take tens in memory
-            for audio in ijson.items(file, "audios.item", use_float=True):
-                for segment in audio["segments"]:
-                    start = segment["begin_time"]
-                    row = {"id": segment["sid"], "audio": str(root / audio["path"]),
-                           "text": segment["text"], "language": "zh", "start": start,
-                           "duration": round(segment["end_time"] - start, 4)}
-                    names = [WENETSPEECH[s] for s in segment["subsets"] if s in WENETSPEECH]
-                    for name in names:
-                        yield name, row
-                    if not names:
-                        yield "other", row | {"left_out": f"in none of {' '.join(WENETSPEECH)}"}
+    try:  # object by object: as a whole, its 6 GB take tens in memory
+        for audio in ijson.items(path.open("rb"), "audios.item", use_float=True):
+            for segment in audio["segments"]:
+                start = segment["begin_time"]
+                row = {"id": segment["sid"], "audio": str(root / audio["path"]),
+                       "text": segment["text"], "language": "zh", "start": start,
+                       "duration": round(segment["end_time"] - start, 4)}
+                names = [WENETSPEECH[s] for s in segment["subsets"] if s in WENETSPEECH]
+                for name in names:
+                    yield name, row
+                if not names:
+                    yield "other", row | {"left_out": f"in none of {' '.join(WENETSPEECH)}"}
     except (ijson.JSONError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cut off, or of another form: {error!r} after {str(audio)[:200]}"
                          ) from None
@@ -885,9 +848,8 @@ def folder(root, language=None):
     for path in audios:
         row = {"id": "-".join(path.relative_to(root).with_suffix("").parts), "audio": str(path)}
         transcript = path.with_suffix(".txt")
-        text = read_text(transcript).strip() if transcript.exists() else ""
-        if text:
-            row["text"] = text
+        if transcript.exists() and read_text(transcript).strip():
+            row["text"] = read_text(transcript).strip()
         if language:
             row["language"] = language
         yield root.name, row
@@ -896,7 +858,7 @@ def folder(root, language=None):
 def read_transcripts(path, glue) -> dict[str, str]:
     """Lines of an id and words -> {id: words joined by `glue`}."""
     texts = {}
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         name, *rest = line.split() or [""]
         if name in texts:
             raise ValueError(f"{path}:{number}: {name!r} already has a line; expected one each")
@@ -912,15 +874,13 @@ def read_text(path) -> str:
         raise ValueError(f"{path}: expected UTF-8: {error}") from None
 
 
-CORPORA = {"librispeech": librispeech, "aishell1": aishell1, "wenetspeech": wenetspeech,
-           "folder": folder}
+CORPORA = {function.__name__: function for function in (librispeech, aishell1, wenetspeech, folder)}
 
 
 def write_corpus(rows, out) -> None:
     """Write (manifest's name, row) pairs as OUT/NAME.jsonl; print what is in each and what is not.
 
-    Rows go to the disk as they come (WenetSpeech has 15 million), under a temporary name. Raises
-    ValueError, and writes no manifest, where two rows share an id, or if nothing is left.
+    Raises ValueError, and writes none, where an id stands twice or no utterance is left.
     """
     out = Path(os.path.abspath(out))
     out.mkdir(parents=True, exist_ok=True)
@@ -958,16 +918,14 @@ def why_left_out(row) -> str | None:
         return row["left_out"]
     if not os.path.isfile(row["audio"]):  # a link to a file that was not fetched, too
         return "no audio file"
-    if not (row.get("text", "-") or "").strip():
+    if "text" in row and not (row["text"] or "").strip():
         return "no transcript"
-    if "duration" not in row:
-        seconds = 0.0
-        try:
-            for begin_sec, frame in decoded_frames(row["audio"]):
-                seconds = begin_sec + frame.samples / frame.sample_rate
-        except UNREADABLE:
-            return "unreadable"
-        row["duration"] = round(seconds, 4)
+    try:
+        if "duration" not in row:
+            *_, (begin_sec, frame) = decoded_frames(row["audio"])
+            row["duration"] = round(begin_sec + frame.samples / frame.sample_rate, 4)
+    except UNREADABLE:
+        return "unreadable"
     if row.get("start", 0) < 0 or row["duration"] <= 0:
         return "bad times"
     return None
@@ -1013,10 +971,9 @@ EXTRA_SPEED = {"en": 0, "zh": 40}          # words a minute
 def make_demo(out, seed=0, sizes=SIZES) -> None:
     """Write OUT/{train,teacher,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn.
 
-    train: the student's labelled clips, of few voices. teacher: what the teacher is taught: more
-    clips, more voices, no sentence of train. pool: audio for distillation, of more voices than
-    train. dev, test: voices and sentences found in none of these. Who speaks where is the same for
-    every seed. Same arguments, same bytes.
+    train: the student's labelled clips, of few voices. teacher: more clips and voices, no sentence
+    of train. pool: audio for distillation, of more voices than train. dev, test: voices and
+    sentences found in none of these. Who speaks where is the same for every seed.
     """
     out = Path(out)
     (out / "wav").mkdir(parents=True, exist_ok=True)
@@ -1137,8 +1094,7 @@ def at_least(low, kind=int):
 
 def parse_args(argv=None):
     """Flags -> namespace."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="corpus", required=True, metavar="NAME",
                                      help=f"demo, {', '.join(CORPORA)}; NAME --help says more")
     demo = commands.add_parser("demo", description=make_demo.__doc__, formatter_class=HelpFormatter)

@@ -99,8 +99,7 @@ def test_an_id_stands_once_in_a_file(tmp_path):
                         {"id": "a", "audio": "2.wav"}, {"id": "c", "audio": "3.wav"})
     with pytest.raises(ValueError) as error:
         data.read_manifest([one, twice])
-    assert str(error.value) == (f"{twice}:3: id 'c' ({tmp_path}/3.wav) already stands in {twice}:1 "
-                                f"({tmp_path}/1.wav)")
+    assert str(error.value) == f"{twice}:3: id 'c' already stands on line 1"
 
 
 def test_what_is_needed_and_missing_is_counted_and_said(tmp_path):
@@ -169,7 +168,7 @@ def test_a_manifest_is_a_sequence_that_travels_to_other_processes(tmp_path):
 def test_a_line_costs_a_few_bytes(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", *[
         {"id": f"utterance-{i}", "audio": "a.wav", "text": "put two cups"} for i in range(2000)])
-    assert len(pickle.dumps(data.read_manifest(path))) < 2000 * 25
+    assert len(pickle.dumps(data.read_manifest(path))) < 2000 * 30
 
 
 # ---------------------------------------------------------------------------- other files
