@@ -264,7 +264,8 @@ def student_config(keys: dict) -> ArkasrConfig:
         raise ValueError(f"config.json: rope_parameters {rope}: only 'default' is written here")
     if "whisper_config" not in keys:
         raise ValueError("config.json: no whisper_config, the sizes of the audio encoder")
-    left_out = ("model_type", "transformers_version", "torch_dtype", "dtype", "rope_scaling")
+    left_out = """model_type transformers_version torch_dtype dtype rope_scaling
+        attn_implementation""".split()
     # Private keys stay out: transformers would fetch and run what _attn_implementation names.
     kept = {k: v for k, v in keys.items() if k not in left_out and not k.startswith("_")}
     kept |= {"rope_parameters": rope, "architectures": ["ArkasrForConditionalGeneration"]}
