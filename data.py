@@ -39,7 +39,7 @@ import wave
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -78,31 +78,32 @@ class Utterance:
     line: str = ""                     # "manifest.jsonl:12", for error messages
 
 
-def read_manifest(paths, need=()) -> "Manifest":
+def read_manifest(paths, need=(), language=None) -> "Manifest":
     """The utterances of one or more JSON Lines manifests, in the order of the lines.
 
     need: fields that every line must have, of "text" and "language"; a text may be "" (nothing is
-    said there). Raises ValueError, naming file, line and value, for a line that can't be used, an
+    said there). language: of the lines that name none. Raises ValueError, naming file, line and value, for a line that can't be used, an
     id that stands twice in a file, a manifest without an utterance; and saying how many lines lack
     what is needed. No audio is opened.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    return Manifest([str(path) for path in paths], need)
+    return Manifest([str(path) for path in paths], need, language)
 
 
 class Manifest(Sequence):
     """A read-only sequence of utterances. A line is parsed when it is asked for, and takes 28 bytes:
     as objects, the 100,000 h that the paper trains on would take 36 GB in every process.
     """
-    def __init__(self, paths, need=()):
+    def __init__(self, paths, need=(), language=None):
         self.paths = paths
+        self.language = language.lower() if language else None
+        self.languages = {}     # language or None: the first utterance with it
         # A ".." in a manifest behind a link leads from where the link leads.
         self.folders = [os.path.realpath(os.path.dirname(path)) for path in paths]
         places = array("q")     # of each utterance: which path, number of its line, offset in bytes
         durations = array("f")  # seconds, NaN where the line has none
-        lacking = Counter()     # field: lines without it
-        first = {}              # field: the first of them
+        lacking = {}            # field: [lines without it, the first of them]
         for k, path in enumerate(paths):
             seen = {}  # id: number of its line
             offset = 0
@@ -112,23 +113,27 @@ class Manifest(Sequence):
                     raise ValueError(f"{u.line}: id {u.id!r} already stands on line {seen[u.id]}")
                 if u:
                     seen[u.id] = number
+                    self.languages.setdefault(u.language, u)
                     places.extend((k, number, offset))
                     durations.append(math.nan if u.duration_sec is None else u.duration_sec)
                 for field in need:
                     if u and getattr(u, field) is None:
-                        lacking[field] += 1
-                        first.setdefault(field, f"{u.line}, with {list(json.loads(line))}")
+                        first = f"{u.line}, with the keys {list(json.loads(line))}"
+                        lacking.setdefault(field, [0, first])[0] += 1
                 offset += len(line)
             if not seen:
                 raise ValueError(f"{path}: the manifest has no utterance")
-        for field, count in lacking.items():
+        for field, (count, first) in lacking.items():
             raise ValueError(f"{count} of {len(durations)} lines have no {field!r}, which is needed "
-                             f"here; the first is {first[field]}")
+                             f"here; the first is {first}")
         self.places = np.array(places).reshape(-1, 3)
         self.durations = np.array(durations)
 
     def parse(self, line, k, number):
-        return parse_line(line, self.folders[k], f"{self.paths[k]}:{number}")
+        u = parse_line(line, self.folders[k], f"{self.paths[k]}:{number}")
+        if u and not u.language and self.language:
+            u = replace(u, language=self.language)
+        return u
 
     def __len__(self):
         return len(self.durations)
@@ -163,8 +168,9 @@ def parse_line(line, folder, where) -> Utterance | None:
         raise ValueError(f"{where}: not JSON ({error}): {line[:80]!r}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {line[:80]!r}")
-    for key in row.keys() & MANIFEST_KEYS.keys():
-        check_value(key, row[key], where)
+    for key, value in row.items():
+        if key in MANIFEST_KEYS and value is not None and not is_valid(key, value):
+            raise ValueError(f"{where}: {key!r} has the wrong type or value: {reprlib.repr(value)}")
     audio = row.get("audio") or row.get("audio_filepath")
     if not audio:
         raise ValueError(f"{where}: no 'audio'; the keys are {reprlib.repr(sorted(row))}")
@@ -183,14 +189,12 @@ def parse_line(line, folder, where) -> Utterance | None:
         line=where)
 
 
-def check_value(key, value, where) -> None:
-    valid = isinstance(value, MANIFEST_KEYS[key]) and not isinstance(value, bool)
-    if valid and isinstance(value, str):
-        valid = not re.search("[\ud800-\udfff]", value)  # half a character, which no file can hold
-    elif valid:
-        valid = math.isfinite(value) and (key != "channel" or value >= 0)
-    if not valid and value is not None:  # null is as good as no value
-        raise ValueError(f"{where}: {key!r} has the wrong type or value: {reprlib.repr(value)}")
+def is_valid(key, value) -> bool:
+    if not isinstance(value, MANIFEST_KEYS[key]) or isinstance(value, bool):
+        return False
+    if isinstance(value, str):
+        return not re.search("[\ud800-\udfff]", value)  # half a character, which no file can hold
+    return math.isfinite(value) and (key != "channel" or value >= 0)
 
 
 def segment_of(row, where):
@@ -337,8 +341,8 @@ def decode(path, start_sec, seconds) -> np.ndarray:
 def decoded_frames(path, start_sec=0.0):
     """Yield (second that it begins at, frame of FFmpeg) to the end of a file.
 
-    Begins up to a second before start_sec: lossy codecs are exact after a run-up only. Raises one
-    of UNREADABLE at a hole, or at an end that comes before the one in the header.
+    Begins a second before start_sec: lossy codecs are exact after a run-up only. Raises one of
+    UNREADABLE at a hole, or at an end that comes before the one in the header.
     """
     check_whole(path)
     # Without the option a wav takes 5 ms to open instead of one.
@@ -363,18 +367,16 @@ def decoded_frames(path, start_sec=0.0):
                 continue  # padding or a tag behind the last frame
             for frame in frames:
                 if frame.pts is None:
-                    raise ValueError("a frame without a time: files joined, or a hole")
+                    raise ValueError("a frame without a time: joined, or a hole")
                 if next_sec is None and not seek:
                     origin = frame.pts
                 begin_sec = float((frame.pts - origin) * tick)
                 if next_sec is not None and abs(begin_sec - next_sec) > 0.1:
-                    raise ValueError(f"{begin_sec:.2f} s follows {next_sec:.2f} s: files joined, "
-                                     "or a hole")
+                    raise ValueError(f"{begin_sec:.2f} s follows {next_sec:.2f} s: joined, or a hole")
                 next_sec = begin_sec + frame.samples / frame.sample_rate
                 yield begin_sec, frame
         if next_sec is None or next_sec < promised_sec - 0.05:
-            raise ValueError(f"cut off: {promised_sec:.2f} s by its header, {next_sec or 0:.2f} s "
-                             "found")
+            raise ValueError(f"cut off: {promised_sec:.2f} s by its header, {next_sec} s found")
 
 
 def check_whole(path) -> None:
@@ -382,6 +384,8 @@ def check_whole(path) -> None:
     with open(path, "rb") as file:
         head = file.read(2 ** 16)
         size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 2 ** 16))  # a page of Ogg has at most 65,307 bytes
+        tail = file.read()
         if head[:4] == b"RIFF":
             at = 12
             while head[at:at + 4] not in (b"data", b""):  # a chunk: name, size, content, padding
@@ -389,30 +393,26 @@ def check_whole(path) -> None:
                 at += 8 + length + length % 2
             promised = int.from_bytes(head[at + 4:at + 8], "little")
             found = size - at - 8
-            # What writes to a pipe leaves 0 there, or the largest number.
-            known = 0 < promised < 0x7FFF0000
             file.seek(at + 8 + promised + promised % 2)
-            behind = file.read(4)  # perhaps another chunk's name
-            more = found > promised + 4096 and (behind == b"RIFF" or not behind.strip().isalnum())
-            if known and (found < promised or more):
+            name = file.read(4).strip()  # of another chunk, or more samples
+            more = found > promised + 4096 and (name == b"RIFF" or not name.isalnum())
+            # What writes to a pipe leaves 0 there, or the largest number.
+            if 0 < promised < 0x7FFF0000 and (found < promised or more):
                 raise ValueError(f"{promised} bytes of samples by the header, {found} found")
-        if head[:4] == b"OggS":
-            file.seek(max(0, size - 2 ** 16))  # a page of Ogg has at most 65,307 bytes
-            tail = file.read()
-            page = tail[tail.rfind(b"OggS"):]  # 27 bytes, sizes of its parts, parts
-            if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]]):
-                raise ValueError("cut off inside a page of Ogg")
-            if page[14:18] != head[14:18]:     # serial number of the stream
-                raise ValueError("several Ogg files joined: join samples, not files")
+    if head[:4] == b"OggS":
+        page = tail[tail.rfind(b"OggS"):]  # 27 bytes, sizes of its parts, parts
+        if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]]):
+            raise ValueError("cut off inside a page of Ogg")
+        if page[14:18] != head[14:18]:     # serial number of the stream
+            raise ValueError("several Ogg files joined: join samples, not files")
 
 
 # ------------------------------------------------------------------------------------ 3. features
 
 def log_mel(audio: np.ndarray, n_mels: int = 128) -> torch.Tensor:
-    """Whisper's features: (n,) at 16 kHz -> (n_mels, T = n // 160) float32, roughly -1 to 1.
+    """Whisper's features of one clip: (n,) at 16 kHz -> (n_mels, T = n // 160) float32, about -1 to 1.
 
-    Within 3e-5 of transformers' WhisperFeatureExtractor on a clip alone. One clip at a time: the
-    floor is relative to the loudest bin, and the end is reflected, not padded.
+    Not of a padded batch: the floor is relative to the loudest bin, and the end is reflected.
     """
     power = mel_transform(n_mels)(torch.from_numpy(audio))  # (n_mels, T + 1)
     logs = power[:, :-1].clamp(min=1e-10).log10()           # Whisper drops the half-empty frame
@@ -555,13 +555,11 @@ def start_worker(_number):
     # Ctrl-C and torchrun signal every process of a group. What that means is the trainer's
     # decision: at SIGTERM it saves first, and needs its loader until then.
     os.setsid()
+
+    def end_with_trainer():  # DataLoader's own watch does not end one that waits for a full pipe
+        multiprocessing.parent_process().join()
+        os._exit(1)
     threading.Thread(target=end_with_trainer, daemon=True).start()
-
-
-def end_with_trainer():
-    # DataLoader's own watch does not end a worker that waits for room in the pipe.
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def check_decodable(utterances) -> None:
@@ -573,8 +571,8 @@ def check_decodable(utterances) -> None:
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
     """Uniforms in [0, 1), a function of (seed, step, id, column) alone: -> (len(ids), count) float32.
 
-    A rollout drawn with them is the same alone or in any batch, on any number of ranks, and after a
-    resume (but for a draw that falls within rounding of the border between two tokens).
+    A rollout drawn with them is the same in any batch, on any number of ranks, and after a resume
+    (but for a draw within rounding of the border between two tokens).
     """
     uniforms = np.zeros((len(ids), count), dtype=np.float32)
     for row, name in zip(uniforms, ids):
@@ -626,7 +624,7 @@ def normalize(text: str, language: str | None) -> str:
     if CHINESE & set(parts):
         text = words(mandarin(text))
     elif parts[0] in ENGLISH:
-        text = english_normalizer()(text)
+        text = normalizer("en")(text)
     else:
         text = words(text)
     # Whisper's leaves a symbol of its numbers alone where one stood alone, as in "...".
@@ -651,13 +649,6 @@ def words(text: str) -> str:
     return re.sub(r"(?<!\w)'|'(?!\w)|(?<!\d)\.|\.(?!\d)", " ", "".join(kept))
 
 
-@lru_cache(maxsize=1)
-def english_normalizer():
-    # Whisper's, with its 1,739 spellings (MIT). The import takes seconds.
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-    return EnglishTextNormalizer(read_json(Path(__file__).parent / ".assets" / "english.json"))
-
-
 # What wetext would misread -> what it reads as it is said; for text in NFKC and lower case.
 BEFORE_WETEXT = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(?<=\d),(?=\d{3}(?!\d))", ""),           # 1,000: it stops at the comma
@@ -674,23 +665,26 @@ SAID_ALIKE = str.maketrans("两幺〇", "二一零")
 
 
 def mandarin(text: str) -> str:
-    """Numbers, dates, times, amounts, units -> hanzi as they are said; all hanzi simplified.
+    """Numbers, dates, times, amounts, units -> simplified hanzi as they are said, by wetext.
 
-    By wetext, the rules of WeTextProcessing; erhua and interjections stay. What is said in two ways
-    is folded: 两 is 二, 幺 is 一, 〇 is 零, 百分之一百 is 百分之百.
+    What is said in two ways is folded: 两 is 二, 幺 is 一, 〇 is 零, 百分之一百 is 百分之百.
     """
     for pattern, replacement in BEFORE_WETEXT:
         text = pattern.sub(replacement, text)
     text = CAPITALS.sub(lambda match: match[0].upper(), text)
-    text = wetext_normalizer().normalize(text).lower().translate(SAID_ALIKE)
+    text = normalizer("zh")(text).lower().translate(SAID_ALIKE)
     return re.sub("百分之一百(?![零一二三四五六七八九])", "百分之百", text)
 
 
-@lru_cache(maxsize=1)
-def wetext_normalizer():
-    from wetext import Normalizer  # takes half a second
+@lru_cache
+def normalizer(language):
+    # Imported when needed: transformers' takes seconds, wetext half a second.
+    if language == "en":  # Whisper's, with its 1,739 spellings (MIT)
+        from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+        return EnglishTextNormalizer(read_json(Path(__file__).parent / ".assets" / "english.json"))
+    from wetext import Normalizer
     return Normalizer(lang="zh", operator="tn", traditional_to_simple=True, remove_erhua=False,
-                      remove_interjections=False)
+                      remove_interjections=False).normalize
 
 
 class Counts(NamedTuple):
@@ -730,10 +724,9 @@ def align(ref: str, hyp: str, language: str | None) -> list[tuple[str, str, str]
 def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0) -> np.ndarray:
     """Rates sum(numerators) / sum(denominators) of corpora drawn anew: (n,) -> (draws,) fractions.
 
-    (n, K) -> (draws, K): K systems on the same draws, so that a difference of columns is paired.
-    Utterances are drawn (Bisani & Ney, ICASSP 2004), or, with one label an utterance in `blocks`,
-    whole blocks: all utterances of a speaker share a microphone and a voice. nan: a draw whose
-    denominators are all 0, and every draw if there is only one block.
+    (n, K) -> (draws, K): K systems on the same draws, so a difference of columns is paired. Drawn
+    are utterances (Bisani & Ney, ICASSP 2004) or whole `blocks`, one label an utterance: those of a
+    speaker share a voice. nan: draws without a unit, and all if there is only one block.
     """
     both = np.array([numerators, denominators], dtype=np.float64)  # (2, n) or (2, n, K)
     if blocks is not None:
@@ -787,10 +780,7 @@ def librispeech(root):
 
 
 def aishell1(root):
-    """transcript/aishell_transcript_v0.8.txt and wav/SPLIT/SPEAKER/*.wav, in ROOT or ROOT/data_aishell.
-
-    Words are joined. Some of the published wavs have no transcript.
-    """
+    """data_aishell/{transcript/aishell_transcript_v0.8.txt,wav/SPLIT/SPEAKER/*.wav} in ROOT."""
     home = root / "data_aishell" if (root / "data_aishell").is_dir() else root
     texts = read_transcripts(home / "transcript" / "aishell_transcript_v0.8.txt", "")
     yield from transcribed(sorted(home.glob("wav/*/*/*.wav")), texts, -3, "zh")
@@ -809,8 +799,7 @@ def transcribed(audios, texts, place, language):
 def wenetspeech(root):
     """WenetSpeech.json in ROOT, and the .opus files at the paths it names.
 
-    Makes manifests of segments: train (L), train_m and train_s (M, S; parts of L), dev, test_net,
-    test_meeting.
+    Manifests of segments: train (L), train_m, train_s (parts of L), dev, test_net, test_meeting.
     """
     path = root / "WenetSpeech.json"
     audio = None
@@ -834,8 +823,7 @@ def wenetspeech(root):
 def folder(root, language=None):
     """Audio files anywhere below ROOT; the transcript of x.wav is x.txt, where there is one.
 
-    Makes one manifest, named like ROOT. An id is the path below ROOT with - for /. Hidden files and
-    links to folders are not entered; other files are left out and counted.
+    An id is the path below ROOT with - for /. Hidden files and links to folders are not entered.
     """
     files = []
     for home, folders, names in os.walk(root):
@@ -891,15 +879,16 @@ def write_corpus(rows, out) -> None:
     for name, row in tqdm(rows, desc="corpus", unit="clip", delay=1):
         reason = why_left_out(row)
         if reason:
-            counts[name][f"left out: {reason}"] += 1
-            first.setdefault((name, f"left out: {reason}"), f" (first: {row['audio']})")
+            what = f"left out: {reason}"
+            counts[name][what] += 1
+            first.setdefault((name, what), f" (first: {row['audio']})")
             continue
         if name not in files:
             files[name] = open(out / f"{name}.jsonl.tmp", "w", encoding="utf-8")
         row = row | {"audio": os.path.relpath(row["audio"], home)}
         files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-        counts[name].update(utterances=1, hours=row["duration"] / 3600)
-        counts[name]["without text"] += "text" not in row
+        counts[name].update({"utterances": 1, "hours": row["duration"] / 3600,
+                             "without text": "text" not in row})
     for name, count in sorted(counts.items()):
         said = [f"{n:.8g} {what}{first.get((name, what), '')}" for what, n in count.items()]
         print(f"{out / name}.jsonl: {', '.join(said)}")
@@ -1042,14 +1031,13 @@ class Espeak:
     def __init__(self):
         import espeakng_loader  # only the demo needs it
         self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
-        data_path = espeakng_loader.get_data_path().encode()
         # 2: synchronous; 0: pieces of default length; 0x8000: do not exit if the data is missing.
-        self.rate = self.lib.espeak_Initialize(2, 0, data_path, 0x8000)
+        self.rate = self.lib.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0x8000)
         self.pieces = []
         samples = ctypes.POINTER(ctypes.c_short)
         receiver = ctypes.CFUNCTYPE(ctypes.c_int, samples, ctypes.c_int, ctypes.c_void_p)
-        self.callback = receiver(self.receive)  # kept alive: the library holds a bare pointer to it
-        self.lib.espeak_SetSynthCallback(self.callback)
+        self.receiver = receiver(self.receive)  # kept alive: the library holds a bare pointer to it
+        self.lib.espeak_SetSynthCallback(self.receiver)
 
     def receive(self, samples, n, _events):
         if samples and n > 0:
@@ -1059,17 +1047,14 @@ class Espeak:
     def say(self, text, voice, words_per_minute, pitch) -> np.ndarray:
         """Speech -> (n,) float32 in [-1, 1] at self.rate Hz."""
         self.pieces.clear()
-        if self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise ValueError(f"espeak-ng has no voice {voice!r}")
+        failed = self.lib.espeak_SetVoiceByName(voice.encode())
         self.lib.espeak_SetParameter(1, words_per_minute, 0)  # 1: speed
         self.lib.espeak_SetParameter(3, pitch, 0)             # 3: pitch, 0 to 100
         raw = text.encode() + b"\0"
         # Position 0 in characters (1) to the end (0), text in UTF-8 (1).
-        size = ctypes.c_size_t(len(raw))
-        failed = self.lib.espeak_Synth(raw, size, 0, 1, 0, 1, None, None)
+        failed += self.lib.espeak_Synth(raw, ctypes.c_size_t(len(raw)), 0, 1, 0, 1, None, None)
         if failed or not self.pieces:
-            raise RuntimeError(f"espeak-ng could not say {text!r}")
-        self.lib.espeak_Synchronize()
+            raise RuntimeError(f"espeak-ng could not say {text!r} with the voice {voice!r}")
         return np.concatenate(self.pieces).astype(np.float32) / 32768.0
 
 
