@@ -297,13 +297,14 @@ def roll_out_share(student, batch, step, args):
         ids = torch.zeros(0, 1, dtype=torch.long, device=student.device)
         return ids, ids.bool(), None
     prompt = model.encode_audio(student, batch, args.micro_batch)
-    frames = prompt.frames if args.freeze else None
     if args.states == "reference":  # a control: the transcripts' states, off-policy
-        rows = [student.encode_text(u.text) for u in batch.utterances]
-        return *data.pad_rows(rows, student.pad_id, student.device), frames
-    clips = [u.id for u in batch.utterances]
-    uniforms = data.keyed_uniforms(args.seed, step, clips, args.max_new_tokens)
-    return *model.roll_out(student, prompt, args.max_new_tokens, args.temperature, uniforms), frames
+        responses = [student.encode_text(u.text) for u in batch.utterances]
+        ids, mask = data.pad_rows(responses, student.pad_id, student.device)
+    else:
+        names = [u.id for u in batch.utterances]
+        uniforms = data.keyed_uniforms(args.seed, step, names, args.max_new_tokens)
+        ids, mask = model.roll_out(student, prompt, args.max_new_tokens, args.temperature, uniforms)
+    return ids, mask, prompt.frames if args.freeze else None
 
 
 @record  # torchrun then shows what stopped a process, at the end
@@ -362,23 +363,24 @@ def main(args):
 
         loss = torch.zeros((), device=device)
         for i in range(0, len(batch), args.micro_batch):
-            part = slice(i, i + args.micro_batch)
-            clips = batch.rows(i, i + args.micro_batch)
-            width = max(1, int(scored[part].sum(1).max()))
-            y, read = ids[part, :width], scored[part, :width]               # (b, R)
+            rows = slice(i, i + args.micro_batch)
+            part = batch.rows(i, i + args.micro_batch)
+            longest = max(1, int(scored[rows].sum(1).max()))
+            y = ids[rows, :longest]                                         # (b, R)
+            read = scored[rows, :longest]                                   # (b, R)
 
             # ---- (2) teacher   z_T[t] = logits of T at (x, y_<t)
             #      The same ids, in its numbering, on the same audio. Its head follows in (4).
             #                                                                              [dev 3]
             with torch.no_grad():
-                prompt_t = model.encode_audio(teacher, clips)
+                prompt_t = model.encode_audio(teacher, part)
                 y_t = to_teacher[y].clamp(min=0)  # 0 stands where no id is read
                 hidden_t = model.response_hidden(                           # (n, width_t)
                     teacher.body, prompt_t.embeds, prompt_t.mask, y_t, read)
 
             # ---- (3) student   z_S[t] = logits of S at (x, y_<t), now with gradients
-            kept = None if frames is None else frames[part]
-            prompt_s = model.encode_audio(student, clips, frames=kept)
+            kept = None if frames is None else frames[rows]
+            prompt_s = model.encode_audio(student, part, frames=kept)
             hidden_s = model.response_hidden(                               # (n, width)
                 student.body, prompt_s.embeds, prompt_s.mask, y, read)
 
@@ -406,11 +408,11 @@ def main(args):
         totals["loss"] = model.all_sum({"loss": loss}, device)["loss"] * N
         t = run.add(totals, time.time() - began)
         if run.is_due(step + 1, args.log_every):
-            clips = max(1, t["clips"])
+            n_clips = max(1, t["clips"])
             run.record({
                 "step": step + 1, "loss": t["loss"] / max(1, t["tokens"]), "grad_norm": grad_norm,
-                "lr": lr, "tokens": int(t["tokens"]), "tokens_per_clip": t["tokens"] / clips,
-                "truncated": t["truncated"] / clips, "empty": t["empty"] / clips,
+                "lr": lr, "tokens": int(t["tokens"]), "tokens_per_clip": t["tokens"] / n_clips,
+                "truncated": t["truncated"] / n_clips, "empty": t["empty"] / n_clips,
                 "not_scored": int(t["not_scored"]), "rejected": int(t["rejected"]),
                 "audio_per_sec": t["audio_sec"] / t["seconds"]})
         run.save_state(step + 1, dev)

@@ -1050,7 +1050,8 @@ def finish() -> None:
 
 def all_sum(values: dict, device) -> dict[str, float]:
     """Numbers summed over all ranks, in one collective. Every rank has the same keys."""
-    total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
+    numbers = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values.values()]
+    total = torch.stack(numbers)
     if dist.is_initialized():
         dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
