@@ -5,6 +5,7 @@
 
 import base64
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -15,6 +16,7 @@ import sys
 import wave
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +97,7 @@ def test_rates_by_hand(spoken, capsys):
 @pytest.mark.parametrize("speaker, resampled, blocks, warned", [
     (lambda i: None, "utterances", 40, False), (lambda i: f"s{i % 19}", "speakers", 19, True),
     (lambda i: f"s{i % 20}", "speakers", 20, False), (lambda i: "s", "utterances", 40, False),
+    (lambda i: f"s{i % 2}", "speakers", 2, True),
     (lambda i: f"s{i}" if i else None, "utterances", 40, False)])
 def test_what_is_resampled_is_said(spoken, capsys, speaker, resampled, blocks, warned):
     lines = [(f"u{i}", "en", "the lamp", "the lamp" if i % 3 else "a lamp") for i in range(40)]
@@ -125,14 +128,6 @@ def test_a_rate_and_an_interval_are_null_where_there_is_none(tmp_path, monkeypat
     monkeypatch.setattr(data, "bootstrap", lambda *_: np.linspace(-0.1, 0.3, 1001))
     entry = evaluate.corpus_rate([evaluate.count_errors({"text": "a", "hyp": "a"})])
     assert (entry["low"], entry["high"]) == (0, pytest.approx(29))
-
-
-def test_what_looks_wrong_is_counted_and_left_as_it_is(spoken):
-    hyps = ["", "fine", "cut off in ...", "cut too..."]
-    summary, rows = spoken([(f"u{i}", "en", "fine", hyp) for i, hyp in enumerate(hyps)])
-    for counted in (summary, summary["results"][0]):
-        assert [counted[key] for key in ("empty", "truncated", "failed")] == [1, 2, 0]
-    assert [row["hyp"] for row in rows] == hyps
 
 
 def test_a_manifest_without_any_text_is_transcribed_and_said_loudly(spoken, capsys):
@@ -211,6 +206,7 @@ def test_a_broken_clip_counts_as_deleted_or_stops_the_run(
     assert gone["deletions"] == gone["units"] > 0
     assert sum("failed" in row for row in rows) == summary["failed"] == 1 and not summary["empty"]
     assert "no audio: unreadable" in (whole / "errors.html").read_text()
+    assert evaluate.unfit_to_teach(gone, None) == "failed to decode"
     flags = [flag for flag in words(checkpoints, manifests, tmp_path) if flag != "--keep_going"]
     with pytest.raises(data.AudioError, match="a.jsonl:6: u5"):
         run(*flags)
@@ -302,63 +298,60 @@ def test_resume_refuses_what_was_made_otherwise(checkpoints, manifests, tmp_path
         run(*flags, "--resume")
 
 
-def test_clips_of_similar_length_go_together(spoken, monkeypatch):
-    """A clip of unknown length comes last."""
+def test_clips_of_similar_length_go_together_and_share_their_time(spoken, monkeypatch):
+    """A clip of unknown length comes last. By this clock a batch takes six seconds."""
+    clock = itertools.count(0, 6)
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(time=lambda: next(clock)))
     batches, load_batch = [], data.load_batch
     monkeypatch.setattr(data, "load_batch", lambda clips, *rest, **more: (
         batches.append([u.id for u in clips]), load_batch(clips, *rest, **more))[1])
     durations = (0.3, 0.1, None, 0.25, 0.15)
-    spoken([(str(sec), "en", None, "x") for sec in durations], "--batch", 2,
-           extra=lambda i: {"duration": durations[i]})
+    _, rows = spoken([(str(sec), "en", None, "x") for sec in durations], "--batch", 2,
+                     extra=lambda i: {"duration": durations[i]})
+    assert [row["seconds"] for row in rows] == [3, 3, 6, 3, 3]
     assert batches == [["0.1", "0.15"], ["0.25", "0.3"], ["None"]]
 
 
 def test_summary_says_how_to_do_it_again(checkpoints, manifests, whole):
     summary, _ = read_outputs(whole)
-    weights = checkpoints / "student" / "model.safetensors"
-    found = summary["weights"].pop("model.safetensors")
-    assert summary["model"] == str(checkpoints / "student") and not summary["weights"]
-    assert found["bytes"] == weights.stat().st_size
-    assert np.datetime64(found["modified"]).astype("int64") == weights.stat().st_mtime_ns
+    weights = (checkpoints / "student" / "model.safetensors").stat()
+    modified = str(np.datetime64(weights.st_mtime_ns, "ns"))
+    assert summary["model"] == str(checkpoints / "student")
+    assert summary["weights"] == {
+        "model.safetensors": {"bytes": weights.st_size, "modified": modified}}
     assert list(summary["data"]) == [str(path) for path in manifests]
     assert summary["decoding"] == {
         "search": "greedy", "max_new_tokens": 8, "batch": 3, "keep_going": True}
     assert (summary["device"], summary["processes"]) == ("cpu", 1)
     assert summary["normaliser"] == data.METRIC and summary["command"]
+    packages = "torch torchaudio transformers numpy jiwer wetext kaldifst av".split()
     assert summary["versions"] == {"python": sys.version.split()[0]} | {
-        name: version(name) for name in ("torch", "torchaudio", "transformers", "numpy", "jiwer",
-                                         "wetext", "kaldifst", "av")}
+        name: version(name) for name in packages}
     assert summary["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", summary["commit"])
 
 
-def test_files_are_printed(corpus, checkpoints, tmp_path, capsys):
-    asr = model.load(checkpoints / "student")
-    said = {}  # whether it was cut: path and line of the last such clip
-    for i in range(6):
-        path = str(corpus / f"dev-{i}.wav")
-        batch = data.load_batch([data.Utterance(path, path)], (asr.n_mels,))
-        result, = model.transcribe(asr, batch, 8)
-        end = "" if result["stopped"] else " [cut at --max_new_tokens]"
-        said[end != ""] = path, result["hyp"] + end
-    (a, line_a), (b, line_b) = said[False], said[True]
-    flags = ["--model", checkpoints / "student", "--device", "cpu", "--max_new_tokens", 8,
-             "--audio"]
-    run(*flags, b, a)
-    assert capsys.readouterr().out == f"{b}: {line_b}\n{a}: {line_a}\n"
-    run(*flags, a)
-    assert capsys.readouterr().out == f"{line_a}\n"
+def test_files_are_printed(corpus, checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(model, "transcribe", lambda asr, batch, _: [
+        {"hyp": Path(u.audio).stem, "stopped": u.audio.endswith("dev-0.wav")}
+        for u in batch.utterances])
     write_wav(tmp_path / "long.wav", sound(np.random.default_rng(0), 40.2))
+    a, b, long = corpus / "dev-0.wav", corpus / "dev-1.wav", tmp_path / "long.wav"
+    flags = ["--model", checkpoints / "student", "--device", "cpu", "--audio"]
+    run(*flags, b, a)
+    assert capsys.readouterr().out == f"{b}: dev-1 [cut at --max_new_tokens]\n{a}: dev-0\n"
+    run(*flags, a)
+    assert capsys.readouterr().out == "dev-0\n"
     with pytest.raises(SystemExit, match="long.wav: too_long"):
-        run(*flags, tmp_path / "long.wav")
-    run(*flags, tmp_path / "long.wav", a, "--keep_going")
+        run(*flags, long)
+    run(*flags, long, a, "--keep_going")
     shown = capsys.readouterr()
-    assert shown.out == f"{a}: {line_a}\n" and "long.wav: too_long" in shown.err
+    assert shown.out == f"{a}: dev-0\n" and "long.wav: too_long" in shown.err
 
 
 # ----------------------------------------------------------------------------------- teacher data
 
 def test_teacher_data_is_what_fits(spoken, tmp_path, corpus, capsys):
-    """--max_wer is in percent of the reference's units, of which an empty one counts as one."""
+    """--max_wer is in percent of the reference's units."""
     lines = [("exact", "en", "the red lamp is on", "The red lamp is on."),
              ("near", "en", "the red lamp is on", "the red lamp was on"),
              ("far", "en", "the red lamp is on", "a bed lamp is on"),
@@ -366,8 +359,10 @@ def test_teacher_data_is_what_fits(spoken, tmp_path, corpus, capsys):
              ("cut", "en", "on and on", "on and..."), ("from nothing", "en", "", "words")]
     manifest = tmp_path / "elsewhere" / "td.jsonl"
     segment = {"start": 0.05, "duration": 0.2, "speaker": "s", "channel": 0}
-    spoken(lines, "--as_manifest", manifest, "--max_wer", "20",
-           extra=lambda i: segment if i == 1 else {})
+    summary, rows = spoken(lines, "--as_manifest", manifest, "--max_wer", "20",
+                           extra=lambda i: segment if i == 1 else {})
+    assert [row["hyp"] for row in rows] == [hyp for *_, hyp in lines], "nothing is mended"
+    assert [summary[key] for key in ("empty", "truncated", "failed")] == [1, 1, 0]
     exact, near, unknown = data.read_manifest(manifest)
     assert (exact.id, exact.text, exact.language) == ("exact", "The red lamp is on.", "en")
     assert (near.id, near.start_sec, near.duration_sec, near.speaker, near.channel) == (
@@ -383,12 +378,15 @@ def test_teacher_data_is_what_fits(spoken, tmp_path, corpus, capsys):
     assert len(data.read_manifest(manifest)) == 5 and "max_wer" not in capsys.readouterr().out
 
 
-def test_teacher_data_of_two_sets_with_an_id_in_common(tmp_path):
-    rows = [{"id": name, "set": of, "audio": "/a.wav", "hyp": "x", "stopped": True}
-            for of, name in (("a", "1"), ("a", "2"), ("b", "2"), ("b", "3"))]
-    rows.append(rows[0] | {"id": "4", "failed": "unreadable"})
-    evaluate.write_teacher_manifest(rows, tmp_path / "td.jsonl", None)
-    assert [u.id for u in data.read_manifest(tmp_path / "td.jsonl")] == ["1", "2", "b/2", "3"]
+def test_two_sets_with_a_name_and_an_id_in_common(spoken, tmp_path, corpus):
+    """Sets are called by their paths then, and the teacher's manifest holds every id once."""
+    paths = [tmp_path / "lines.jsonl", tmp_path / "b" / "lines.jsonl"]
+    data.write_jsonl(paths[1], [{"id": name, "audio": str(corpus / "dev-0.wav")} for name in "12"])
+    _, rows = spoken([(name, None, None, "x") for name in "012"], "--data", *paths,
+                     "--as_manifest", tmp_path / "td.jsonl")
+    assert [row["set"] for row in rows] == [str(paths[0])] * 3 + [str(paths[1])] * 2
+    ids = [u.id for u in data.read_manifest(tmp_path / "td.jsonl")]
+    assert ids == ["0", "1", "2", f"{paths[1]}/1", f"{paths[1]}/2"]
 
 
 # -------------------------------------------------------------------------------- without a model
@@ -399,18 +397,22 @@ def test_rescoring_gives_the_same_numbers(whole, tmp_path):
     stale = [row | {"audio": str(whole / row["audio"]), "deletions": 99, "looping": True}
              for row in rows]
     data.write_jsonl(tmp_path / "stale.jsonl", stale)
+    data.write_jsonl(tmp_path / "again" / "part-0.jsonl", [{}])  # of a run that was stopped
     run("--rescore", tmp_path / "stale.jsonl", "--out", tmp_path / "again")
     again, rows_again = read_outputs(tmp_path / "again")
     for key in ("results", "macro_average", "pooled", "clips", "without_text", "failed"):
         assert again[key] == first[key]
     assert list(again["rescored"]) == [str(tmp_path / "stale.jsonl")] and "model" not in again
     assert os.path.samefile(tmp_path / "again" / rows_again[0]["audio"], whole / rows[0]["audio"])
+    assert (tmp_path / "again" / "part-0.jsonl").exists()
 
 
 @pytest.mark.parametrize("line, message", [
-    (b'{"id": "u0", "hyp": "x"}', "id 'u0' stands twice"), (b'{"id": "n"}', "expected 'id' and"),
-    (b'{"hyp": "n"}', "expected 'id' and"), (b'{"id": "b", "hyp": 3}', "expected 'id' and"),
-    (b'{"id": "b", "hyp": "", "text": ["x"]}', "'text' has the wrong type"),
+    (b'{"id": "u0", "hyp": "x"}', "id 'u0' stands twice"),
+    (b'{"hyp": "n"}', "expected a string as 'id', found None"),
+    (b'{"id": "b"}', "expected a string as 'hyp'"),
+    (b'{"id": "b", "hyp": 3}', "expected a string as 'hyp', found 3"),
+    (b'{"id": "b", "hyp": "", "text": ["x"]}', "expected a string as 'text'"),
     (b"[1]", "expected a JSON object"), (b'{"id": "b", "hyp": "\xff"}', "expected a JSON object")])
 def test_a_line_that_can_not_be_scored_is_named(tmp_path, line, message):
     (tmp_path / "h.jsonl").write_bytes(b'{"id": "u0", "hyp": "x"}\n\n' + line)
@@ -430,7 +432,9 @@ def test_compare_by_hand(tmp_path, capsys):
     for name, numbers in errors.items():
         rows = [{"id": f"u{i}", "text": " ".join(right), "language": "en",
                  "hyp": " ".join(["xxx"] * n + right[n:])} for i, n in enumerate(numbers)]
-        data.write_jsonl(tmp_path / f"{name}.jsonl", rows[::-1] if name == "b" else rows)
+        if name == "b":  # neither the order nor space around a text is a matter
+            rows = [row | {"text": f" {row['text']} "} for row in rows[::-1]]
+        data.write_jsonl(tmp_path / f"{name}.jsonl", rows)
     a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
 
     first, e, even = run("--compare", a, b, c)
@@ -530,9 +534,8 @@ def test_flags_that_do_not_go_together(line, message, capsys):
 
 def test_outputs_that_can_not_be_written_are_named_before_any_work(tmp_path):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(OSError, match="taken/x"):
-        run("--model", "m", "--data", "d", "--out", tmp_path / "taken" / "x")
+    for line in (["--data", "d", "--model", "m"], ["--rescore", "h"], ["--compare", "a", "b"]):
+        with pytest.raises(OSError, match="taken/x"):
+            run(*line, "--out", tmp_path / "taken" / "x")
     with pytest.raises(OSError, match=f"{tmp_path}: "):
         run("--model", "m", "--data", "d", "--out", tmp_path / "new", "--as_manifest", tmp_path)
-    with pytest.raises(OSError, match="taken/x"):
-        run("--compare", "a", "b", "--out", tmp_path / "taken" / "x")
