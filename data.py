@@ -82,9 +82,9 @@ def read_manifest(paths, need=(), language=None) -> "Manifest":
     """The utterances of one or more JSON Lines manifests, in the order of the lines.
 
     need: fields that every line must have, of "text" and "language"; a text may be "" (nothing is
-    said there). language: of the lines that name none. Raises ValueError, naming file, line and value, for a line that can't be used, an
-    id that stands twice in a file, a manifest without an utterance; and saying how many lines lack
-    what is needed. No audio is opened.
+    said there). language: of the lines that name none. No audio is opened. Raises ValueError,
+    naming file, line and value, for a line that can't be used, an id that stands twice in a file, a
+    manifest without an utterance; and saying how many lines lack what is needed.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -92,22 +92,24 @@ def read_manifest(paths, need=(), language=None) -> "Manifest":
 
 
 class Manifest(Sequence):
-    """A read-only sequence of utterances. A line is parsed when it is asked for, and takes 28 bytes:
-    as objects, the 100,000 h that the paper trains on would take 36 GB in every process.
+    """A read-only sequence of utterances, 28 bytes each: a line is parsed when it is asked for.
+
+    As objects, the 100,000 h that the paper trains on would take 36 GB in every process.
     """
     def __init__(self, paths, need=(), language=None):
         self.paths = paths
-        self.language = language.lower() if language else None
-        self.languages = {}     # language or None: the first utterance with it
         # A ".." in a manifest behind a link leads from where the link leads.
         self.folders = [os.path.realpath(os.path.dirname(path)) for path in paths]
+        self.language = language.lower() if language else None
+        self.languages = {}     # language or None: the first utterance with it
         places = array("q")     # of each utterance: which path, number of its line, offset in bytes
         durations = array("f")  # seconds, NaN where the line has none
         lacking = {}            # field: [lines without it, the first of them]
         for k, path in enumerate(paths):
             seen = {}  # id: number of its line
             offset = 0
-            for number, line in enumerate(tqdm(open(path, "rb"), path, unit="line", delay=1), 1):
+            lines = progress(None, path, "line", rows=open(path, "rb"))
+            for number, line in enumerate(lines, start=1):
                 u = self.parse(line, k, number)
                 if u and u.id in seen:
                     raise ValueError(f"{u.line}: id {u.id!r} already stands on line {seen[u.id]}")
@@ -255,11 +257,10 @@ def check_writable(*files) -> None:
             raise OSError(error.errno, error.strerror, str(file)) from None
 
 
-def progress(total, name, unit, rank=0, initial=0) -> tqdm:
+def progress(total, name, unit, rank=0, initial=0, rows=None) -> tqdm:
     """A progress bar on rank 0, for what takes over a second. A log file gets a line every 20 s."""
-    refresh = 0.5 if sys.stderr.isatty() else 20.0  # seconds
-    return tqdm(total=total, desc=name, unit=unit, initial=initial, disable=rank > 0, delay=1,
-                mininterval=refresh, unit_scale=unit == "B", dynamic_ncols=True)
+    return tqdm(rows, name, total, unit=unit, initial=initial, disable=rank > 0, delay=1,
+                mininterval=0.5 if sys.stderr.isatty() else 20.0, dynamic_ncols=True)
 
 
 # --------------------------------------------------------------------------------------- 2. audio
@@ -311,10 +312,7 @@ def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
 
 
 def decode(path, start_sec, seconds) -> np.ndarray:
-    """Part of a file: `seconds` from start_sec on, or less at its end -> (C, n) float32 at 16 kHz.
-
-    Raises one of UNREADABLE.
-    """
+    """`seconds` of a file from start_sec on, or less at its end: -> (C, n) float32 at 16 kHz."""
     samples = av.AudioFifo()  # at the file's own rate and format: cut first, resampled once
     first_sec = None          # where they begin
     for begin_sec, frame in decoded_frames(path, start_sec):
@@ -372,7 +370,7 @@ def decoded_frames(path, start_sec=0.0):
                     origin = frame.pts
                 begin_sec = float((frame.pts - origin) * tick)
                 if next_sec is not None and abs(begin_sec - next_sec) > 0.1:
-                    raise ValueError(f"{begin_sec:.2f} s follows {next_sec:.2f} s: joined, or a hole")
+                    raise ValueError(f"{begin_sec} s follows {next_sec} s: joined, or a hole")
                 next_sec = begin_sec + frame.samples / frame.sample_rate
                 yield begin_sec, frame
         if next_sec is None or next_sec < promised_sec - 0.05:
@@ -410,7 +408,7 @@ def check_whole(path) -> None:
 # ------------------------------------------------------------------------------------ 3. features
 
 def log_mel(audio: np.ndarray, n_mels: int = 128) -> torch.Tensor:
-    """Whisper's features of one clip: (n,) at 16 kHz -> (n_mels, T = n // 160) float32, about -1 to 1.
+    """Whisper's features of a clip: (n,) at 16 kHz -> (n_mels, T = n // 160) float32, about -1 to 1.
 
     Not of a padded batch: the floor is relative to the loudest bin, and the end is reflected.
     """
@@ -464,8 +462,8 @@ def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
                for_training=True) -> Batch:
     """Decode clips, sort by length, make features, pad. max_sec, for_training: see `load_audio`.
 
-    n_mels: the numbers of mel bins that the models of a run want. keep_going: a clip that can't be
-    used is reported in `rejected`; else its AudioError is raised.
+    n_mels: the numbers of mel bins that a run's models want. keep_going: a clip that can't be used
+    goes to `rejected`; else its AudioError is raised.
     """
     clips = []  # (utterance, audio (n,))
     rejected = []
@@ -499,11 +497,11 @@ def pad_rows(rows, pad_id, device=None, side="right") -> tuple[torch.Tensor, tor
 
 
 class Plan:
-    """Which utterances make up optimiser step s: a pure function of (seed, s).
+    """Which utterances make up optimiser step s: a pure function of (seed, s), so resume is free.
 
-    So a resume needs no position. An epoch is a seeded shuffle cut into batches; the last one may
-    be smaller. They stay random: with batches of one length, hence of one kind of sentence, a model
-    trained from scratch was measured to stay on its first plateau more than twice as long.
+    An epoch is a seeded shuffle cut into batches; the last one may be smaller. They stay random:
+    with batches of one length, hence of one kind of sentence, a model trained from scratch was
+    measured to stay on its first plateau more than twice as long.
     """
     def __init__(self, n_utterances, global_batch, seed):
         self.n_utterances = n_utterances
@@ -541,9 +539,9 @@ class Steps(torch.utils.data.Dataset):
 
 
 def loader(dataset, items, workers):
-    """dataset[i] for i in `items`, in that order, made ahead of time by `workers` processes.
+    """dataset[i] for i in `items`, in order, made ahead of time by processes that end with this one.
 
-    They end with this one, however it ends. 0 workers: made here, when asked for.
+    0 workers: made here, when asked for.
     """
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers,
@@ -563,13 +561,13 @@ def start_worker(_number):
 
 
 def check_decodable(utterances) -> None:
-    """Raise AudioError for a clip that could not be evaluated, before long work that would end so."""
+    """Raise AudioError for a clip that can't be evaluated, before long work that would end so."""
     for utterance in utterances:
         load_audio(utterance, MAX_EVAL_SEC, for_training=False)
 
 
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
-    """Uniforms in [0, 1), a function of (seed, step, id, column) alone: -> (len(ids), count) float32.
+    """Uniforms in [0, 1), functions of (seed, step, id, column) alone: -> (len(ids), count) float32.
 
     A rollout drawn with them is the same in any batch, on any number of ranks, and after a resume
     (but for a draw within rounding of the border between two tokens).
@@ -584,7 +582,7 @@ def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------- 5. metric
 
-METRIC = "opd-asr-3"  # version of what is counted: another rule, table or reading is another number
+METRIC = "opd-asr-3"  # version of what is counted: with another rule or table, one more
 
 # What a label may be, or have as a part: zh-TW, "simplified chinese".
 CHINESE = set("zh zho chi cmn cn yue wuu nan hak gan hsn chinese mandarin cantonese 中文 汉语 普通话 "
@@ -603,17 +601,12 @@ INVISIBLE = re.compile("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe
 def normalize(text: str, language: str | None) -> str:
     """The text that is scored: units separated by single spaces. This function *is* the metric.
 
-    Apostrophes straightened -> NFKC (full width to half width) -> lower case -> by the language:
+    Apostrophes straightened, NFKC (full width to half width), lower case, then by the language:
       English            Whisper's normaliser: contractions, numbers and spelling; uh and um go
       Chinese            `mandarin`: numbers as they are said, simplified hanzi; then `words`
       others, or None    `words`: letters, digits and marks
     The unit is decided by the script, not by the label: one character of CJK, kana, hangul, Thai,
-    Lao, Khmer or Burmese is one, and a run of anything else is one.
-
-    >>> normalize("Don’t  STOP—it’s 3.5%!", "en")
-    'do not stop it is 3.5%'
-    >>> normalize("请，打开 A灯。", "zh")
-    '请 打 开 a 灯'
+    Lao, Khmer or Burmese is one, and a run of anything else is one: "请 打 开 a 灯", "do not stop".
     """
     parts = label_parts(language)
     text = INVISIBLE.sub("", text).translate(APOSTROPHES)  # before NFKC, which takes ´ apart
@@ -722,7 +715,7 @@ def align(ref: str, hyp: str, language: str | None) -> list[tuple[str, str, str]
 
 
 def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0) -> np.ndarray:
-    """Rates sum(numerators) / sum(denominators) of corpora drawn anew: (n,) -> (draws,) fractions.
+    """Rates sum(numerators) / sum(denominators) of corpora drawn anew: (n,) -> (draws,).
 
     (n, K) -> (draws, K): K systems on the same draws, so a difference of columns is paired. Drawn
     are utterances (Bisani & Ney, ICASSP 2004) or whole `blocks`, one label an utterance: those of a
@@ -761,9 +754,9 @@ def interval(rates):
 
 # ------------------------------------------------------------------------------------- 6. corpora
 
-# A corpus is a generator of (name of a manifest, row). The row's audio is an absolute path; "text"
-# is None where a promised transcript is missing; "duration" is missing for a whole file. A row with
-# "left_out": REASON goes into no manifest.
+# A corpus is a generator of (name of a manifest, row). "audio" is an absolute path; "text" is None
+# where a promised transcript is missing; a whole file has no "duration". A row with "left_out":
+# REASON goes into no manifest.
 
 AUDIO_SUFFIXES = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .mp4 .webm .mka .mkv .wma .amr .aiff "
                      ".aif .aifc .au .snd .caf .w64 .rf64 .sph".split())
@@ -793,7 +786,7 @@ def transcribed(audios, texts, place, language):
             "id": path.stem, "audio": str(path), "text": texts.pop(path.stem, None),
             "language": language, "speaker": path.parts[place + 1]}
     for name in texts:
-        yield "transcripts", {"audio": name, "left_out": "no audio file"}
+        yield "transcripts", {"audio": name}  # which is no file
 
 
 def wenetspeech(root):
@@ -845,14 +838,8 @@ def folder(root, language=None):
 
 def read_transcripts(path, glue) -> dict[str, str]:
     """Lines of an id and words -> {id: words joined by `glue`}."""
-    texts = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        name, *rest = line.split() or [""]
-        if name in texts:
-            raise ValueError(f"{path}:{number}: {name!r} already has a line; expected one each")
-        if name:
-            texts[name] = glue.join(rest)
-    return texts
+    lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
+    return {name: glue.join(rest) for name, *rest in lines}
 
 
 def read_text(path) -> str:
@@ -876,7 +863,7 @@ def write_corpus(rows, out) -> None:
     files = {}                    # name of a manifest: temporary file
     counts = defaultdict(lambda: Counter(utterances=0))  # name: {what: rows}
     first = {}                    # (name, what): audio of the first one left out
-    for name, row in tqdm(rows, desc="corpus", unit="clip", delay=1):
+    for name, row in progress(None, "corpus", "clip", rows=rows):
         reason = why_left_out(row)
         if reason:
             what = f"left out: {reason}"
@@ -960,9 +947,8 @@ EXTRA_SPEED = {"en": 0, "zh": 40}          # words a minute
 def make_demo(out, seed=0, sizes=SIZES) -> None:
     """Write OUT/{train,teacher,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn.
 
-    train: the student's labelled clips, of few voices. teacher: more clips and voices, no sentence
-    of train. pool: audio for distillation, of more voices than train. dev, test: voices and
-    sentences found in none of these. Who speaks where is the same for every seed.
+    Of few voices: train. Of more, for distillation: pool; of yet more: teacher, without a sentence
+    of train. Voices and sentences of dev and test stand in none of them.
     """
     out = Path(out)
     (out / "wav").mkdir(parents=True, exist_ok=True)
@@ -981,8 +967,8 @@ def make_demo(out, seed=0, sizes=SIZES) -> None:
 def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
     """Synthesise one language of the demo in this (fresh) process -> {split: rows of manifest}."""
     torch.set_num_threads(1)  # clips are short: a second thread would only wait
-    espeak = Espeak()
-    resample = torchaudio.transforms.Resample(espeak.rate, SAMPLE_RATE)
+    rate, say = start_espeak()
+    resample = torchaudio.transforms.Resample(rate, SAMPLE_RATE)
     rng = random.Random(f"demo/{seed}/{language}")
     patterns, slots = GRAMMAR[language]
     sentences = {}  # of each split
@@ -994,13 +980,14 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
         rows[split] = []
         while len(rows[split]) < size // 2:
             pattern = rng.choice(patterns)
-            text = pattern.format(**{slot: rng.choice(words.split()) for slot, words in slots.items()})
+            filled = {slot: rng.choice(choices.split()) for slot, choices in slots.items()}
+            text = pattern.format(**filled)
             if text in taken:
                 continue
             sentences[split].add(text)
             voice = f"{rng.choice(VOICES[language])}+{rng.choice(CAST[split])}"
             speed = rng.randint(180, 225) + EXTRA_SPEED[language]
-            speech = espeak.say(text, voice, speed, pitch=rng.randint(35, 65))
+            speech = say(text, voice, speed, pitch=rng.randint(35, 65))
             audio = add_noise(resample(torch.from_numpy(speech)).numpy(), rng)
             name = f"{split}-{language}-{len(rows[split]):05d}"
             with wave.open(f"{out}/wav/{name}.wav", "wb") as file:
@@ -1016,7 +1003,7 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
 
 
 def add_noise(audio, rng) -> np.ndarray:
-    """Clean speech -> a clip with noise 25 to 40 dB below the speech and a peak of -16 to -6 dBFS."""
+    """Clean speech -> a clip with noise 25 to 40 dB below it and a peak of -16 to -6 dBFS."""
     noise_rng = np.random.default_rng(rng.getrandbits(32))
     noise = noise_rng.standard_normal(len(audio)).astype(np.float32)
     width = rng.choice([1, 2, 4, 8])  # of a moving average: white to dull
@@ -1026,36 +1013,37 @@ def add_noise(audio, rng) -> np.ndarray:
     return audio * 10 ** (rng.uniform(-16, -6) / 20) / np.abs(audio).max()
 
 
-class Espeak:
-    """espeak-ng through ctypes. One global engine a process."""
-    def __init__(self):
-        import espeakng_loader  # only the demo needs it
-        self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
-        # 2: synchronous; 0: pieces of default length; 0x8000: do not exit if the data is missing.
-        self.rate = self.lib.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0x8000)
-        self.pieces = []
-        samples = ctypes.POINTER(ctypes.c_short)
-        receiver = ctypes.CFUNCTYPE(ctypes.c_int, samples, ctypes.c_int, ctypes.c_void_p)
-        self.receiver = receiver(self.receive)  # kept alive: the library holds a bare pointer to it
-        self.lib.espeak_SetSynthCallback(self.receiver)
+def start_espeak():
+    """espeak-ng by ctypes, one engine a process: -> rate in Hz, a function that says a text.
 
-    def receive(self, samples, n, _events):
+    That takes a voice, words a minute and a pitch from 0 to 100 -> (n,) float32 in [-1, 1].
+    """
+    import espeakng_loader  # only the demo needs it
+    lib = ctypes.CDLL(espeakng_loader.get_library_path())
+    # 2: synchronous; 0: pieces of default length; 0x8000: do not exit if the data is missing.
+    rate = lib.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0x8000)
+    pieces = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def receive(samples, n, _events):
         if samples and n > 0:
-            self.pieces.append(np.ctypeslib.as_array(samples, (n,)).copy())
+            pieces.append(np.ctypeslib.as_array(samples, (n,)).copy())
         return 0  # go on
+    lib.espeak_SetSynthCallback(receive)
 
-    def say(self, text, voice, words_per_minute, pitch) -> np.ndarray:
-        """Speech -> (n,) float32 in [-1, 1] at self.rate Hz."""
-        self.pieces.clear()
-        failed = self.lib.espeak_SetVoiceByName(voice.encode())
-        self.lib.espeak_SetParameter(1, words_per_minute, 0)  # 1: speed
-        self.lib.espeak_SetParameter(3, pitch, 0)             # 3: pitch, 0 to 100
+    def say(text, voice, words_per_minute, pitch):
+        pieces.clear()
+        failed = lib.espeak_SetVoiceByName(voice.encode())
+        lib.espeak_SetParameter(1, words_per_minute, 0)  # 1: speed
+        lib.espeak_SetParameter(3, pitch, 0)             # 3: pitch
         raw = text.encode() + b"\0"
         # Position 0 in characters (1) to the end (0), text in UTF-8 (1).
-        failed += self.lib.espeak_Synth(raw, ctypes.c_size_t(len(raw)), 0, 1, 0, 1, None, None)
-        if failed or not self.pieces:
+        failed += lib.espeak_Synth(raw, ctypes.c_size_t(len(raw)), 0, 1, 0, 1, None, None)
+        if failed or not pieces:
             raise RuntimeError(f"espeak-ng could not say {text!r} with the voice {voice!r}")
-        return np.concatenate(self.pieces).astype(np.float32) / 32768.0
+        return np.concatenate(pieces).astype(np.float32) / 32768.0
+    say.receive = receive  # kept alive: the library holds a bare pointer to it
+    return rate, say
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -1064,17 +1052,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """A script's docstring as it stands, and the default of each flag. For all scripts."""
 
 
-def at_least(low, kind=int):
-    """Type of a flag: a finite number from `low` on. For all scripts."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+def at_least(low):
+    """Type of a flag: a finite number from `low` on, whole if `low` is an int. For all scripts."""
+    def number(text):  # argparse says "invalid number value" where this raises ValueError
+        value = type(low)(text)
         if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {low} or more, not {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {low} or more, not {text!r}")
         return value
-    return parse
+    return number
 
 
 def parse_args(argv=None):
@@ -1087,7 +1072,8 @@ def parse_args(argv=None):
     demo.add_argument("--seed", type=at_least(0), default=0, help="of sentences, voices and noise")
     demo.add_argument("--pool", type=at_least(2), default=SIZES["pool"], help="clips in the pool")
     for name, corpus in CORPORA.items():
-        command = commands.add_parser(name, description=corpus.__doc__, formatter_class=HelpFormatter)
+        command = commands.add_parser(name, description=corpus.__doc__,
+                                      formatter_class=HelpFormatter)
         command.add_argument("root", metavar="ROOT", help="where the corpus lies")
         command.add_argument("out", metavar="OUT", help="folder for the manifests")
     command.add_argument("--language", help="code for every line: en, zh, ...")  # of folder

@@ -81,8 +81,8 @@ import data
 import model
 
 MODES = {  # the flag that names a mode: those that it needs, those that it reads too
-    "data": ({"model", "out"}, {"as_manifest", "max_wer", "keep_going", "resume", "batch",
-                                "max_new_tokens", "device"}),
+    "data": ({"model", "out"}, {"as_manifest", "max_wer", "language", "keep_going", "resume",
+                                "batch", "max_new_tokens", "device"}),
     "audio": ({"model"}, {"language", "keep_going", "max_new_tokens", "device"}),
     "rescore": ({"out"}, set()),
     "compare": (set(), {"out"}),
@@ -103,9 +103,9 @@ def parse_args(argv=None):
     add("--out", help="folder for what is written")
     # transcripts to train on
     add("--as_manifest", help="also write transcripts as references, to this file")
-    add("--max_wer", type=data.at_least(0, float), help="percent from their text at most")
+    add("--max_wer", type=data.at_least(0.0), help="percent from their text at most")
     # decoding
-    add("--language", help="of --audio, for a teacher that wants to be told")
+    add("--language", help="of --audio, and of lines that name none (Qwen3-ASR is told it)")
     add("--keep_going", action="store_true", help="count broken clips as deleted")
     add("--resume", action="store_true", help="go on where a run into --out stopped")
     add("--batch", type=data.at_least(1), default=32, help="utterances a forward")
@@ -171,7 +171,7 @@ def transcribe_sets(args):
     stems = [Path(path).stem for path in args.data]
     sets = {}
     for path, stem in zip(args.data, stems):
-        utterances = data.read_manifest(path)
+        utterances = data.read_manifest(path, language=args.language)
         sets[stem if stems.count(stem) == 1 else path] = utterances
         if rank == 0 and all(u.text is None for u in utterances):
             print(f'{path}: NO LINE HAS A "text": it is transcribed, not scored', file=sys.stderr)
@@ -180,7 +180,8 @@ def transcribe_sets(args):
         "model": args.model,
         "weights": {file.name: stamp(file) for file in sorted(folder.glob("*.safetensors"))},
         "data": {path: stamp(path) for path in args.data},
-        "max_new_tokens": args.max_new_tokens,
+        "decoding": {"search": "greedy", "max_new_tokens": args.max_new_tokens,
+                     "language": args.language},
     }
     out.mkdir(parents=True, exist_ok=True)
     done = set(read_parts(out, made_with) if rank == 0 else [])
@@ -210,10 +211,9 @@ def transcribe_sets(args):
             if (name, u.id) not in results:
                 raise ValueError(f"{u.line}: no transcript of {u.id!r}; do all nodes share --out?")
             rows.append(count_errors(results[name, u.id]))
-    decoding = {"search": "greedy", "max_new_tokens": made_with.pop("max_new_tokens"),
-                "batch": args.batch, "keep_going": args.keep_going}
+    made_with["decoding"] |= {"batch": args.batch, "keep_going": args.keep_going}
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return rows, made_with | {"decoding": decoding, "device": place, "processes": world}
+    return rows, made_with | {"device": place, "processes": world}
 
 
 def transcribe_set(asr, name, utterances, done, file, args, rank, world) -> None:

@@ -1210,7 +1210,7 @@ class Run:
         """AdamW's moments, and what is trained beside the student -> what training.json holds."""
         tensors = load_file(state / "training.safetensors")
         stored = self.asr.net.state_dict()
-        names = {name.rpartition(".")[0] for name in tensors}
+        names = {name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")}
         if names and names != self.trained.keys():
             raise ValueError(f"{state}: moments of {len(names)} weights, {len(self.trained)} are "
                              "trained: another --freeze or --ctc?")

@@ -73,13 +73,14 @@ def parse_args(argv=None):
     add("--student", nargs="+", required=True, help="checkpoints, each writes its own rollouts")
     add("--teacher", required=True, help="checkpoint that scores them")
     add("--data", nargs="+", required=True, help="manifests")
+    add("--language", help="of lines that name none (Qwen3-ASR is told it)")
     add("--out", help="folder for overlap.json and overlap.png")
     add("--check", action="store_true", help="try one student and the teacher on a few clips")
     add("--clips", type=data.at_least(2), default=200, help="of --check, at most")
     # states
     add("--states", default="rollout", choices=["rollout", "reference"],
         help="whose prefixes: the student's rollouts, or the manifest's transcripts")
-    add("--temperature", type=data.at_least(0, float), default=1.0, help="of rollouts; 0 = greedy")
+    add("--temperature", type=data.at_least(0.0), default=1.0, help="of rollouts; 0 = greedy")
     add("--max_new_tokens", type=data.at_least(1), default=64, help="longest rollout, tokens")
     add("--seed", type=data.at_least(0), default=0, help="of the rollouts and of the batches")
     # statistics
@@ -109,7 +110,7 @@ def main(args) -> None:
     data.check_writable(out / "overlap.json", out / "overlap.png")
     rank, world, device = model.setup(args)
     need = ("text",) if args.states == "reference" else ()
-    utterances = data.read_manifest(args.data, need)
+    utterances = data.read_manifest(args.data, need, args.language)
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, utterances)
     plan = data.Plan(len(utterances), args.batch, args.seed)
@@ -435,7 +436,7 @@ def check(args) -> None:
     student = model.load(args.student[0], device)
     teacher = model.load_teacher(args.teacher, device)
     to_teacher = model.vocabulary_map(student, teacher)
-    utterances = data.read_manifest(args.data)
+    utterances = data.read_manifest(args.data, language=args.language)
     model.check_languages(teacher, utterances)
     chosen = data.Plan(len(utterances), args.clips, args.seed)[0]
     chosen.sort(key=lambda i: utterances.durations[i])  # clips of similar length go together
