@@ -9,8 +9,7 @@ In reading order:
   6. corpora    manifests for corpora that lie on disk             python data.py NAME ROOT OUT
   7. demo       a bilingual corpus spoken by espeak-ng             python data.py demo --out DIR
                                                                    --seed N --pool N
-NAME is librispeech, aishell1, wenetspeech or folder (any folder of audio; the transcript of x.wav
-is x.txt; --language CODE). ROOT is where the corpus was unpacked, OUT the folder for the manifests.
+NAME is librispeech, aishell1, wenetspeech or folder; ROOT holds the corpus, OUT the manifests.
 
 A line of a manifest (paths are relative to the manifest's folder):
   {"id": "en-17", "audio": "wav/en-17.wav", "text": "put two cups on the shelf", "language": "en"}
@@ -81,10 +80,10 @@ class Utterance:
 def read_manifest(paths, need=(), language=None) -> "Manifest":
     """The utterances of one or more JSON Lines manifests, in the order of the lines.
 
-    need: fields that every line must have, of "text" and "language"; a text may be "" (nothing is
-    said there). language: of the lines that name none. No audio is opened. Raises ValueError,
-    naming file, line and value, for a line that can't be used, an id that stands twice in a file, a
-    manifest without an utterance; and saying how many lines lack what is needed.
+    need: fields that no line may lack, of "text" (it may be "": nothing is said there) and
+    "language". language: of the lines that name none. Raises ValueError, naming file, line and
+    value, for a line that can't be used, an id that stands twice in a file, a manifest without an
+    utterance; and saying how many lines lack what is needed.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -126,8 +125,8 @@ class Manifest(Sequence):
             if not seen:
                 raise ValueError(f"{path}: the manifest has no utterance")
         for field, (count, first) in lacking.items():
-            raise ValueError(f"{count} of {len(durations)} lines have no {field!r}, which is needed "
-                             f"here; the first is {first}")
+            raise ValueError(f"{count} of {len(durations)} lines have no {field!r}, which is needed; "
+                             f"the first is {first}")
         self.places = np.array(places).reshape(-1, 3)
         self.durations = np.array(durations)
 
@@ -294,10 +293,9 @@ def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
     # A manifest may give a file's length rounded to 10 ms; more than that missing is an error.
     if seconds == 0 or u.duration_sec is not None and seconds < wanted_sec - 0.0101:
         raise AudioError(u, "past_end", f"the file has {seconds} s from {u.start_sec} s on")
-    if seconds < MIN_SEC:
-        raise AudioError(u, "too_short", f"{seconds} s is under {MIN_SEC} s")
-    if seconds > max_sec:
-        raise AudioError(u, "too_long", f"{u.duration_sec or seconds} s is over {max_sec} s")
+    if not MIN_SEC <= seconds <= max_sec:
+        reason = "too_short" if seconds < MIN_SEC else "too_long"
+        raise AudioError(u, reason, f"{u.duration_sec or seconds} s, not {MIN_SEC} to {max_sec} s")
     if u.channel is not None and u.channel >= len(channels):
         raise AudioError(u, "no_channel", f"channel {u.channel} of {len(channels)}, from 0")
     audio = channels.mean(0) if u.channel is None else channels[u.channel]
@@ -337,10 +335,9 @@ def decode(path, start_sec, seconds) -> np.ndarray:
 
 
 def decoded_frames(path, start_sec=0.0):
-    """Yield (second that it begins at, frame of FFmpeg) to the end of a file.
+    """Yield (second that it begins at, frame of FFmpeg) from a second before start_sec on.
 
-    Begins a second before start_sec: lossy codecs are exact after a run-up only. Raises one of
-    UNREADABLE at a hole, or at an end that comes before the one in the header.
+    To the end of the file. Raises one of UNREADABLE, at a hole or an end before the header's too.
     """
     check_whole(path)
     # Without the option a wav takes 5 ms to open instead of one.
@@ -348,10 +345,9 @@ def decoded_frames(path, start_sec=0.0):
         stream = container.streams.audio[0]
         tick = stream.time_base          # seconds
         origin = stream.start_time or 0  # ticks: an mp3 does not begin at 0
-        promised_sec = (container.duration or 0) / av.time_base
-        if stream.duration:
-            promised_sec = float(stream.duration * tick)
-        # Behind a seek, times in webm are off by 20 ms.
+        promised_sec = float((stream.duration or 0) * tick) or (container.duration or 0) / av.time_base
+        # A second early: lossy codecs are exact after a run-up only. In webm, times behind a seek are
+        # off by 20 ms.
         seek = 1.0 < start_sec < promised_sec and container.format.name != "matroska,webm"
         if seek:
             container.seek(origin + round((start_sec - 1.0) / tick), stream=stream)
@@ -408,10 +404,7 @@ def check_whole(path) -> None:
 # ------------------------------------------------------------------------------------ 3. features
 
 def log_mel(audio: np.ndarray, n_mels: int = 128) -> torch.Tensor:
-    """Whisper's features of a clip: (n,) at 16 kHz -> (n_mels, T = n // 160) float32, about -1 to 1.
-
-    Not of a padded batch: the floor is relative to the loudest bin, and the end is reflected.
-    """
+    """Whisper's features of one clip: (n,) at 16 kHz -> (n_mels, T = n // 160) float32."""
     power = mel_transform(n_mels)(torch.from_numpy(audio))  # (n_mels, T + 1)
     logs = power[:, :-1].clamp(min=1e-10).log10()           # Whisper drops the half-empty frame
     logs = torch.maximum(logs, logs.max() - 8.0)            # 80 dB below the loudest bin
@@ -431,8 +424,8 @@ def mel_transform(n_mels):
 class Batch:
     """Clips that go through a model together, shortest first.
 
-    As arrays of numpy they travel from a loader's worker through a pipe. Tensors would go through
-    shared memory, and where that is full (Docker gives 64 MB) a run would hang.
+    Arrays of numpy leave a loader's worker by a pipe; tensors would by shared memory, and where
+    that is full (Docker gives 64 MB) a run hangs.
     """
     utterances: list[Utterance]
     mel: dict[int, np.ndarray]            # n_mels: (B, n_mels, T) float32, zeros behind a row's end
@@ -460,10 +453,9 @@ class Batch:
 
 def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
                for_training=True) -> Batch:
-    """Decode clips, sort by length, make features, pad. max_sec, for_training: see `load_audio`.
+    """Clips decoded, sorted by length, as features, padded; n_mels: what the models of a run want.
 
-    n_mels: the numbers of mel bins that a run's models want. keep_going: a clip that can't be used
-    goes to `rejected`; else its AudioError is raised.
+    keep_going: a clip that can't be used goes to `rejected`; else its AudioError is raised.
     """
     clips = []  # (utterance, audio (n,))
     rejected = []
@@ -539,10 +531,7 @@ class Steps(torch.utils.data.Dataset):
 
 
 def loader(dataset, items, workers):
-    """dataset[i] for i in `items`, in order, made ahead of time by processes that end with this one.
-
-    0 workers: made here, when asked for.
-    """
+    """dataset[i] for i in `items`, in order, made ahead of time by processes that end with this."""
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers,
         prefetch_factor=2 if workers else None, worker_init_fn=start_worker,
@@ -567,7 +556,7 @@ def check_decodable(utterances) -> None:
 
 
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
-    """Uniforms in [0, 1), functions of (seed, step, id, column) alone: -> (len(ids), count) float32.
+    """Uniforms in [0, 1) by (seed, step, id, column) alone: -> (len(ids), count) float32.
 
     A rollout drawn with them is the same in any batch, on any number of ranks, and after a resume
     (but for a draw within rounding of the border between two tokens).
@@ -758,8 +747,8 @@ def interval(rates):
 # where a promised transcript is missing; a whole file has no "duration". A row with "left_out":
 # REASON goes into no manifest.
 
-AUDIO_SUFFIXES = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .mp4 .webm .mka .mkv .wma .amr .aiff "
-                     ".aif .aifc .au .snd .caf .w64 .rf64 .sph".split())
+AUDIO_SUFFIXES = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .mp4 .webm .mka .mkv .wma .amr "
+                     ".aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph".split())
 WENETSPEECH = {"L": "train", "M": "train_m", "S": "train_s",  # subset: name of its manifest
                "DEV": "dev", "TEST_NET": "test_net", "TEST_MEETING": "test_meeting"}
 

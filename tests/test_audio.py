@@ -240,6 +240,8 @@ def test_other_chunks_may_stand_around_the_samples_of_a_wav(tmp_path):
     large = b"id3 " + (8000).to_bytes(4, "little") + bytes(8000)
     (tmp_path / "a.wav").write_bytes(raw[:36] + note + raw[36:] + large)
     np.testing.assert_allclose(data.load_audio(clip(tmp_path / "a.wav")), x, atol=1e-4)
+    (tmp_path / "a.wav").write_bytes((raw[:36] + note + raw[36:])[:-2000])
+    assert reason(clip(tmp_path / "a.wav")) == "unreadable"
 
 
 def test_what_stands_behind_an_mp3_is_not_heard(tmp_path):

@@ -106,8 +106,6 @@ def test_librispeech_errors(libri, tmp_path):
     assert "no utterance is left" in message and "SUBSET/SPEAKER/CHAPTER" in message
     transcript = libri / "dev-clean/84/121123/84-121123.trans.txt"
     before = transcript.read_bytes()
-    transcript.write_bytes(before + b"84-121123-0000 AGAIN\n")
-    assert f"{transcript}:3: '84-121123-0000'" in fails("librispeech", libri, out)
     transcript.write_bytes(before + b"84-121123-0002 \xff\n")
     assert f"{transcript}: expected UTF-8" in fails("librispeech", libri, out)
 
