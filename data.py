@@ -125,8 +125,8 @@ class Manifest(Sequence):
             if not seen:
                 raise ValueError(f"{path}: the manifest has no utterance")
         for field, (count, first) in lacking.items():
-            raise ValueError(f"{count} of {len(durations)} lines have no {field!r}, which is needed; "
-                             f"the first is {first}")
+            raise ValueError(f"{count} of {len(durations)} lines have no {field!r}, which is "
+                             f"needed; the first is {first}")
         self.places = np.array(places).reshape(-1, 3)
         self.durations = np.array(durations)
 
@@ -345,9 +345,10 @@ def decoded_frames(path, start_sec=0.0):
         stream = container.streams.audio[0]
         tick = stream.time_base          # seconds
         origin = stream.start_time or 0  # ticks: an mp3 does not begin at 0
-        promised_sec = float((stream.duration or 0) * tick) or (container.duration or 0) / av.time_base
-        # A second early: lossy codecs are exact after a run-up only. In webm, times behind a seek are
-        # off by 20 ms.
+        promised_sec = (container.duration or 0) / av.time_base
+        if stream.duration:
+            promised_sec = float(stream.duration * tick)
+        # A second early: lossy codecs need a run-up. In webm, times behind a seek are 20 ms off.
         seek = 1.0 < start_sec < promised_sec and container.format.name != "matroska,webm"
         if seek:
             container.seek(origin + round((start_sec - 1.0) / tick), stream=stream)

@@ -208,9 +208,14 @@ def test_files_joined_are_read_whole_or_refused(tmp_path, extension):
 
 
 def test_a_hole_in_a_file_is_unreadable(tmp_path):
-    u = clip(tmp_path / "a.flac", sound(np.random.default_rng(5), 8.0))
+    x = sound(np.random.default_rng(5), 8.0)
+    u = clip(tmp_path / "a.flac", x)
     raw = (tmp_path / "a.flac").read_bytes()
     (tmp_path / "a.flac").write_bytes(raw[:len(raw) // 3] + raw[len(raw) // 2:])
+    assert reason(u) == "unreadable"
+    u = clip(tmp_path / "a.opus", x)
+    pages = (tmp_path / "a.opus").read_bytes().split(b"OggS")  # of a second each
+    (tmp_path / "a.opus").write_bytes(b"OggS".join(pages[:5] + pages[6:]))
     assert reason(u) == "unreadable"
 
 

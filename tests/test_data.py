@@ -216,7 +216,7 @@ def test_what_can_not_be_written_is_named_before_long_work(tmp_path, monkeypatch
 def test_a_flag_is_at_least(capsys):
     parser = data.argparse.ArgumentParser()
     parser.add_argument("--n", type=data.at_least(1))
-    parser.add_argument("--x", type=data.at_least(0, float))
+    parser.add_argument("--x", type=data.at_least(0.0))
     args = parser.parse_args(["--n", "1", "--x", "0"])
     assert (args.n, args.x) == (1, 0.0) and parser.parse_args(["--x", "1e-4"]).x == 1e-4
     for bad in ("--n=0", "--n=-3", "--n=1.5", "--n=x", "--x=-0.1", "--x=nan", "--x=inf"):
