@@ -18,9 +18,9 @@ else utterances.
 TD is teacher data: transcripts that become references for sft.py. Decoding is greedy. A transcript
 is scored as it is: empty and truncated ones are counted, never mended.
 
-Every process appends what it decodes to OUT/part-RANK.jsonl, batch by batch; in the end these
-become hyps.jsonl. A run that was stopped goes on with --resume, on any number of processes: of each,
-the batch at work is lost. Nodes share --out.
+Every process appends its lines to OUT/part-RANK.jsonl, batch by batch; in the end they become
+hyps.jsonl (rank 0 then holds all of them, 1.6 kB each). A run that was stopped goes on with
+--resume, on any number of processes: of each, the batch at work is lost. Nodes share --out.
 
 hyps.jsonl: a manifest in the order of --data, with these keys added to each line
   set                   its manifest: the file's name without .jsonl
@@ -182,6 +182,7 @@ def transcribe_sets(args):
         "data": {path: stamp(path) for path in args.data},
         "decoding": {"search": "greedy", "max_new_tokens": args.max_new_tokens,
                      "language": args.language},
+        "normaliser": data.METRIC,
     }
     out.mkdir(parents=True, exist_ok=True)
     done = set(read_parts(out, made_with) if rank == 0 else [])
@@ -210,7 +211,7 @@ def transcribe_sets(args):
         for u in utterances:
             if (name, u.id) not in results:
                 raise ValueError(f"{u.line}: no transcript of {u.id!r}; do all nodes share --out?")
-            rows.append(count_errors(results[name, u.id]))
+            rows.append(results[name, u.id])
     made_with["decoding"] |= {"batch": args.batch, "keep_going": args.keep_going}
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return rows, made_with | {"device": place, "processes": world}
@@ -242,7 +243,8 @@ def transcribe_set(asr, name, utterances, done, file, args, rank, world) -> None
                    "language": u.language, "start": u.start_sec or None,
                    "duration": u.duration_sec, "speaker": u.speaker, "channel": u.channel}
             row = {key: value for key, value in row.items() if value is not None}
-            file.write(json.dumps(row | results[u.id] | share, ensure_ascii=False) + "\n")
+            row = count_errors(row | results[u.id] | share)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()  # what is killed after this loses nothing
         bar.update(min(len(clips) * world, bar.total - bar.n))  # the others do about as much
     bar.close()

@@ -288,7 +288,7 @@ def test_resume_refuses_what_was_made_otherwise(checkpoints, manifests, tmp_path
     stop_after(1, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         run(*flags)
-    for changed, other in (("max_new_tokens", ["--max_new_tokens", 9]),
+    for changed, other in (("decoding", ["--max_new_tokens", 9]), ("decoding", ["--language", "en"]),
                            ("data", ["--data", manifests[0]]),
                            ("model, weights", ["--model", checkpoints / "teacher"])):
         with pytest.raises(ValueError, match=f"part-0.jsonl was made with another {changed}"):
@@ -321,7 +321,7 @@ def test_summary_says_how_to_do_it_again(checkpoints, manifests, whole):
         "model.safetensors": {"bytes": weights.st_size, "modified": modified}}
     assert list(summary["data"]) == [str(path) for path in manifests]
     assert summary["decoding"] == {
-        "search": "greedy", "max_new_tokens": 8, "batch": 3, "keep_going": True}
+        "search": "greedy", "max_new_tokens": 8, "language": None, "batch": 3, "keep_going": True}
     assert (summary["device"], summary["processes"]) == ("cpu", 1)
     assert summary["normaliser"] == data.METRIC and summary["command"]
     packages = "torch torchaudio transformers numpy jiwer wetext kaldifst av".split()
@@ -382,8 +382,9 @@ def test_two_sets_with_a_name_and_an_id_in_common(spoken, tmp_path, corpus):
     """Sets are called by their paths then, and the teacher's manifest holds every id once."""
     paths = [tmp_path / "lines.jsonl", tmp_path / "b" / "lines.jsonl"]
     data.write_jsonl(paths[1], [{"id": name, "audio": str(corpus / "dev-0.wav")} for name in "12"])
-    _, rows = spoken([(name, None, None, "x") for name in "012"], "--data", *paths,
-                     "--as_manifest", tmp_path / "td.jsonl")
+    _, rows = spoken([(name, None, None, "x") for name in "01"] + [("2", "zh", None, "x")], "--data",
+                     *paths, "--as_manifest", tmp_path / "td.jsonl", "--language", "en")
+    assert [row["language"] for row in rows] == ["en", "en", "zh", "en", "en"]
     assert [row["set"] for row in rows] == [str(paths[0])] * 3 + [str(paths[1])] * 2
     ids = [u.id for u in data.read_manifest(tmp_path / "td.jsonl")]
     assert ids == ["0", "1", "2", f"{paths[1]}/1", f"{paths[1]}/2"]
@@ -523,7 +524,6 @@ def test_the_page_is_self_contained_and_escaped_and_its_players_hold_the_clips(
     ("--model m --data d --audio a --out o", "one of these"),
     ("--model m --audio a --as_manifest t", "--audio does not read --as_manifest"),
     ("--rescore h --out o --keep_going", "--rescore does not read --keep_going"),
-    ("--model m --data d --out o --language en", "--data does not read --language"),
     ("--model m --data d --out o --max_wer 10", "filters --as_manifest"),
     ("--model m --data d --out o --batch 0", "--batch")])
 def test_flags_that_do_not_go_together(line, message, capsys):
