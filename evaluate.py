@@ -370,8 +370,7 @@ def corpus_rate(rows) -> dict:
     """Error rate in percent, its 95 % interval, and what that rests on."""
     rate, draws, basis = rate_of([row["errors"] for row in rows], rows)
     low, high = data.interval(draws)
-    # Of many blocks data.bootstrap draws from a normal distribution, which does not end at 0.
-    return {"rate": rate, "low": max(low, 0.0), "high": high, **basis,
+    return {"rate": rate, "low": low, "high": high, **basis,
             "units": sum(row["units"] for row in rows), "utterances": len(rows)}
 
 

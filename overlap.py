@@ -305,26 +305,23 @@ def summarize(measured, batches) -> tuple[list[dict], dict]:
     measured: of each student its name, its clips and its number of shared ids, see
     `measure_student`. batches: lists of indices of clips.
     """
-    tables = [[sum_states(values) for values, _ in clips] for _, clips, _ in measured]
-    sums, counts = np.moveaxis(np.array(tables), (2, 1), (0, 1))  # (clips, students, PLACES) each
-    total = counts.sum(0)                                       # (students, PLACES)
-    means = sums.sum(0) / np.where(total > 0, total, np.nan)    # nan where there is no such state
-    # All students in one call: the same draws of utterances, so that differences are paired.
-    flat = (len(sums), -1)
-    draws = data.bootstrap(sums.reshape(flat), np.where(total > 0, counts, 1).reshape(flat))
-    draws = draws.reshape(-1, *means.shape)                     # (draws, students, PLACES)
     students, difference = [], {}
-    for i, (name, clips, n_shared) in enumerate(measured):
-        entries = as_entries(means[i], draws[:, i])
+    for name, clips, n_shared in measured:
+        sums, counts = map(np.stack, zip(*[sum_states(values) for values, _ in clips]))
+        total = counts.sum(0)                                                   # (PLACES,)
+        means = sums.sum(0) / np.where(total > 0, total, np.nan)  # nan: no such state
+        # The same draws of utterances for every student, so that differences are paired.
+        draws = data.bootstrap(sums, counts)                                    # (draws, PLACES)
+        entries = as_entries(means, draws)
         over = []  # means of batches, but of those in which no state could be scored
         for indices in batches:
-            if counts[indices, i, 0].any():
-                over.append(sums[indices, i].sum(0) / counts[indices, i, 0].sum())
-        for place, of_batches in zip(PLACES[:len(COLUMNS)], np.transpose(over or [means[i]])):
+            if counts[indices, 0].any():
+                over.append(sums[indices].sum(0) / counts[indices, 0].sum())
+        for place, of_batches in zip(PLACES[:len(COLUMNS)], np.transpose(over or [means])):
             entries[place] |= {"batch_mean": float(of_batches.mean()),
                                "batch_min": float(of_batches.min()),
                                "batch_max": float(of_batches.max())}
-        for label, states in zip(BINS, counts[:, i, len(COLUMNS)::len(STATISTICS)].T):
+        for label, states in zip(BINS, counts[:, len(COLUMNS)::len(STATISTICS)].T):
             if states.any():
                 entries["by_token", label, "states"] = int(states.sum())
                 entries["by_token", label, "clips"] = int((states > 0).sum())
@@ -333,8 +330,10 @@ def summarize(measured, batches) -> tuple[list[dict], dict]:
             "student": name, "clips": len(clips), "states": sum(vuss.values()),
             "states_not_scored": sum(rest for _, rest in clips), "shared_ids": n_shared,
             **nest(entries), "vuss_histogram": dict(sorted(vuss.items()))})
-        if i > 0:
-            difference[name] = nest(as_entries(means[i] - means[0], draws[:, i] - draws[:, 0]))
+        if len(students) == 1:
+            first_means, first_draws = means, draws
+        else:
+            difference[name] = nest(as_entries(means - first_means, draws - first_draws))
     return students, difference
 
 

@@ -394,7 +394,7 @@ def test_check_of_a_student_as_its_own_teacher(folder, corpus, tmp_path, capsys)
         check(folder, *itself)
 
 
-WRONG, RIGHT = np.array([[5, 1]] * 30), np.array([[1, 1]] * 30)  # errors of student and teacher
+WORSE, MIXED = np.array([[5, 1]] * 30), np.array([[2, 1], [1, 2]] * 15)  # errors of the two
 
 
 @pytest.mark.parametrize("change, fits, said", [
@@ -403,9 +403,9 @@ WRONG, RIGHT = np.array([[5, 1]] * 30), np.array([[1, 1]] * 30)  # errors of stu
     ({"logp_other": -2.0}, True, "something to learn"), ({"logp_other": -1.9}, False, "references"),
     ({"logp": math.nan}, False, "references"), ({"kl": math.nan}, False, "counterpart"),
     ({"kl": 0.009}, True, "next to nothing"), ({"kl": 0.011}, True, "something"),
-    ({"errors": RIGHT}, True, "may be no better"), ({"units": []}, True, "nothing shows")])
+    ({"errors": MIXED}, True, "may be no better"), ({"units": []}, True, "nothing shows")])
 def test_verdicts(change, fits, said):
     case = {"kl_itself": 1e-7, "limit": 1e-6, "logp": -1.0, "logp_other": -9.0, "kl": 0.5,
-            "errors": WRONG, "units": np.full(30, 10)} | change
+            "errors": WORSE, "units": np.full(30, 10)} | change
     verdict = overlap.verdict(**case)
     assert verdict[0] is fits and said in verdict[1]
