@@ -867,7 +867,7 @@ def write_corpus(rows, out) -> None:
         counts[name].update({"utterances": 1, "hours": row["duration"] / 3600,
                              "without text": "text" not in row})
     for name, count in sorted(counts.items()):
-        said = [f"{n:.8g} {what}{first.get((name, what), '')}" for what, n in count.items()]
+        said = [f"{round(n, 2)} {what}{first.get((name, what), '')}" for what, n in count.items()]
         print(f"{out / name}.jsonl: {', '.join(said)}")
     if not files:
         raise ValueError("no utterance is left")
