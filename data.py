@@ -888,8 +888,9 @@ def why_left_out(row) -> str | None:
         return "no transcript"
     try:
         if "duration" not in row:
-            *_, (begin_sec, frame) = decoded_frames(row["audio"])
-            row["duration"] = round(begin_sec + frame.samples / frame.sample_rate, 4)
+            ends = (begin_sec + frame.samples / frame.sample_rate
+                    for begin_sec, frame in decoded_frames(row["audio"]))
+            row["duration"] = round(max(ends), 4)
     except UNREADABLE:
         return "unreadable"
     if row.get("start", 0) < 0 or row["duration"] <= 0:

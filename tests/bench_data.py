@@ -1,4 +1,4 @@
-"""Data at the paper's size: opening a manifest, loading clips, sending batches. Prints one JSON line.
+"""Data at the paper's size: opening a manifest, loading clips, sending batches. Prints JSON.
 
     OMP_NUM_THREADS=1 python tests/bench_data.py
     OMP_NUM_THREADS=1 python tests/bench_data.py --lines 10000000    # 2.3 GB of disk, some minutes
@@ -61,7 +61,8 @@ def bench_clips(folder, repeats=40) -> dict:
         n = 360 if hours else 1
         path = encode(folder / f"{n}.{name}", np.tile(ten, n))
         starts = np.random.default_rng(1).integers(n, size=repeats + 1) * 10.0
-        clips = [data.Utterance("x", str(path), start_sec=start, duration_sec=10.0) for start in starts]
+        clips = [data.Utterance("x", str(path), start_sec=start, duration_sec=10.0)
+                 for start in starts]
         data.log_mel(data.load_audio(clips[0]))  # the first calls are slower
         decoded = seconds(lambda: [data.load_audio(u) for u in clips[1:]])
         with_mel = seconds(lambda: [data.log_mel(data.load_audio(u)) for u in clips[1:]])
@@ -87,7 +88,8 @@ def bench_batch(folder, items=8) -> dict:
     next(batches)
     next(batches)
     sent = seconds(lambda: [next(batches) for _ in range(items)])
-    return {"MB": batch.mel[128].nbytes / 1e6, "made_ms": 1000 * made, "sent_ms": 1000 * sent / items}
+    return {"MB": batch.mel[128].nbytes / 1e6, "made_ms": 1000 * made,
+            "sent_ms": 1000 * sent / items}
 
 
 def rounded(value):

@@ -70,10 +70,12 @@ MANDARIN = [  # as written, as said: one text, without the spaces between units
 
 OTHERS = [
     ("Straße 7", "de", "straße 7"), ("L’été, c’est 3.5%", "fr", "l'été c'est 3.5"),
-    ("‘quoted’ the boys' room", "de", "quoted the boys room"), ("rock 'n' roll", "de", "rock n roll"),
+    ("‘quoted’ the boys' room", "de", "quoted the boys room"),
+    ("rock 'n' roll", "de", "rock n roll"),
     ("end. 5. begin .5 U.S.A.", "de", "end 5 begin 5 u s a"), ("$1,000.50", "de", "1 000.50"),
     ("snake_case well-known", "de", "snake case well known"), ("?!…", "de", ""),
-    ("Cafe\u0301", "fr", "café"), ("हिन्दी", "hi", "हिन्दी"), ("soft\u00adhyphen", "de", "softhyphen"),
+    ("Cafe\u0301", "fr", "café"), ("हिन्दी", "hi", "हिन्दी"),
+    ("soft\u00adhyphen", "de", "softhyphen"),
     ("東京タワー 3.5階", "ja", "東 京 タ ワ ー 3.5 階"), ("안녕 하세요", "ko", "안 녕 하 세 요"),
     ("2個", "yue", "二 个"), ("สวัสดี hello", "th", "ส ว ั ส ด ี hello"),
     ("ສະບາຍ", None, " ".join("ສະບາຍ")), ("សួស្តី", "auto", " ".join("សួស្តី")),
@@ -96,7 +98,8 @@ def test_english(text, expected):
 def test_mandarin(text, expected):
     scored = data.normalize(text, "zh")
     assert scored == data.normalize(expected, "zh") == data.normalize(text.lower(), "zh")
-    assert scored.replace(" ", "") == expected.translate(str.maketrans("两幺〇 ", "二一零_")).replace("_", "")
+    folded = expected.translate(str.maketrans("两幺〇", "二一零"))
+    assert scored.replace(" ", "") == folded.replace(" ", "")
 
 
 @pytest.mark.parametrize("text, language, expected", OTHERS)
@@ -115,7 +118,8 @@ def test_what_a_rate_is_called(language, name):
 def test_the_metric_has_a_version_and_its_spellings_are_whispers():
     assert data.METRIC == "opd-asr-3"
     raw = (Path(data.__file__).parent / ".assets" / "english.json").read_bytes()
-    assert hashlib.sha256(raw).hexdigest()[:16] == "6607f948be9824d2" and len(json.loads(raw)) == 1739
+    assert hashlib.sha256(raw).hexdigest()[:16] == "6607f948be9824d2"
+    assert len(json.loads(raw)) == 1739
 
 
 # ---------------------------------------------------------------------------- counts
@@ -197,9 +201,10 @@ def test_blocks_are_drawn_whole():
     errors, units = rng.integers(0, 5, 40), rng.integers(5, 20, 40)
     speakers = [f"speaker {i:02d}" for i in range(40)] * 10
     for shape in ((-1,), (-1, 1)):
+        many = data.bootstrap(np.tile(errors, 10).reshape(shape), np.tile(units, 10).reshape(shape),
+                              blocks=speakers)
         np.testing.assert_allclose(
-            data.bootstrap(np.tile(errors, 10).reshape(shape), np.tile(units, 10).reshape(shape),
-                           blocks=speakers), data.bootstrap(errors.reshape(shape), units.reshape(shape)))
+            many, data.bootstrap(errors.reshape(shape), units.reshape(shape)))
 
 
 def test_an_interval_needs_enough_references():
