@@ -345,9 +345,9 @@ def decoded_frames(path, start_sec=0.0):
         stream = container.streams.audio[0]
         tick = stream.time_base          # seconds
         origin = stream.start_time or 0  # ticks: an mp3 does not begin at 0
-        promised_sec = (container.duration or 0) / av.time_base
-        if stream.duration:
-            promised_sec = float(stream.duration * tick)
+        promised_sec = float((stream.duration or 0) * tick)  # by the header
+        if not promised_sec and len(container.streams) == 1:  # else it may be a picture's
+            promised_sec = (container.duration or 0) / av.time_base
         # A second early: lossy codecs need a run-up. In webm, times behind a seek are 20 ms off.
         seek = 1.0 < start_sec < promised_sec and container.format.name != "matroska,webm"
         if seek:

@@ -5,8 +5,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -138,12 +136,6 @@ def test_aishell1(aishell, tmp_path, capsys, parent):
     assert "1 left out: no audio file (first: BAC009S0764W0199)" in shown
 
 
-def test_aishell1_without_transcripts(aishell, tmp_path):
-    transcript = aishell / "transcript/aishell_transcript_v0.8.txt"
-    transcript.unlink()
-    assert str(transcript) in fails("aishell1", aishell, tmp_path / "out")
-
-
 # ---------------------------------------------------------------------------- WenetSpeech
 
 def segment(name, begin, end, *subsets, words="怎么样这些日子住得还习惯吧"):
@@ -261,7 +253,8 @@ def test_a_folder_from_inside_it_and_behind_a_link(calls, tmp_path, monkeypatch)
 
 def test_folder_errors(calls, tmp_path):
     out = tmp_path / "out"
-    assert "no utterance is left" in fails("folder", tmp_path / "nowhere", out)
+    message = fails("folder", tmp_path / "nowhere", out)
+    assert f"{tmp_path}/nowhere" in message and "Audio files anywhere below ROOT" in message
     text(calls / "b/c.txt", "\u628a", "utf-16")
     assert f"{calls}/b/c.txt: expected UTF-8" in fails("folder", calls, out)
     (calls / "b/c.txt").unlink()
@@ -270,14 +263,6 @@ def test_folder_errors(calls, tmp_path):
 
 
 # ---------------------------------------------------------------------------- command line
-
-def test_the_command_line_ends_in_a_message(tmp_path):
-    command = ["data.py", "folder", tmp_path / "nowhere", tmp_path / "out"]
-    done = subprocess.run([sys.executable, *command], cwd=Path(data.__file__).parent,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{tmp_path}/nowhere" in done.stderr and "Audio files anywhere below ROOT" in done.stderr
-
 
 @pytest.mark.parametrize("words, shows", [
     ([], "NAME"), (["librispeach", "a", "b"], "'librispeech', 'aishell1', 'wenetspeech', 'folder'"),

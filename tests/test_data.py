@@ -179,12 +179,6 @@ def test_a_manifest_is_a_sequence_that_travels_to_other_processes(tmp_path):
     assert list(pickle.loads(pickle.dumps(manifest))) == list(manifest)
 
 
-def test_a_line_costs_a_few_bytes(tmp_path):
-    rows = [{"id": f"utterance-{i}", "audio": "a.wav"} for i in range(2000)]
-    manifest = data.read_manifest(write_lines(tmp_path / "m.jsonl", *rows))
-    assert len(pickle.dumps(manifest)) < 2000 * 30
-
-
 # ---------------------------------------------------------------------------- other files
 
 def test_what_is_written_can_be_read(tmp_path):
@@ -229,12 +223,6 @@ def test_a_flag_is_at_least(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args([bad])
         assert bad[:3] in (shown := capsys.readouterr().err) and f"'{bad[4:]}'" in shown
-
-
-def test_only_rank_0_shows_a_bar(capsys):
-    assert data.progress(10, "x", "step", rank=1).disable
-    assert not data.progress(10, "x", "step").disable
-    assert data.progress(10, "x", "step", initial=4).n == 4
 
 
 # ---------------------------------------------------------------------------- batches
