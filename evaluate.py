@@ -15,7 +15,8 @@ else utterances.
   python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl    # with the first one
   python evaluate.py --rescore runs/x/eval/hyps.jsonl --out runs/x/again   # same numbers; no model
 
-TD is teacher data: transcripts that become references for sft.py. Decoding is greedy. A transcript
+TD is teacher data: transcripts that become references for sft.py. Decoding is greedy (for
+--as_manifest it may be sampled, keyed on seed and utterance as distill.py's first step). A transcript
 is scored as it is: empty and truncated ones are counted, never mended.
 
 Every process appends its lines to OUT/part-RANK.jsonl, batch by batch; in the end they become
@@ -36,10 +37,10 @@ summary.json
     rate, low, high                   percent, with its interval; null where there is none
     resampled, blocks                 what the interval resamples, and how many of them
     substitutions, deletions, insertions, errors, units, utterances
-    sentence_error, no_speech         percent of utterances with an error; empty references
+    sentence_error                    percent of utterances with an error
     empty, truncated, failed          how many utterances
     set_audio_sec, set_seconds        sums over its utterances; loading the model is left out
-  pooled: the same of all as one corpus; macro_average: the mean of the entries' rates
+  pooled: the same of all as one corpus
   clips, without_text, empty, truncated, failed    over all lines, with a text or without
   normaliser, versions, commit, command, model, weights, data, decoding, device, processes
                         what made the numbers; weights and data: bytes and time of each file
@@ -81,8 +82,8 @@ import data
 import model
 
 MODES = {  # the flag that names a mode: those that it needs, those that it reads too
-    "data": ({"model", "out"}, {"as_manifest", "max_wer", "language", "keep_going", "resume",
-                                "batch", "max_new_tokens", "device"}),
+    "data": ({"model", "out"}, {"as_manifest", "temperature", "seed", "language", "keep_going",
+                                "resume", "batch", "max_new_tokens", "device"}),
     "audio": ({"model"}, {"language", "keep_going", "max_new_tokens", "device"}),
     "rescore": ({"out"}, set()),
     "compare": (set(), {"out"}),
@@ -103,7 +104,8 @@ def parse_args(argv=None):
     add("--out", help="folder for what is written")
     # transcripts to train on
     add("--as_manifest", help="also write transcripts as references, to this file")
-    add("--max_wer", type=data.at_least(0.0), help="percent from their text at most")
+    add("--temperature", type=data.at_least(0.0), default=0.0, help="sample them; 0 is greedy")
+    add("--seed", type=data.at_least(0), default=0, help="of the samples")
     # decoding
     add("--language", help="of --audio, and of lines that name none (Qwen3-ASR is told it)")
     add("--keep_going", action="store_true", help="count broken clips as deleted")
@@ -124,8 +126,8 @@ def parse_args(argv=None):
         parser.error(f"--{mode} does not read --{flag}")
     if args.compare and len(set(args.compare)) < max(2, len(args.compare)):
         parser.error("--compare wants two or more different files")
-    if args.max_wer is not None and not args.as_manifest:
-        parser.error("--max_wer filters --as_manifest")
+    if (args.temperature or args.seed) and not args.as_manifest:
+        parser.error("--temperature and --seed go with --as_manifest: rates are of greedy decoding")
     return args
 
 
@@ -150,11 +152,11 @@ def main(args):
             return  # a process beside the first
     summary = summarize(rows) | provenance() | facts
     write_manifest(out / "hyps.jsonl", rows)
-    write_json(out / "summary.json", summary)
+    data.write_json(out / "summary.json", summary)
     (out / "errors.html").write_text(errors_page(rows), encoding="utf-8")
     print_summary(summary)
     if args.as_manifest:
-        write_teacher_manifest(rows, args.as_manifest, args.max_wer)
+        write_teacher_manifest(rows, args.as_manifest)
     for path in out.glob("part-*.jsonl") if args.data else []:
         path.unlink()  # all is in hyps.jsonl
 
@@ -180,7 +182,8 @@ def transcribe_sets(args):
         "model": args.model,
         "weights": {file.name: stamp(file) for file in sorted(folder.glob("*.safetensors"))},
         "data": {path: stamp(path) for path in args.data},
-        "decoding": {"search": "greedy", "max_new_tokens": args.max_new_tokens,
+        "decoding": {"temperature": args.temperature, "seed": args.seed,
+                     "max_new_tokens": args.max_new_tokens,
                      "language": args.language},
         "normaliser": data.METRIC,
     }
@@ -258,7 +261,7 @@ def transcribe_clips(asr, clips, args) -> tuple[dict[str, dict], float]:
     """
     batch = data.load_batch(clips, (asr.n_mels,), args.keep_going, data.MAX_EVAL_SEC,
                             for_training=False)
-    results = model.transcribe(asr, batch, args.max_new_tokens)
+    results = model.transcribe(asr, batch, args.max_new_tokens, args.temperature, args.seed)
     results = {u.id: result for u, result in zip(batch.utterances, results)}
     for clip, reason, message in batch.rejected:
         print(f"not decoded: {message}", file=sys.stderr)
@@ -394,15 +397,12 @@ def summarize(rows) -> dict:
         for key in ("substitutions", "deletions", "insertions", "errors"):
             entry[key] = sum(row[key] for row in group)
         entry["sentence_error"] = 100 * sum(row["errors"] > 0 for row in group) / len(group)
-        entry["no_speech"] = sum(row["units"] == 0 for row in group)
         entry["set_audio_sec"] = sum(row.get("audio_sec", 0) for row in group)
         entry["set_seconds"] = sum(row.get("seconds", 0) for row in group)
         entries.append(entry | count_troubles(group))
     pooled = entries[-1] if entries and entries[-1]["units"] else None
     entries = [e for e in entries if e["metric"] != "pooled"]
-    rates = [e["rate"] for e in entries if e["units"]]
-    return {"results": entries, "macro_average": sum(rates) / len(rates) if rates else None,
-            "pooled": pooled, "clips": len(rows),
+    return {"results": entries, "pooled": pooled, "clips": len(rows),
             "without_text": sum("text" not in row for row in rows), **count_troubles(rows)}
 
 
@@ -426,8 +426,8 @@ def print_summary(summary) -> None:
               f"{e['insertions']} inserted of {e['units']}; {e['sentence_error']:.1f} % of "
               f"{e['utterances']} sentences; real-time factor {speed:.4f}")
     if summary["pooled"]:
-        print(f"all pooled: {summary['pooled']['rate']:.2f} % {bracket(summary['pooled'])}; macro "
-              f"average {summary['macro_average']:.2f} %; normaliser {summary['normaliser']}")
+        print(f"all pooled: {summary['pooled']['rate']:.2f} % {bracket(summary['pooled'])}; "
+              f"normaliser {summary['normaliser']}")
     print(f"{summary['clips']} clips: {summary['empty']} empty, {summary['truncated']} truncated, "
           f"{summary['failed']} failed to decode and counted as deleted, "
           f"{summary['without_text']} lines without a text")
@@ -455,7 +455,7 @@ def compare(paths, out=None) -> list[dict]:
                   f"{e['difference']:+.2f} {gain:18} {e['p_improvement']:.4f}")
         print(f"{e['utterances']} clips, {e['units']} units; intervals over {basis_of(e)}")
     if out:
-        write_json(Path(out) / "compare.json", entries)
+        data.write_json(Path(out) / "compare.json", entries)
         draw_rates(entries, Path(out) / "compare.png")
     return entries
 
@@ -532,11 +532,11 @@ def write_manifest(path, rows) -> None:
     data.write_jsonl(path, moved)
 
 
-def write_teacher_manifest(rows, path, max_wer) -> None:
+def write_teacher_manifest(rows, path) -> None:
     """Transcripts as references, for the TD stage. What is left out is counted by reason."""
     kept, notes = {}, Counter()
     for row in rows:
-        reason = unfit_to_teach(row, max_wer)
+        reason = unfit_to_teach(row)
         if reason:
             notes[f"left out: {reason}"] += 1
             continue
@@ -546,14 +546,12 @@ def write_teacher_manifest(rows, path, max_wer) -> None:
             line["id"] = f"{row['set']}/{row['id']}"
         kept[line["id"]] = line | {"text": row["hyp"]}
         notes["kept without a language"] += "language" not in row
-        if max_wer is not None:
-            notes["kept without a reference to hold against --max_wer"] += "text" not in row
     write_manifest(path, kept.values())
     said = [f"; {n} {what}" for what, n in notes.most_common() if n]
     print(f"{path}: {len(kept)} transcripts kept", *said, sep="")
 
 
-def unfit_to_teach(row, max_wer) -> str | None:
+def unfit_to_teach(row) -> str | None:
     """Why a transcript should not become a reference; None if it may."""
     if "failed" in row:
         return "failed to decode"
@@ -561,17 +559,7 @@ def unfit_to_teach(row, max_wer) -> str | None:
         return "empty"
     if not row["stopped"]:
         return "cut at --max_new_tokens"
-    if max_wer is not None and "text" in row:
-        if 100 * row["errors"] > max_wer * row["units"]:
-            return f"above --max_wer {max_wer:g}"
     return None
-
-
-def write_json(path, value) -> None:
-    """The value as JSON, which has no NaN: the rate of no units becomes null."""
-    value = json.loads(json.dumps(value), parse_constant=lambda nan: None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def stamp(path) -> dict:

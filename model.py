@@ -801,14 +801,16 @@ def roll_out(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms
 
 
 @torch.no_grad()
-def transcribe(asr: ASR, batch: data.Batch, max_new_tokens) -> list[dict]:
-    """Greedy transcripts, in the order of batch.utterances: [{"hyp", "stopped", "n_tokens"}].
+def transcribe(asr: ASR, batch: data.Batch, max_new_tokens, temperature=0.0, seed=0) -> list[dict]:
+    """Transcripts, in the order of batch.utterances: [{"hyp", "stopped", "n_tokens"}].
 
     stopped: the transcript ended by itself, not at max_new_tokens. n_tokens: its end included.
     """
     if not batch.utterances:
         return []
-    ids, mask = roll_out(asr, encode_audio(asr, batch), max_new_tokens)         # (B, R)
+    names = [u.id for u in batch.utterances]
+    uniforms = data.keyed_uniforms(seed, 0, names, max_new_tokens) if temperature else None
+    ids, mask = roll_out(asr, encode_audio(asr, batch), max_new_tokens, temperature, uniforms)
     stopped = (asr.stop[ids] & mask).any(1).tolist()
     n_tokens = mask.sum(1).tolist()
     results = []

@@ -16,32 +16,26 @@ Rollouts are sampled at temperature 1, as in training, from uniforms keyed on (s
 students are given the same random numbers. Batches are those of distill.py's first epoch, whatever
 the number of processes.
 
---out receives overlap.png and overlap.json: teacher, data, k, states_of, seed, temperature, batch,
-batches (full ones), "students": a list, and "difference": {later student: it minus the first one,
-paired by utterance}. In both a statistic is {"mean", "low", "high"}: the mean over states, and a
-95 % interval that resamples utterances (null where too few have such a state). A student's over all
-states also has "batch_mean", "batch_min", "batch_max": of the means of full batches, as in Table 2.
+--out receives overlap.png and overlap.json: the flags, "students" (a list), and "difference":
+{later student: it minus the first one, paired by utterance}. A statistic is {"mean", "low",
+"high"}: the mean over states, and a 95 % interval that resamples utterances (null where too few
+have such a state).
 
-  vuss             |S_t u T_t|, the Valid Union Support Size, up to 2k: smaller is closer.
-                   It is 2k - |S_t n T_t| when nothing is dropped
+  vuss             |S_t u T_t|, the Valid Union Support Size, up to 2k: smaller is closer. It is
+                   2k - |S_t n T_t| when nothing is dropped. A student's also has "batch_mean",
+                   "batch_min", "batch_max": of the means of full batches, as in Table 2
   overlap          |S_t n T_t| / k: the same on a scale of 0 to 1, larger is closer
   mass_s, mass_t   p_S(S_t n T_t), p_T(S_t n T_t): each model's probability of the shared tokens
-  union_kl_reverse, union_kl_forward
-                   KL with both sides renormalised on S_t u T_t. Forward is the paper's Eq. 1
+  union_kl         KL(p_T || p_S) with both renormalised on S_t u T_t: the paper's Eq. 1
 The others do not depend on k. p_S and p_T are over all ids that both vocabularies have; entropies
 and divergences are in nats:
   top1             do both models put the same token first? (overlap at k = 1)
-  rank             of the written token under the teacher: 1 + ids with a strictly larger logit.
-                   A mean of ranks hangs on its largest ones
   logp_t           log p_T of the written token
   entropy_s, entropy_t
-  kl_reverse, kl_forward
-                   KL(p_S || p_T), which OPD minimises, and KL(p_T || p_S)
+  kl_reverse, kl_forward    KL(p_S || p_T), which OPD minimises, and KL(p_T || p_S)
 
-  by_k             the statistics that depend on k, for k = 1, 8, 16 and 32
   by_token         all above by the token's index in the rollout: "0", "1" ... "20 and later", each
                    with its number of "states" and "clips"
-  vuss_histogram   size of the union: number of states
   clips, states, states_not_scored    the last: at or behind a token without counterpart
   shared_ids       ids that both vocabularies have
 
@@ -50,9 +44,7 @@ the student's set.
 """
 
 import argparse
-import json
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +78,7 @@ def parse_args(argv=None):
     # statistics
     add("--top_k", type=data.at_least(1), default=32, help="size of each model's set")
     # cost
-    add("--batch", type=data.at_least(1), default=32, help="utterances a forward")
+    add("--batch", type=data.at_least(1), default=32, help="utterances per forward")
     add("--chunk", type=data.at_least(1), default=256, help="states whose logits exist at a time")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
@@ -125,30 +117,32 @@ def main(args) -> None:
     model.finish()
     if rank > 0:
         return
-    students, difference = summarize(measured, full)
-    result = {
-        "teacher": args.teacher, "data": args.data, "k": args.top_k, "states_of": args.states,
-        "seed": args.seed, "temperature": args.temperature, "batch": args.batch,
-        "batches": len(full), "students": students}
-    if difference:
-        result["difference"] = difference
+    students, draws = [], []
+    for name, clips, n_shared in measured:
+        summary, drawn = summarize(name, clips, full)
+        students.append(summary | {"shared_ids": n_shared})
+        draws.append(drawn)
+    difference = {}
+    for later, drawn in zip(students[1:], draws[1:]):  # on the same draws of utterances: paired
+        gaps = [later[name]["mean"] - students[0][name]["mean"] for name in STATISTICS]
+        difference[later["student"]] = as_entries(gaps, drawn - draws[0])
     print_table(students, difference)
-    draw_overlap(students, args.top_k, out)
-    result = json.loads(json.dumps(result), parse_constant=lambda nan: None)  # JSON has no NaN
-    (out / "overlap.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    draw_overlap(students, args.top_k, out / "overlap.png")
+    result = vars(args) | {"batches": len(full), "students": students, "difference": difference}
+    data.write_json(out / "overlap.json", result)
 
 
 # ------------------------------------------------- the statistics: pure tensors, copies out alone
 
-def overlap_stats(z_s, z_t, mask, k, written=None, more_k=()) -> dict[str, torch.Tensor]:
+def overlap_stats(z_s, z_t, mask, k, written=None) -> dict[str, torch.Tensor]:
     """Statistics of every state, as the top of this file defines them -> {name: (n,) float64}.
 
     z_s, z_t (..., V): logits over the same columns, -inf where a model may not write. A column that
         is -inf on either side is in neither set, but takes its place among the top k of the side
         where it is finite.
     mask (...): True on the n states that count.
-    written (...): the emitted ids, each finite on both sides; without them no "rank" and "logp_t".
-    more_k: further values of k, whose statistics are called "vuss@8" and so on.
+    written (...): the emitted ids, each finite on both sides; without them no "logp_t".
     """
     def renormalise(z, support):
         """p and log p on the support, both 0 outside it: so 0 log 0 counts as 0."""
@@ -167,42 +161,35 @@ def overlap_stats(z_s, z_t, mask, k, written=None, more_k=()) -> dict[str, torch
     }
     if written is not None:
         y = written[mask][:, None]                                      # (n, 1)
-        stats["rank"] = 1 + (valid & (z_t > z_t.gather(-1, y))).sum(-1)
         stats["logp_t"] = logp_t.gather(-1, y)[:, 0]
 
-    # One topk serves every k: smaller sets are prefixes of the largest. K x K comparisons a row
-    # find every intersection; membership masks would be V wide, 150 times that at V = 151,936.
-    V = z_s.shape[-1]
-    largest = min(max(k, *more_k, 1), V)
-    ids_s = z_s.topk(largest).indices                                   # (n, K) best first
-    ids_t = z_t.topk(largest).indices                                   # (n, K)
-    valid_s = valid.gather(-1, ids_s)                                   # (n, K)
-    valid_t = valid.gather(-1, ids_t)                                   # (n, K)
-    same = (ids_s[:, :, None] == ids_t[:, None]) & valid_s[:, :, None]  # (n, K, K)
-    stats["top1"] = same[:, 0, 0]
-
-    for name, j in [("", k)] + [(f"@{j}", j) for j in more_k]:
-        j = min(j, V)
-        top_s, top_t = ids_s[:, :j], ids_t[:, :j]                       # (n, j)
-        s_in_t = same[:, :j, :j].any(2)                                 # (n, j)
-        t_in_s = same[:, :j, :j].any(1)                                 # (n, j)
-        both = torch.cat([top_s, top_t], dim=1)                         # (n, 2j)
-        union = torch.cat([valid_s[:, :j], valid_t[:, :j] & ~t_in_s], dim=1)  # each token once
-        u_s, logu_s = renormalise(z_s.gather(-1, both), union)          # (n, 2j)
-        u_t, logu_t = renormalise(z_t.gather(-1, both), union)          # (n, 2j)
-        stats["vuss" + name] = union.sum(-1)
-        stats["overlap" + name] = s_in_t.sum(-1).double() / j
-        stats["mass_s" + name] = (p_s.gather(-1, top_s) * s_in_t).sum(-1)
-        stats["mass_t" + name] = (p_t.gather(-1, top_s) * s_in_t).sum(-1)
-        stats["union_kl_reverse" + name] = (u_s * (logu_s - logu_t)).sum(-1)
-        stats["union_kl_forward" + name] = (u_t * (logu_t - logu_s)).sum(-1)
+    # k x k comparisons a row find every intersection; membership masks would be V wide, 150 times
+    # that at V = 151,936.
+    k = min(k, z_s.shape[-1])
+    top_s = z_s.topk(k).indices                                         # (n, k) best first
+    top_t = z_t.topk(k).indices                                         # (n, k)
+    valid_s = valid.gather(-1, top_s)                                   # (n, k)
+    valid_t = valid.gather(-1, top_t)                                   # (n, k)
+    same = (top_s[:, :, None] == top_t[:, None]) & valid_s[:, :, None]  # (n, k, k)
+    s_in_t = same.any(2)                                                # (n, k)
+    t_in_s = same.any(1)                                                # (n, k)
+    both = torch.cat([top_s, top_t], dim=1)                             # (n, 2k)
+    union = torch.cat([valid_s, valid_t & ~t_in_s], dim=1)              # each token once
+    u_s, logu_s = renormalise(z_s.gather(-1, both), union)              # (n, 2k)
+    u_t, logu_t = renormalise(z_t.gather(-1, both), union)              # (n, 2k)
+    stats |= {
+        "top1": same[:, 0, 0],
+        "vuss": union.sum(-1),
+        "overlap": s_in_t.sum(-1).double() / k,
+        "mass_s": (p_s.gather(-1, top_s) * s_in_t).sum(-1),
+        "mass_t": (p_t.gather(-1, top_s) * s_in_t).sum(-1),
+        "union_kl": (u_t * (logu_t - logu_s)).sum(-1),
+    }
     return {name: value.double() for name, value in stats.items()}
 
 
-KS = (1, 8, 16, 32)  # reported whatever --top_k is
-OF_K = ("vuss", "overlap", "mass_s", "mass_t", "union_kl_reverse", "union_kl_forward")
-STATISTICS = OF_K + ("top1", "rank", "logp_t", "entropy_s", "entropy_t", "kl_reverse", "kl_forward")
-COLUMNS = STATISTICS + tuple(f"{name}@{k}" for k in KS for name in OF_K)
+STATISTICS = ("vuss", "overlap", "mass_s", "mass_t", "union_kl", "top1", "logp_t", "entropy_s",
+              "entropy_t", "kl_reverse", "kl_forward")
 
 
 # ---------------------------------------------------------------------------------------- measure
@@ -210,7 +197,7 @@ COLUMNS = STATISTICS + tuple(f"{name}@{k}" for k in KS for name in OF_K)
 def measure_student(name, teacher, utterances, batches, args, rank, world):
     """The statistics of every clip, in the order of `utterances`, and the number of shared ids.
 
-    A clip: values (n, COLUMNS) of its n scored states, a prefix of its rollout; number of states
+    A clip: values (n, STATISTICS) of its n scored states, a prefix of its rollout; number of states
     behind them. Raises data.AudioError if a clip can't be read, ValueError if nothing is scored.
     """
     student = model.load(name, teacher.device)
@@ -270,7 +257,7 @@ def measure_batch(student, teacher, to_teacher, batch, texts, args) -> list[tupl
     teacher_only[to_teacher[to_teacher >= 0]] = False
     head_s, head_t = student.head.weight.float(), teacher.head.weight.float()
     y = ids[scored]                                                                     # (n,)
-    values = [np.zeros((0, len(COLUMNS)), np.float32)]
+    values = [np.zeros((0, len(STATISTICS)), np.float32)]
     for i in range(0, len(y), args.chunk):
         rows = slice(i, i + args.chunk)
         z_s = model.logits(hidden_s[rows], head_s).masked_fill(student.blocked, -math.inf)
@@ -279,9 +266,10 @@ def measure_batch(student, teacher, to_teacher, batch, texts, args) -> list[tupl
         z_s = torch.cat([z_s, torch.full_like(z_only, -math.inf)], dim=1)
         z_t = torch.cat([model.map_logits(z_t, to_teacher), z_only], dim=1)             # like z_s
         every = torch.ones(len(z_s), dtype=torch.bool, device=z_s.device)
-        stats = overlap_stats(z_s, z_t, every, args.top_k, y[rows], KS)
-        values.append(torch.stack([stats[name] for name in COLUMNS], dim=1).float().cpu().numpy())
-    values = np.concatenate(values)                                             # (n, COLUMNS)
+        stats = overlap_stats(z_s, z_t, every, args.top_k, y[rows])
+        table = torch.stack([stats[name] for name in STATISTICS], dim=1)                # (C, S)
+        values.append(table.float().cpu().numpy())
+    values = np.concatenate(values)                                             # (n, STATISTICS)
     if not np.isfinite(values).all():
         raise FloatingPointError(f"not finite: some statistic of the batch with clips {names}")
     n_scored = scored.sum(1).cpu()                                                      # (B,)
@@ -293,79 +281,52 @@ def measure_batch(student, teacher, to_teacher, batch, texts, args) -> list[tupl
 
 LAST_TOKEN = 20  # this index and all later ones share a bin
 BINS = [str(t) for t in range(LAST_TOKEN)] + [f"{LAST_TOKEN} and later"]
-# Where each mean stands in a student's part of overlap.json.
-PLACES = [(name,) for name in STATISTICS]
-PLACES += [("by_k", str(k), name) for k in KS for name in OF_K]
-PLACES += [("by_token", label, name) for label in BINS for name in STATISTICS]
 
 
-def summarize(measured, batches) -> tuple[list[dict], dict]:
-    """"students" and "difference" of overlap.json.
+def summarize(name, clips, batches) -> tuple[dict, np.ndarray]:
+    """A student's part of overlap.json, and means over all states of drawn utterances (draws, S).
 
-    measured: of each student its name, its clips and its number of shared ids, see
-    `measure_student`. batches: lists of indices of clips.
+    clips: see `measure_student`. batches: lists of their indices. S statistics.
     """
-    students, difference = [], {}
-    for name, clips, n_shared in measured:
-        sums, counts = map(np.stack, zip(*[sum_states(values) for values, _ in clips]))
-        total = counts.sum(0)                                                   # (PLACES,)
-        means = sums.sum(0) / np.where(total > 0, total, np.nan)  # nan: no such state
-        # The same draws of utterances for every student, so that differences are paired.
-        draws = data.bootstrap(sums, counts)                                    # (draws, PLACES)
-        entries = as_entries(means, draws)
-        over = []  # means of batches, but of those in which no state could be scored
-        for indices in batches:
-            if counts[indices, 0].any():
-                over.append(sums[indices].sum(0) / counts[indices, 0].sum())
-        for place, of_batches in zip(PLACES[:len(COLUMNS)], np.transpose(over or [means])):
-            entries[place] |= {"batch_mean": float(of_batches.mean()),
-                               "batch_min": float(of_batches.min()),
-                               "batch_max": float(of_batches.max())}
-        for label, states in zip(BINS, counts[:, len(COLUMNS)::len(STATISTICS)].T):
-            if states.any():
-                entries["by_token", label, "states"] = int(states.sum())
-                entries["by_token", label, "clips"] = int((states > 0).sum())
-        vuss = Counter(int(size) for values, _ in clips for size in values[:, 0])
-        students.append({
-            "student": name, "clips": len(clips), "states": sum(vuss.values()),
-            "states_not_scored": sum(rest for _, rest in clips), "shared_ids": n_shared,
-            **nest(entries), "vuss_histogram": dict(sorted(vuss.items()))})
-        if len(students) == 1:
-            first_means, first_draws = means, draws
-        else:
-            difference[name] = nest(as_entries(means - first_means, draws - first_draws))
-    return students, difference
+    sums = np.zeros((len(clips), len(BINS), len(STATISTICS)))
+    counts = np.zeros_like(sums)  # states, the same for each statistic
+    for i, (values, _) in enumerate(clips):
+        label = np.minimum(np.arange(len(values)), LAST_TOKEN)
+        np.add.at(sums[i], label, values)
+        np.add.at(counts[i], label, 1)
+    total = sums.sum(1)                                             # (clips, S) over the bins
+    states = counts.sum(1)                                          # (clips, S)
+    draws = data.bootstrap(total, states)                           # (draws, S)
+    summary = {
+        "student": name, "clips": len(clips), "states": int(states[:, 0].sum()),
+        "states_not_scored": sum(rest for _, rest in clips),
+        **as_entries(total.sum(0) / states.sum(0), draws)}
+
+    means = []  # VUSS of batches, but of those in which no state could be scored
+    for indices in batches:
+        if states[indices, 0].any():
+            means.append(float(total[indices, 0].sum() / states[indices, 0].sum()))
+    means = means or [summary["vuss"]["mean"]]
+    summary["vuss"] |= {"batch_mean": sum(means) / len(means), "batch_min": min(means),
+                        "batch_max": max(means)}
+
+    summary["by_token"] = {}
+    for b, label in enumerate(BINS):
+        if counts[:, b].any():
+            entries = as_entries(sums[:, b].sum(0) / counts[:, b].sum(0),
+                                 data.bootstrap(sums[:, b], counts[:, b]))
+            summary["by_token"][label] = entries | {
+                "states": int(counts[:, b, 0].sum()), "clips": int((counts[:, b, 0] > 0).sum())}
+    return summary, draws
 
 
-def sum_states(values) -> tuple[np.ndarray, np.ndarray]:
-    """A clip's values (n, COLUMNS) -> sums over its states and numbers of them, (PLACES,) each."""
-    label = np.minimum(np.arange(len(values)), LAST_TOKEN)
-    by_token = np.zeros((len(BINS), len(STATISTICS)))
-    np.add.at(by_token, label, values[:, :len(STATISTICS)])
-    states = np.bincount(label, minlength=len(BINS)).repeat(len(STATISTICS))
-    sums = np.concatenate([values.sum(0, dtype=float), by_token.ravel()])
-    return sums, np.concatenate([np.full(len(COLUMNS), len(values)), states])
-
-
-def as_entries(means, draws) -> dict[tuple, dict]:
-    """means (PLACES,), draws (draws, PLACES) -> {place: {"mean", "low", "high"}} where not nan."""
+def as_entries(means, draws) -> dict[str, dict]:
+    """Means (S,), draws (draws, S) -> {statistic: {"mean", "low", "high"}}."""
     low, high = data.interval(draws)
     entries = {}
-    for i, place in enumerate(PLACES):
-        if not math.isnan(means[i]):
-            entries[place] = {"mean": float(means[i]), "low": float(low[i]), "high": float(high[i])}
+    for i, name in enumerate(STATISTICS):
+        entries[name] = {"mean": float(means[i]), "low": float(low[i]), "high": float(high[i])}
     return entries
-
-
-def nest(entries) -> dict:
-    """{("by_k", "8", "vuss"): entry} -> {"by_k": {"8": {"vuss": entry}}}."""
-    tree = {}
-    for (*path, name), entry in entries.items():
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[name] = entry
-    return tree
 
 
 # ------------------------------------------------------------------------------------------- show
@@ -388,47 +349,36 @@ def print_table(students, difference) -> None:
         print(f"  {name:23}", *[f"{cell:>28}" for cell in cells])
 
 
-def draw_overlap(students, k, out) -> None:
-    """OUT/overlap.png: overlap and KL by token with intervals, and the histogram of VUSS.
-
-    Lines end where fewer than 20 clips have a token.
-    """
+def draw_overlap(students, k, path) -> None:
+    """Overlap and KL by token, with intervals. Lines end where fewer than 20 clips have a token."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for i, student in enumerate(students):
-        color = f"C{i}"
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    for student in students:
         bins = [student["by_token"][label] for label in BINS[:-1] if label in student["by_token"]]
         bins = [entries for entries in bins if entries["clips"] >= 20]
-        for axis, name in ((left, "overlap"), (middle, "kl_reverse")):
+        for axis, name in ((left, "overlap"), (right, "kl_reverse")):
             mean = [entries[name]["mean"] for entries in bins]
             low = [entries[name]["low"] for entries in bins]
             high = [entries[name]["high"] for entries in bins]
-            axis.plot(range(len(bins)), mean, "o-", color=color, label=student["student"])
-            axis.fill_between(range(len(bins)), low, high, color=color, alpha=0.2, linewidth=0)
-        histogram = student["vuss_histogram"]
-        shares = np.array(list(histogram.values())) / student["states"]
-        right.bar(list(histogram), shares, width=1, color=color, alpha=0.4)
-        right.axvline(student["vuss"]["mean"], color=color, linestyle="--")
-
+            axis.plot(range(len(bins)), mean, "o-", label=student["student"])
+            axis.fill_between(range(len(bins)), low, high, alpha=0.2, linewidth=0)
     left.set(title=f"overlap@{k} (bands: 95 %)", ylabel="shared part of the top k", ylim=(0, 1))
-    middle.set(title="KL(student || teacher)", ylabel="nats per token", ylim=(0, None))
-    right.set(title=f"VUSS, k = {k} (dashed: mean)", ylabel="share of states", xlabel="VUSS")
-    for axis in (left, middle):
+    right.set(title="KL(student || teacher)", ylabel="nats per token", ylim=(0, None))
+    for axis in (left, right):
         axis.set_xlabel("index of the token in the rollout")
         axis.xaxis.get_major_locator().set_params(integer=True)
     left.legend(frameon=False)
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "overlap.png", dpi=110)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------------------- --check
 
 def check(args) -> None:
-    """Print what a few clips tell of the pair, and a verdict; exit with 1 if the two do not fit."""
+    """Prints what a few clips tell of the pair, and a verdict; exits with 1 if they do not fit."""
     rank, _, device = model.setup(args)
     if rank > 0:
         return model.finish()  # one process is enough
@@ -440,115 +390,104 @@ def check(args) -> None:
     chosen = data.Plan(len(utterances), args.clips, args.seed)[0]
     chosen.sort(key=lambda i: utterances.durations[i])  # clips of similar length go together
     clips = [utterances[i] for i in chosen]
-    one_a_text = {u.text: u for u in clips if u.text}  # another clip's reference is another text
-    clips = list(one_a_text.values()) or clips
+    one_per_text = {u.text: u for u in clips if u.text}  # another clip's text is another text
+    clips = list(one_per_text.values()) or clips
 
-    states, errors, units, rejected = try_clips(student, teacher, to_teacher, clips, args)
+    states, decoded, rejected = try_clips(student, teacher, to_teacher, clips, args)
     model.finish()
-    kl_itself = mean_of(states["itself"], "kl_reverse")
-    kl = mean_of(states["rollout"], "kl_reverse")
-    logp = mean_of(states["reference"], "logp_t")
-    logp_other = mean_of(states["other"], "logp_t")
+    means = {way: mean_over_states(measured) for way, measured in states.items()}
+    n_scored = sum(len(values) for values, _ in states["rollout"])
     ends = {repr(teacher.tokenizer.decode(teacher.suffix_of(u))[-40:]) for u in clips}
-    table = {
-        "clips": f"{len(states['rollout'])}, rejected {rejected}",
-        "ids shared": f"{int((to_teacher >= 0).sum())} of {int((~student.blocked).sum())} that the "
-                      "student may write",
-        "teacher's prompt ends": " ".join(sorted(ends)),
-        "tokens of rollouts": f"{sum(len(values) for values, _ in states['rollout'])} scored, "
-                              f"{sum(rest for _, rest in states['rollout'])} not scored",
-        "KL(student || student)": f"{kl_itself:.2e} nats per token",
-        "KL(student || teacher)": f"{kl:.3f} nats per token",
-        "same first choice": f"{100 * mean_of(states['rollout'], 'top1'):.1f} % of the tokens",
-        "log p_T of references": f"{logp:.3f} nats per token",
-        "log p_T of other clips' references": f"{logp_other:.3f} nats per token",
-    }
-    if len(units):
-        rates = 100 * errors.sum(0) / units.sum()
-        table["greedy errors"] = f"student {rates[0]:.2f} %, teacher {rates[1]:.2f} %"
-    for name, value in table.items():
-        print(f"{name:36} {value}")
-    limit = 1e-2 if device.type == "cuda" else 1e-6  # bf16, fp32
-    fits, sentence = verdict(kl_itself, limit, logp, logp_other, kl, errors, units)
+    print(f"clips                 {len(states['rollout'])}, and {rejected} that can't be used")
+    print(f"ids shared            {int((to_teacher >= 0).sum())} of "
+          f"{int((~student.blocked).sum())} that the student may write")
+    print(f"teacher's prompt ends {' '.join(sorted(ends))}")
+    print(f"student's rollouts    {n_scored} tokens scored; both models put the same one first at "
+          f"{100 * means['rollout']['top1']:.1f} % of them; KL(student || teacher) "
+          f"{means['rollout']['kl_reverse']:.3f} nats per token")
+    if decoded:
+        u, hyp_s, hyp_t = decoded[0][:3]
+        print(f"log p_T per token     {means['reference']['logp_t']:.3f} nats of references, "
+              f"{means['other']['logp_t']:.3f} of other clips' references")
+        print(f"first clip            {u.id}\n  reference           {u.text}\n"
+              f"  student             {hyp_s}\n  teacher             {hyp_t}")
+    fits, sentence = verdict(means, [row[3:] for row in decoded])
     if not fits:
         raise SystemExit(sentence)
     print(sentence)
 
 
 def try_clips(student, teacher, to_teacher, clips, args):
-    """Measure some clips in four ways, and decode them with both models.
+    """Measures some clips, and decodes them with both models.
 
-    -> {way: clips, see measure_student}, errors (n, 2) of student and teacher, reference units
-    (n,), number of clips that can't be used. The ways: the states of "rollout" under the teacher,
-    under the student "itself", and, where clips have texts (each another one), the states of
-    "reference" and of "other" clips' references under the teacher.
+    -> {way: clips, see measure_student}; per decoded clip (utterance, the student's transcript, the
+    teacher's, errors of either, units); number of clips that can't be used. The ways: the states of
+    "rollout" and, where clips have texts, of "reference" and of "other" clips' references.
     """
     has_texts = clips[0].text and len(clips) > 1
-    other_text = exchange_texts(clips) if has_texts else {}
-    to_itself = model.vocabulary_map(student, student)
-    states = {"rollout": [], "itself": [], "reference": [], "other": []}
-    errors, units, rejected = [], [], []
+    order = sorted(clips, key=lambda u: u.text or "")
+    half = len(order) // 2  # half way round the sorted texts stands another one
+    other_text = {u.line: other.text for u, other in zip(order, order[half:] + order[:half])}
+    states = {"rollout": [], "reference": [], "other": []}
+    decoded, rejected = [], []
     for start in range(0, len(clips), args.batch):
         batch = data.load_batch(clips[start:start + args.batch], (student.n_mels, teacher.n_mels),
                                 max_sec=data.MAX_EVAL_SEC, for_training=False)
         rejected += [message for *_, message in batch.rejected]
         if not len(batch):
             continue
-        states["rollout"] += measure_batch(student, teacher, to_teacher, batch, None, args)
-        states["itself"] += measure_batch(student, student, to_itself, batch, None, args)
+        texts = {"rollout": None}
         if has_texts:
-            texts = [u.text for u in batch.utterances]
-            others = [other_text[u.line] for u in batch.utterances]
-            states["reference"] += measure_batch(student, teacher, to_teacher, batch, texts, args)
-            states["other"] += measure_batch(student, teacher, to_teacher, batch, others, args)
+            texts["reference"] = [u.text for u in batch.utterances]
+            texts["other"] = [other_text[u.line] for u in batch.utterances]
+        for way, rows in texts.items():
+            states[way] += measure_batch(student, teacher, to_teacher, batch, rows, args)
+        if has_texts:
             hyps_s = model.transcribe(student, batch, args.max_new_tokens)
             hyps_t = model.transcribe(teacher, batch, args.max_new_tokens)
             for u, s, t in zip(batch.utterances, hyps_s, hyps_t):
                 counts_s = data.edit_counts(u.text, s["hyp"], u.language)
                 counts_t = data.edit_counts(u.text, t["hyp"], u.language)
-                errors.append((counts_s.errors, counts_t.errors))
-                units.append(counts_s.units)
+                counts = counts_s.errors, counts_t.errors, counts_s.units
+                decoded.append((u, s["hyp"], t["hyp"], *counts))
     if not states["rollout"]:
         raise ValueError(f"none of {len(clips)} clips is usable: {rejected[0]}")
-    return states, np.array(errors), np.array(units), len(rejected)
+    return states, decoded, len(rejected)
 
 
-def exchange_texts(clips) -> dict[str, str]:
-    """{line: another clip's text}: half way round the sorted texts stands another."""
-    order = sorted(clips, key=lambda u: u.text)
-    half = len(order) // 2
-    return {u.line: other.text for u, other in zip(order, order[half:] + order[:half])}
+def mean_over_states(clips) -> dict[str, float]:
+    """Each statistic's mean over the states of clips; nan without a state."""
+    values = np.concatenate([np.zeros((0, len(STATISTICS))), *(values for values, _ in clips)])
+    means = values.mean(0) if len(values) else np.full(len(STATISTICS), np.nan)
+    return dict(zip(STATISTICS, means.tolist()))
 
 
-def mean_of(clips, name) -> float:
-    """Mean of a statistic over the states of clips; nan without a state."""
-    values = [value for values, _ in clips for value in values[:, COLUMNS.index(name)]]
-    return float(np.mean(values)) if values else math.nan
-
-
-def verdict(kl_itself, limit, logp, logp_other, kl, errors, units) -> tuple[bool, str]:
-    """Do the two fit, and what that means. See `check` and `try_clips`; nan: not measured.
+def verdict(means, counts) -> tuple[bool, str]:
+    """Do the two fit, and what does that mean? means: {way: {statistic: mean}}, see `try_clips`;
+    counts: per decoded clip errors of the student, errors of the teacher, units.
 
     A teacher given the right audio and the right ids finds a reference far likelier than another
     clip's. A wrong vocabulary map, a wrong prompt, random weights or unheard audio all bring the
     two together.
     """
-    if not kl_itself <= limit:  # nan, too
-        return False, f"The two do not fit: forwards of the student differ by {kl_itself:.2e} nats."
+    kl = means["rollout"]["kl_reverse"]
     if math.isnan(kl):
         return False, "The two do not fit: no token of the rollouts has a counterpart."
-    if not len(units):
+    if not counts:
         return True, "Both run; without transcripts nothing shows that they fit."
-    if not logp >= logp_other + 1:
+    if not means["reference"]["logp_t"] >= means["other"]["logp_t"] + 1:  # nan, too
         return False, ("The two do not fit: the teacher finds references no nat per token likelier "
                        "than other clips'. Wrong checkpoint, language or transcripts?")
+    errors_s, errors_t, units = np.array(counts).T
+    said = (f"The two fit. Errors: student {100 * errors_s.sum() / units.sum():.1f} %, teacher "
+            f"{100 * errors_t.sum() / units.sum():.1f} %. ")
     if kl < 0.01:
-        return True, "The two fit, but there is next to nothing to learn: they agree."
-    low, high = data.interval(100 * data.bootstrap(errors[:, 0] - errors[:, 1], units))
-    gain = f"{low:.1f} to {high:.1f} points fewer errors than the student"
+        return True, said + "There is next to nothing to learn: they agree."
+    low, high = data.interval(100 * data.bootstrap(errors_s - errors_t, units))
+    gain = f"the teacher makes {low:.1f} to {high:.1f} points fewer errors."
     if low > 0:
-        return True, f"The two fit, and there is something to learn: the teacher makes {gain}."
-    return True, f"The two fit, but the teacher may be no better: it makes {gain}."
+        return True, f"{said}There is something to learn: {gain}"
+    return True, f"{said}The teacher may be no better: {gain}"
 
 
 if __name__ == "__main__":
