@@ -232,6 +232,13 @@ def write_jsonl(path, rows) -> None:
     os.replace(temporary, path)
 
 
+def write_json(path, value) -> None:
+    """A value as indented JSON, which has no NaN: a rate of no units becomes null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda nan: None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_json(path) -> dict:
     """The object that a file holds. Raises ValueError naming the file and what it holds instead."""
     raw = Path(path).read_bytes()

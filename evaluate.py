@@ -15,8 +15,8 @@ else utterances.
   python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl    # with the first one
   python evaluate.py --rescore runs/x/eval/hyps.jsonl --out runs/x/again   # same numbers; no model
 
-TD is teacher data: transcripts that become references for sft.py. Decoding is greedy (for
---as_manifest it may be sampled, keyed on seed and utterance as distill.py's first step). A transcript
+TD is teacher data: transcripts that become references for sft.py. Decoding is greedy; for
+--as_manifest it may be sampled, from numbers keyed on (seed, utterance) as in training. A transcript
 is scored as it is: empty and truncated ones are counted, never mended.
 
 Every process appends its lines to OUT/part-RANK.jsonl, batch by batch; in the end they become
