@@ -1,11 +1,10 @@
-"""From hidden rows to gradients: the loss in chunks against two other ways. Prints one JSON line.
+"""From hidden rows to gradients: the loss in chunks against all at once. Prints one JSON line.
 
     python tests/bench_loss.py                  # V = 151,936, widths 896 and 2048: 14 GiB, minutes
     python tests/bench_loss.py --device cuda    # not run here: no GPU
 
-  ours        distill.loss_in_chunks: heads and loss for a chunk of rows, backward inside the loop
-  naive       all rows at once through both heads, the same reverse KL, one backward
-  checkpoint  the same chunks under torch.utils.checkpoint: logits are made again in the backward
+  ours     distill.loss_in_chunks: heads and loss for a chunk of rows, backward inside the loop
+  naive    all rows at once through both heads, the same reverse KL, one backward
 
 Extra memory is the peak during the call over what stood before it: resident memory on a CPU,
 allocated memory on a GPU. Each way runs once unmeasured, then --repeats times; the median counts.
@@ -23,7 +22,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import distill
 import model
@@ -34,7 +32,8 @@ WIDTH_S, WIDTH_T = 896, 2048
 def memory(device, peak) -> float:
     """MiB in use now, or at the peak since it was forgotten."""
     if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)() / 2 ** 20
+        used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        return used / 2 ** 20
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(status["VmHWM" if peak else "VmRSS"].split()[0]) / 1024
 
@@ -68,7 +67,8 @@ def ours(h_s, h_t, head_s, head_t, chunk):
     same_ids = torch.arange(len(head_s.keywords["weight"]), device=h_s.device)
     y = torch.zeros(len(h_s), dtype=torch.long, device=h_s.device)
     _, grad_rows = distill.loss_in_chunks(
-        h_s, h_t, y, head_s, head_t, same_ids, lambda z_s, z_t, y: distill.reverse_kl(z_s, z_t), chunk)
+        h_s, h_t, y, head_s, head_t, same_ids, lambda z_s, z_t, y: distill.reverse_kl(z_s, z_t),
+        chunk)
     h_s.backward(grad_rows)
 
 
@@ -78,18 +78,9 @@ def naive(h_s, h_t, head_s, head_t, chunk):
     distill.reverse_kl(head_s(h_s), z_t).sum().backward()
 
 
-def recompute(h_s, h_t, head_s, head_t, chunk):
-    def of_rows(rows_s, rows_t):
-        with torch.no_grad():
-            z_t = head_t(rows_t)
-        return distill.reverse_kl(head_s(rows_s), z_t).sum()
-
-    chunks = zip(h_s.split(chunk), h_t.split(chunk))
-    sum(checkpoint(of_rows, *rows, use_reentrant=False) for rows in chunks).backward()
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 512, 2560])
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--chunk", type=int, default=distill.parse_args([]).chunk)
@@ -107,7 +98,7 @@ def main():
     for n in args.rows:
         h_s = torch.randn(n, WIDTH_S, device=device, dtype=dtype).requires_grad_()
         h_t = torch.randn(n, WIDTH_T, device=device, dtype=dtype)
-        for way in (ours, naive, recompute):  # h_s * 1: a graph behind the rows
+        for way in (ours, naive):  # h_s * 1: a graph behind the rows
             entry = measure(lambda: way(h_s * 1, h_t, *heads, args.chunk), weight_s, args.repeats)
             result.setdefault(n, {})[way.__name__] = entry
             print(f"{n:6} rows {way.__name__:10}{entry['seconds']:8.2f} s"

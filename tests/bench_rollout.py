@@ -46,7 +46,8 @@ def theirs(lm, embeds, mask, stop, sampled):
         max_new_tokens=N_NEW, do_sample=sampled, pad_token_id=PAD, suppress_tokens=[PAD],
         eos_token_id=stop.nonzero()[:, 0].tolist() or None, **sampling)
     with model.autocast(embeds.device):
-        ids = lm.generate(inputs_embeds=embeds, attention_mask=mask.long(), generation_config=config)
+        ids = lm.generate(inputs_embeds=embeds, attention_mask=mask.long(),
+                          generation_config=config)
     ended_before = stop[ids].cumsum(1) - stop[ids].long()
     return ids, ended_before == 0
 
@@ -57,7 +58,8 @@ def compare(lm, stop, batch, sampled, repeats):
     lengths = torch.linspace(N_PROMPT // 2, N_PROMPT, batch).long()
     mask = (torch.arange(N_PROMPT) >= N_PROMPT - lengths[:, None]).to(device)       # (B, P)
     embeds = lm.model.embed_tokens(torch.randint(1, len(stop), mask.shape, device=device)).detach()
-    sides = {side.__name__: partial(side, lm, embeds, mask, stop, sampled) for side in (ours, theirs)}
+    sides = {side.__name__: partial(side, lm, embeds, mask, stop, sampled)
+             for side in (ours, theirs)}
     (ids, emitted), (their_ids, their_emitted) = (call() for call in sides.values())  # warms up
     if not sampled and device.type == "cpu":
         assert torch.equal(emitted, their_emitted), "greedy lengths differ"
@@ -72,7 +74,8 @@ def compare(lm, stop, batch, sampled, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[500, 151_936])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=3)
@@ -97,9 +100,10 @@ def main():
                     repeats = args.repeats * (4 if drawn else 1)
                     speeds = compare(lm, stop, batch, kind == "sampled", repeats)
                     ratio = speeds["ours"] / speeds["theirs"]
-                    results.append({"vocabulary": vocabulary, "batch": batch, "ratio": round(ratio, 3),
-                                    "kind": f"{lengths} {kind}", **speeds})
-                    print(f"{vocabulary:10}{batch:6}  {lengths + ' ' + kind:18}{speeds['ours']:8.0f}"
+                    name = f"{lengths} {kind}"
+                    results.append({"vocabulary": vocabulary, "batch": batch, "kind": name,
+                                    "ratio": round(ratio, 3), **speeds})
+                    print(f"{vocabulary:10}{batch:6}  {name:18}{speeds['ours']:8.0f}"
                           f"{speeds['theirs']:8.0f}{ratio:7.2f}", flush=True)
     print(json.dumps({"device": args.device, "tokens_per_second": results}))
 

@@ -1,4 +1,4 @@
-"""What memory costs in time: steps of distill.py as they are, with --freeze encoder, with --recompute.
+"""What memory costs in time: steps of distill.py plain, with --freeze encoder, with --recompute.
 
     python tests/bench_step.py                   # the demo's student and teacher
     python tests/bench_step.py --size mid        # students and teachers of 24 and 80 M parameters
@@ -69,7 +69,8 @@ def run(folder, way, steps, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="demo")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=20)
@@ -83,7 +84,8 @@ def main():
             process.start()
             process.join()
             seconds, peak = json.loads((Path(folder) / f"{way}.json").read_text())
-            result[way] = {"step_sec": statistics.median(seconds[len(seconds) // 4:]), "peak_gib": peak}
+            result[way] = {"step_sec": statistics.median(seconds[len(seconds) // 4:]),
+                           "peak_gib": peak}
     for way in WAYS:
         print(f"{way:10}{result[way]['step_sec']:8.3f} s {result[way]['peak_gib']:6.2f} GiB")
     print(json.dumps(result))

@@ -308,7 +308,8 @@ def test_a_broken_file_is_an_error_that_names_the_folder(checkpoints, tmp_path, 
 
 
 def test_what_is_no_checkpoint_is_named(published, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # a local path asks no Hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda *_, **__: pytest.fail("a local path asks no Hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in (tmp_path / "nowhere", "runs/nowhere", tmp_path / "runs"):

@@ -118,14 +118,6 @@ def test_value_and_gradient_equal_the_loops(divergence, support_of_k, tau, block
         assert gradient[n, v].item() == pytest.approx((higher - lower) / (2 * eps), abs=1e-7)
 
 
-def test_the_directions_by_hand():
-    """p_S = (1/2, 1/2), p_T = (3/4, 1/4): ln(4/3) / 2 = 0.1438, 3/4 ln(3/2) - 1/4 ln 2 = 0.1308."""
-    z_s = torch.tensor([[0.5, 0.5]]).double().log()
-    z_t = torch.tensor([[0.75, 0.25]]).double().log()
-    assert distill.reverse_kl(z_s, z_t).item() == pytest.approx(0.14384103622589)
-    assert distill.forward_kl(z_s, z_t).item() == pytest.approx(0.13081203594113697)
-
-
 @both_kls
 @pytest.mark.parametrize("support", ["full", "union"])
 def test_equal_logits_cost_nothing_and_pull_nowhere(name, support):
@@ -160,13 +152,14 @@ def test_divergences_that_are_not_there_are_refused(wrong):
 @pytest.mark.parametrize("k", [1, 4, 30, 99])
 def test_the_union_is_that_of_both_top_k_sets_and_no_other_id_is_pulled(k):
     z_s, z_t = random_logits(n=8, v=30, seed=6)
+    z_t[0] = z_s[0]
     support = distill.union_support(z_s, z_t, k)
     settings = (None, "forward", "union", k, 1.0)
     _, gradient = value_and_gradient(distill.token_divergence, z_s, z_t, *settings)
     for n, (s, t) in enumerate(zip(z_s.tolist(), z_t.tolist())):
         expected = top(dict(enumerate(s)), k) | top(dict(enumerate(t)), k)
         assert set(support[n].nonzero()[:, 0].tolist()) == expected
-        if len(expected) > 1:
+        if n > 0 and len(expected) > 1:
             assert set(gradient[n].nonzero()[:, 0].tolist()) == expected
 
 
@@ -232,6 +225,7 @@ def test_a_sampled_id_of_probability_zero_says_nothing(teachers):
 # ----------------------------------------------------------------------- heads and loss in chunks
 
 REVERSE = partial(distill.token_divergence, divergence="reverse", support="full", top_k=1, tau=1.0)
+SAMPLED = partial(REVERSE, support="sampled")
 PAPER = partial(distill.token_divergence, divergence="forward", support="union", top_k=2, tau=2.0)
 # Ids 1 and 4 of the student's 7 have no counterpart; 0 and 5 both mean the teacher's 7.
 TO_TEACHER = torch.tensor([7, -1, 0, 3, -1, 7, 8])
@@ -239,7 +233,7 @@ SHARED = [0, 2, 3, 5, 6]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-@pytest.mark.parametrize("divergence", [REVERSE, PAPER])
+@pytest.mark.parametrize("divergence", [REVERSE, SAMPLED, PAPER])
 def test_chunks_equal_one_shot_autograd(chunk, divergence):
     """A body and two heads of unequal vocabularies; value and gradients are divided by N."""
     torch.manual_seed(0)
@@ -248,9 +242,11 @@ def test_chunks_equal_one_shot_autograd(chunk, divergence):
     x, hidden_t = torch.randn(7, 4).double(), torch.randn(7, 5).double()
     y = torch.tensor([0, 2, 3, 5, 6, 0, 2])
 
-    z_s = net["head"](net["body"](x))[:, SHARED]
-    z_t = head_t(hidden_t)[:, TO_TEACHER[SHARED]].detach()
-    z_t[:, [0, 3]] -= math.log(2)  # two share the teacher's 7
+    ruled_out = torch.ones(7, dtype=torch.bool)
+    ruled_out[SHARED] = False
+    z_s = net["head"](net["body"](x)).masked_fill(ruled_out, -INF)
+    z_t = head_t(hidden_t).detach()[:, TO_TEACHER].masked_fill(ruled_out, -INF)
+    z_t[:, [0, 5]] -= math.log(2)  # two share the teacher's 7
     one_shot = divergence(z_s, z_t, y).sum() / 13
     one_shot.backward()
     expected = {name: p.grad for name, p in net.named_parameters()}
@@ -266,18 +262,6 @@ def test_chunks_equal_one_shot_autograd(chunk, divergence):
     assert (net["head"].weight.grad[[1, 4]] == 0).all(), "ids without a counterpart are not pulled"
     assert (net["head"].weight.grad[SHARED].abs().sum(1) > 0).all() or divergence is PAPER
     assert head_t.weight.grad is None, "the teacher gets no gradient"
-
-
-def test_the_sampled_estimator_sees_the_emitted_ids_of_its_chunk():
-    torch.manual_seed(0)
-    hidden_s, hidden_t, y = torch.randn(6, 7), torch.randn(6, 9), torch.tensor([0, 2, 3, 5, 6, 0])
-    sampled = partial(REVERSE, support="sampled")
-    same = nn.Linear(7, 7, bias=False)
-    z_s = same(hidden_s).masked_fill(TO_TEACHER < 0, -INF)
-    expected = distill.sampled_kl(z_s, model.map_logits(hidden_t, TO_TEACHER), y).sum()
-    loss, _ = distill.loss_in_chunks(
-        hidden_s, hidden_t, y, same, lambda h: h, TO_TEACHER, sampled, 4)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_no_scored_token_is_no_gradient_and_no_error():
@@ -318,7 +302,7 @@ def test_the_objective_copies_out_alone():
     head_s, head_t = nn.Linear(4, 7, bias=False), nn.Linear(5, 9, bias=False)
     hidden_s, hidden_t = torch.randn(7, 4), torch.randn(7, 5)
     y = torch.tensor([0, 2, 3, 5, 6, 0, 2])
-    for flags in (REVERSE.keywords, PAPER.keywords, REVERSE.keywords | {"support": "sampled"}):
+    for flags in (REVERSE.keywords, SAMPLED.keywords, PAPER.keywords):
         results = []
         for module in (alone, distill):
             divergence = partial(module.token_divergence, **flags)

@@ -306,18 +306,6 @@ def test_the_arithmetic_of_a_gpu_runs(corpus, checkpoints, tmp_path, monkeypatch
         assert two["loss"] == pytest.approx(one["loss"], rel=0.05)
 
 
-@both
-def test_it_learns(corpus, checkpoints, tmp_path, script):
-    four = subset(corpus, tmp_path / "four.jsonl", 4)
-    flags = {"data": four, "batch": 4, "lr": 1e-2, "warmup": 5, "steps": 50, "max_new_tokens": 4}
-    if script == "sft":
-        flags |= {"student": None, "init": "random", "vocab_size": 300, "d_model": 32, "heads": 2,
-                  "encoder_layers": 1, "lm_layers": 1, "ctc": 0, "weight_decay": 0.0}
-    run(script, corpus, checkpoints, tmp_path / "run", **flags)
-    losses = [row["loss"] for row in metrics(tmp_path / "run")]
-    assert sum(losses[-5:]) / 5 < {"sft": 0.2, "distill": 0.6}[script] * losses[0]
-
-
 # -------------------------------------------------------------------- memory that changes no update
 
 @both
@@ -578,6 +566,10 @@ def test_resume_is_bit_for_bit(corpus, checkpoints, tmp_path, monkeypatch, scrip
     same_run(straight, cut)
     run(script, corpus, checkpoints, cut, resume=True, **flags)  # nothing is left to do
     same_run(straight, cut)
+    moments = load_file(cut / "state" / "step-0000005" / "training.safetensors")
+    trained = {name.removesuffix(".exp_avg") for name in moments if name.endswith(".exp_avg")}
+    heads = {"ctc_head.weight", "ctc_head.bias"} if script == "sft" else set()
+    assert trained == weights(cut).keys() | heads
 
 
 def start_and_signal(script, line, store, how, world):
