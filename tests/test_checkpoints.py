@@ -37,7 +37,7 @@ import model
 import sft
 from conftest import TEXTS, sound, write_wav
 from test_model import (
-    close, glmasr_twin, hidden_of, ids_where, logits_of, mel_batch, plain_qwen2, roll_out, rows_of,
+    close, glmasr_twin, ids_where, logits_of, mel_batch, plain_qwen2, roll_out, rows_of,
     some_responses)
 
 
@@ -350,8 +350,9 @@ def test_parameter_counts_of_the_published_sizes(tokenizer, lm, adapter, decoder
     norm = 2 * 1280  # the adapter's LayerNorm: published counts have one on both sides
 
     encoder = net.audio_encoder
-    for module, more, expected in ((encoder.whisper, norm, 635.05), (encoder.adapting, norm, adapter),
-                                   (net.model, 0, decoder)):  # the head is tied
+    for module, more, expected in (
+            (encoder.whisper, norm, 635.05), (encoder.adapting, norm, adapter),
+            (net.model, 0, decoder)):  # the head is tied
         assert round((sum(p.numel() for p in module.parameters()) + more) / 1e6, 2) == expected
 
 
@@ -459,7 +460,8 @@ ARK_ADDED = " ".join(QWEN_ADDED).replace("<|repo_name|>", "<|audio|>").split() +
 TEACHER_ADDED = [
     *QWEN_ADDED, *"""<tool_response> </tool_response> <think> </think> <|audio_start|>
     <|audio_end|> <tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single> <|filler_0|>
-    <|audio_pad|>""".split(), *(f"<|filler_{i}|>" for i in range(1, 28)), "<asr_text>", "<timestamp>"]
+    <|audio_pad|>""".split(), *(f"<|filler_{i}|>" for i in range(1, 28)), "<asr_text>",
+    "<timestamp>"]
 TEXT_IDS, ROWS = 151_643, 151_936
 real_vocabulary = pytest.mark.xdist_group("real vocabulary")  # seconds to make
 
@@ -607,7 +609,7 @@ def parts(tmp_path_factory, lm_tokenizer):
     for name, net in nets.items():
         randomise(net, 11)
         if name.startswith("lm"):  # published in bf16; net.float() would keep RoPE's angles rounded
-            net.bfloat16()
+            net.bfloat16().get_input_embeddings().weight.data[len(lm_tokenizer):] = 0.0
         net.save_pretrained(folder / name)
         if name.startswith("lm"):
             nets[name] = Qwen2ForCausalLM.from_pretrained(folder / name, dtype=torch.float32)

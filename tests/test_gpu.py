@@ -11,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
 import distill
 import model
 import sft
 from conftest import ROOT
-from test_model import ids_where, logits_of
+from test_model import ids_where
 from test_training import (
     TORCHRUN, Killed, both, first_step, kill_after_state, metrics, run, words)
 
@@ -95,22 +94,6 @@ def test_memory_of_the_loss_is_flat_in_rows():
             lambda z_s, z_t, y: distill.reverse_kl(z_s, z_t), 128))
     print(f"MB of the loss: {needed[128] / 1e6:.0f}, 16 times the rows {needed[2048] / 1e6:.0f}")
     assert needed[2048] - needed[128] < 4 * 2048 * width * 4
-
-
-def test_recomputed_activations_need_less_memory(pair, batch):
-    asr = model.load(pair / "student", GPU)
-    texts = [asr.encode_text(u.text) for u in batch.utterances]
-    ids, mask = data.pad_rows(texts, asr.pad_id, GPU)
-
-    def step():
-        sft.cross_entropy_sum(logits_of(asr, batch, ids, mask), ids[mask]).backward()
-
-    step()  # gradients and workspaces are there
-    plain = peak(step)
-    model.trainable(asr, recompute=True)
-    again = peak(step)
-    print(f"memory of a forward and backward, MB: {plain / 1e6:.1f}, recomputed {again / 1e6:.1f}")
-    assert again < 0.9 * plain
 
 
 @pytest.mark.parametrize("script, changes", [

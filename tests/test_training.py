@@ -331,7 +331,7 @@ def test_a_frozen_encoder_stays_and_the_other_gradients_are_the_same(
 
 
 def test_recomputed_activations_give_the_same_gradients_from_less_memory(tokenizer, batch):
-    """To the bit. Every layer runs twice where there is a gradient, and once where there is none."""
+    """To the bit. Every layer runs twice where there is a gradient, else once."""
     found, kept, runs = {}, {}, []
     for recompute in (False, True):
         asr = tiny(tokenizer, 1)
