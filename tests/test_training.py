@@ -583,13 +583,17 @@ def start_and_signal(script, line, store, how, world):
     started = start(train, script, line, store, world=world, join=False)
     log = Path(line[line.index("--out") + 1]) / "metrics.jsonl"
     patience = time.time() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
-        assert time.time() < patience
-        time.sleep(0.01)
-    os.kill(started.processes[0].pid, how)
-    for process in started.processes:
-        process.join(120)
-        assert process.exitcode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[how]
+    try:
+        while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+            assert time.time() < patience
+            time.sleep(0.01)
+        os.kill(started.processes[0].pid, how)
+        for process in started.processes:
+            process.join(60)
+            assert process.exitcode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[how]
+    finally:
+        for process in started.processes:
+            process.kill()
 
 
 @pytest.mark.xdist_group("shares")
@@ -608,7 +612,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_been(
 
 @pytest.mark.xdist_group("shares")
 def test_a_sigterm_to_one_process_stops_both_at_one_step(corpus, checkpoints, tmp_path):
-    line = words("sft", corpus, checkpoints, tmp_path / "run", steps=1000, batch=2)
+    line = words("sft", corpus, checkpoints, tmp_path / "run", steps=300, batch=2)
     start_and_signal("sft", line, tmp_path / "store", signal.SIGTERM, 2)
     assert states(tmp_path / "run") == [f"step-{steps_of(tmp_path / 'run')[-1]:07d}"]
 
