@@ -7,8 +7,8 @@ For every batch of audio x:
   (3) student  z_S[t] = logits of S at (x, y_<t)  teacher forcing on its own words  differentiable
   (4) loss     L = 1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t))
                                         = sum_v p_S(v) (log p_S(v) - log p_T(v))
-               exact: v runs over every id that both vocabularies have, p_S and p_T are
-               renormalised on these (with one vocabulary that changes nothing)
+               exact: v runs over every id of text that both vocabularies have, and EOS; p_S
+               and p_T are renormalised on these
   (5) update   one AdamW step
 A state is what both models have read before a token: the audio and the prefix, (x, y_<t). The
 transcripts of --data are not read: all that is learnt comes from the teacher. (The control
@@ -17,8 +17,9 @@ transcripts of --data are not read: all that is learnt comes from the teacher. (
   symbol     variable   shape    meaning
   y          ids, mask  (B, R)   rollouts with their EOS, right-padded; True on emitted tokens
                                  (packed: y (n,), those that are scored)
-  z_S, z_T   z_s, z_t   (n, V)   logits that predict each token, both in the student's vocabulary
-  p, log p   p_, logp_           probabilities; log-probabilities in nats
+  z_S, z_T   z_s, z_t   (n, V)   logits that predict each token, both in the student's vocabulary;
+                                 z = head(hidden), made in (4), a chunk of rows at a time
+  log p      logp_               log-probabilities in nats
   N          N          ()       emitted tokens that the teacher can score, EOS included: of the
                                  whole step, all ranks and micro-batches
              n                   those of one micro-batch
@@ -26,7 +27,7 @@ transcripts of --data are not read: all that is learnt comes from the teacher. (
 Differs from the paper (arXiv 2605.28139):
   [dev 1] Reverse KL over the full vocabulary. Eq. 1 is forward KL, KL(p_T || p_S), on the union of
           both top-k sets: --divergence forward --support union --top_k 32 --temperature 0
-          (Positions with fewer than two tokens in the union, which Eq. 1 leaves out, have D_t = 0.)
+          (Where the union has fewer than two tokens, Eq. 1 leaves the position out; here D_t = 0.)
   [dev 2] Rollouts are sampled at temperature 1, the distribution that the loss is an expectation
           over; the paper decodes greedily.
   [dev 3] The teacher is given the student's token ids, mapped through equal token strings, not text
@@ -45,7 +46,8 @@ REINFORCE term.
 --out then holds the best checkpoint on dev (without --dev: the last), --out/state/step-N the last
 one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl, sums and
 means since the record before (*: of the logged step alone):
-  step, loss (nats per token), grad_norm* (before clipping), lr*, tokens (N, summed), audio_per_sec
+  step, loss (nats per token), grad_norm* (before clipping), lr*, tokens (N, summed)
+  audio_per_sec           seconds of audio trained on per second
   tokens_per_clip         scored tokens per rollout
   truncated, empty        share of rollouts cut at --max_new_tokens, and of those that are EOS alone
   not_scored, rejected    tokens from the first id on that the teacher lacks; clips left out
@@ -125,6 +127,10 @@ def parse_args(argv=None):
                      "without any of the first three, the demo runs")
     if not args.student and (args.dev or args.language or args.resume):
         parser.error("--dev, --language and --resume go with --student; the demo sets its own")
+    if args.top_k != parser.get_default("top_k") and args.support != "union":
+        parser.error("--top_k is read with --support union alone")
+    if args.states == "reference" and args.temperature != parser.get_default("temperature"):
+        parser.error("--temperature is of rollouts, and --states reference has none")
     if args.support == "sampled":
         recipe = (args.divergence, args.temperature, args.tau)
         if recipe != ("reverse", 1.0, 1.0) or args.states == "reference":
@@ -154,10 +160,7 @@ def forward_kl(z_s, z_t):
 
       D_t = sum_v p_T(v) (log p_T(v) - log p_S(v))                    (Eq. 1, on a union support)
     """
-    logp_s = z_s.log_softmax(-1)                                            # (n, V)
-    logp_t = z_t.log_softmax(-1)                                            # (n, V)
-    log_ratio = (logp_t - logp_s).masked_fill(torch.isneginf(logp_t), 0.0)  # 0 log 0 = 0
-    return (logp_t.exp() * log_ratio).sum(-1)                               # (n,)
+    return reverse_kl(z_t, z_s)
 
 
 def union_support(z_s, z_t, k):
@@ -221,14 +224,17 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, divergence
     (n, width).
 
     So nothing of size (n, V) ever exists. hidden_s (n, width), hidden_t (n, width_t), y (n,):
-    emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary;
-    to_teacher (V,): see model.vocabulary_map; divergence: (z_s, z_t, y) -> D_t. A chunk's rows are
-    cut from the graph: its backward ends in the head's weight, where it adds to the gradient, and
-    in the rows, whose gradient the caller carries into the body. Copies out with model.map_logits.
+    emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary; to_teacher (V,):
+    see model.vocabulary_map; divergence: (z_s, z_t, y) -> D_t, such as token_divergence. A chunk's
+    rows are detached: its backward adds to the gradient of the head's weight, and stops at the
+    rows. The caller goes on from there, and copies model.map_logits along:
+
+        loss, grad_rows = loss_in_chunks(hidden_s, ...)
+        hidden_s.backward(grad_rows)
     """
     loss = torch.zeros((), device=hidden_s.device)
     grad_rows = torch.zeros_like(hidden_s)                                  # (n, width)
-    # Ids that only the student has leave the loss here: its special tokens, and ids of no twin.
+    # Ids that the teacher lacks leave the loss here, and so do special tokens other than EOS.
     ruled_out = to_teacher < 0                                              # (V,)
     for i in range(0, len(hidden_s), chunk):
         rows = hidden_s[i:i + chunk].detach().requires_grad_()              # (C, width)
@@ -288,10 +294,11 @@ def make_optimizer(parameters, args):
 
 @torch.no_grad()
 def roll_out_share(student, batch, step, args):
-    """This rank's share of the step, written at once: ids (B, R), mask (B, R), Whisper's frames.
+    """The rollouts of this rank's share, in one batch: ids (B, R), mask (B, R), Whisper's frames.
 
-    On a GPU a token of 120 rows takes as long as one of 12. The encoder goes part by part, so that
-    memory stays --micro_batch's. The frames are None unless --freeze lets (3) use them again.
+    One batch, since a GPU takes as long to write a token for 12 rows as for 120. The encoder takes
+    --micro_batch clips at a time, which bounds its memory. The frames are None unless --freeze
+    allows (3) to use them again.
     """
     if not len(batch):  # nothing could be used; the rank still takes part in the collectives
         ids = torch.zeros(0, 1, dtype=torch.long, device=student.device)
@@ -325,8 +332,8 @@ def main(args):
     weight_t = teacher.head.weight.float()  # once; per chunk it would be 1.2 GB each time
     head_s = partial(model.logits, weight=student.head.weight)
     head_t = partial(model.logits, weight=weight_t)
-    divergence = partial(token_divergence, divergence=args.divergence, support=args.support,
-                         top_k=args.top_k, tau=args.tau)
+    token_kl = partial(token_divergence, divergence=args.divergence, support=args.support,
+                       top_k=args.top_k, tau=args.tau)
     trained = model.trainable(student, args.freeze, args.recompute)
     parameters = list(trained.values())
     optimizer = make_optimizer(parameters, args)
@@ -345,13 +352,14 @@ def main(args):
         if step == args.steps:
             break
         began = time.time()
-        batch = run.usable(next(batches))
+        batch = next(batches)
+        run.count_rejected(batch)
 
         # ---- (1) rollout   y ~ p_S(. | x), the whole share at once                         [dev 2]
         #      An empty transcript (EOS at once) is a rollout like any other.                [dev 5]
         ids, mask, frames = roll_out_share(student, batch, step, args)      # (B, R)
         # What can be scored: up to the first id that the teacher's vocabulary lacks. Attention is
-        # causal, so what lies behind a row's scored columns changes nothing.
+        # causal, so what comes after a row's scored columns changes nothing.
         scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R)
         ended = (student.stop[ids] & mask).any(1)                           # (B,)
         totals = model.all_sum({
@@ -365,29 +373,29 @@ def main(args):
         for i in range(0, len(batch), args.micro_batch):
             rows = slice(i, i + args.micro_batch)
             part = batch.rows(i, i + args.micro_batch)
-            longest = max(1, int(scored[rows].sum(1).max()))
-            y = ids[rows, :longest]                                         # (b, R)
-            read = scored[rows, :longest]                                   # (b, R)
+            longest = max(1, int(scored[rows].sum(1).max()))                # r
+            y = ids[rows, :longest]                                         # (b, r)
+            is_scored = scored[rows, :longest]                              # (b, r)
 
-            # ---- (2) teacher   z_T[t] = logits of T at (x, y_<t)
-            #      The same ids, in its numbering, on the same audio. Its head follows in (4).
-            #                                                                              [dev 3]
+            # ---- (2) teacher   hidden_t[t] at (x, y_<t); z_T[t] = head_t(hidden_t[t]), in (4)
+            #      The same ids, in its numbering, on the same audio.                        [dev 3]
             with torch.no_grad():
                 prompt_t = model.encode_audio(teacher, part)
-                y_t = to_teacher[y].clamp(min=0)  # 0 stands where no id is read
+                y_t = to_teacher[y].clamp(min=0)  # any id will do where none is scored
                 hidden_t = model.response_hidden(                           # (n, width_t)
-                    teacher.body, prompt_t.embeds, prompt_t.mask, y_t, read)
+                    teacher.body, prompt_t.embeds, prompt_t.mask, y_t, is_scored)
 
-            # ---- (3) student   z_S[t] = logits of S at (x, y_<t), now with gradients
+            # ---- (3) student   hidden_s[t] at (x, y_<t), now with gradients; z_S[t] in (4)
             kept = None if frames is None else frames[rows]
             prompt_s = model.encode_audio(student, part, frames=kept)
             hidden_s = model.response_hidden(                               # (n, width)
-                student.body, prompt_s.embeds, prompt_s.mask, y, read)
+                student.body, prompt_s.embeds, prompt_s.mask, y, is_scored)
 
             # ---- (4) loss      1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z)
             #      Every token of the step weighs 1 / N, wherever it landed.                 [dev 4]
             part_loss, grad_rows = loss_in_chunks(
-                hidden_s, hidden_t, y[read], head_s, head_t, to_teacher, divergence, args.chunk, N)
+                hidden_s, hidden_t, y[is_scored], head_s, head_t, to_teacher, token_kl,
+                args.chunk, N)
             hidden_s.backward(grad_rows)
             loss += part_loss
 
@@ -405,16 +413,18 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
 
         # ---- bookkeeping
+        # N times the mean: the log's mean over several steps weighs every token alike.
         totals["loss"] = model.all_sum({"loss": loss}, device)["loss"] * N
-        t = run.add(totals, time.time() - began)
+        sums = run.add(totals, time.time() - began)
         if run.is_due(step + 1, args.log_every):
-            n_clips = max(1, t["clips"])
+            n_clips = max(1, sums["clips"])
             run.record({
-                "step": step + 1, "loss": t["loss"] / max(1, t["tokens"]), "grad_norm": grad_norm,
-                "lr": lr, "tokens": int(t["tokens"]), "tokens_per_clip": t["tokens"] / n_clips,
-                "truncated": t["truncated"] / n_clips, "empty": t["empty"] / n_clips,
-                "not_scored": int(t["not_scored"]), "rejected": int(t["rejected"]),
-                "audio_per_sec": t["audio_sec"] / t["seconds"]})
+                "step": step + 1, "loss": sums["loss"] / max(1, sums["tokens"]),
+                "grad_norm": grad_norm, "lr": lr, "tokens": int(sums["tokens"]),
+                "tokens_per_clip": sums["tokens"] / n_clips,
+                "truncated": sums["truncated"] / n_clips, "empty": sums["empty"] / n_clips,
+                "not_scored": int(sums["not_scored"]), "rejected": int(sums["rejected"]),
+                "audio_per_sec": sums["audio_sec"] / sums["seconds"]})
         run.save_state(step + 1, dev)
         if run.stopping:
             break
@@ -446,7 +456,7 @@ def demo_commands(args, root) -> dict[str, str]:
     """{stage: command}, in order; each writes to ROOT/stage."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1:  # started alone: a process per GPU; on a CPU two of one thread each, which
-        processes = min(2, os.cpu_count())  # bear a busy machine better than two threads do
+        processes = min(2, os.cpu_count())  # suffer less on a busy machine than one of two threads
         if args.device != "cpu" and torch.cuda.is_available():
             processes = torch.cuda.device_count()
     at = shlex.quote(str(root))
@@ -461,7 +471,7 @@ def demo_commands(args, root) -> dict[str, str]:
         value = getattr(args, flag)
         if flag == "seed" or (value != default and flag not in ("out", "device")):
             opd += f" --{flag}" if value is True else f" --{flag} {value}"
-    go_on = f"{sft} --student {at}/base --lr 1e-3 --warmup 20"
+    go_on = f"{sft} --student {at}/base --lr {args.lr} --warmup {args.warmup}"
     td = f"{at}/transcripts/td.jsonl"
     commands = {
         "data": f"python data.py demo --out {at}/data --seed {args.seed}",

@@ -687,7 +687,7 @@ def check_attention(body) -> None:
 def logits(hidden, weight):
     """The LM head: hidden (n, width), weight (V, width) -> logits (n, V) in fp32.
 
-    Every head site calls it, so that rollout, student and teacher round alike. Autocast is off: it
+    All logits come from here, so that rollout, student and teacher round alike. Autocast is off: it
     would round logits to bf16, which moves the gradient of a KL by 4 to 29 %. Before a loop, cast a
     bf16 weight once: `.float()` of the 1.7B teacher's is 1.2 GB.
     """
@@ -699,8 +699,9 @@ def response_hidden(body, embeds, prompt_mask, ids, mask) -> torch.Tensor:
     """Teacher forcing: the hidden rows that predict the n response tokens, packed -> (n, width).
 
     body: an LM without its head. embeds (B, P, width), prompt_mask (B, P): prompts, padded on the
-    left. ids, mask (B, R): responses, padded on the right. The caller applies the head to these n
-    rows alone: no logits are made for prompt or padding.
+    left. ids, mask (B, R): responses, padded on the right; masks are bool. The caller applies the
+    head to these n rows alone: no logits are made for prompt or padding. Copies out with
+    check_attention, autocast, causal_mask and positions_of.
     """
     check_attention(body)
     # The last column predicts nothing that is scored, so it is not fed; see the drawing at the top.
@@ -738,9 +739,9 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     """One response per row, greedy (temperature 0) or sampled -> ids (B, R), mask (B, R).
 
     body, weight: an LM and its head's weight (V, width). embeds (B, P, width), prompt_mask (B, P):
-    prompts, padded on the left. stop, blocked (V,): ids that end a response, ids that none may
-    contain. uniforms (B, max_new_tokens) in [0, 1): see data.keyed_uniforms. mask is True on
-    emitted tokens, the stop id included; a row without one was cut at max_new_tokens.
+    prompts, padded on the left; masks are bool. stop, blocked (V,): ids that end a response, ids
+    that none may contain. uniforms (B, max_new_tokens) in [0, 1): see data.keyed_uniforms. The
+    returned mask is True on emitted tokens, the stop id included; a row without one was cut.
 
     Copies out with check_attention, autocast, causal_mask, positions_of, logits and draw_token.
     When a quarter of the rows are done the others go on alone. There is no collective, and the host
@@ -782,7 +783,7 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
                 n_left = int(unfinished.sum())
                 if n_left == 0:
                     break
-                if 4 * n_left <= 3 * len(rows):  # measured: faster than at half, as fast as at each
+                if 4 * n_left <= 3 * len(rows):  # measured: faster than at a half of the rows
                     left = unfinished.nonzero()[:, 0]
                     cache.batch_select_indices(left)
                     rows, token, valid = rows[left], token[left], valid[left]
@@ -914,14 +915,14 @@ def find_checkpoint(name) -> Path:
     LoRA adapter.
     """
     path = Path(name)
-    # "runs/x" beside a folder runs is a slip of the pen, not somebody's repository.
+    # "runs/x" where a folder runs exists is a misspelt path, not a Hub id.
     is_local = path.is_dir() or path.parent.is_dir()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not is_local:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]
         try:
             return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
         except Exception as error:  # offline, unknown, gated: one line is enough
-            raise FileNotFoundError(f"{name}: no such directory, and not to be had from the Hub "
+            raise FileNotFoundError(f"{name}: no such directory, and the Hub does not give it "
                                     f"({type(error).__name__}: {error})") from error
     if not path.exists():
         raise FileNotFoundError(f"{name}: no such directory")
@@ -998,7 +999,7 @@ def save(asr: ASR, path) -> None:
     """A checkpoint directory in the published layout. A tied head is not stored.
 
     It is written to a temporary folder first. A new directory then appears whole, by one rename. In
-    an existing one the files are swapped in one by one, weights last: of one run only they change.
+    an existing one the files are replaced one by one, weights last: within a run only they change.
     """
     path = Path(path).absolute()
     # Either folder is on the same file system as path.
@@ -1132,12 +1133,11 @@ class Run:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
-    def usable(self, batch: data.Batch) -> data.Batch:
-        """The batch as it is; what the loader left out of it is counted by reason."""
+    def count_rejected(self, batch: data.Batch) -> None:
+        """Counts by reason what the loader left out of a batch."""
         for _, reason, message in batch.rejected:
             n, first = self.rejected.get(reason, (0, message))
             self.rejected[reason] = n + 1, first
-        return batch
 
     def add(self, totals: dict, seconds) -> Counter:
         """What one step counted over all ranks -> the sums since the last record."""
@@ -1239,7 +1239,7 @@ class Run:
             print(f"rank {self.rank}: {n} clips rejected: {reason} (first: {first})")
         finish()
         if self.start < self.args.steps and not self.tokens:
-            first = next(iter(self.rejected.values()), (0, "on another process"))[1]
+            first = next(iter(self.rejected.values()), (0, "see the other processes"))[1]
             raise ValueError(f"none of the clips could be trained on; first: {first}")
         if self.stopping:
             raise SystemExit(143)

@@ -302,7 +302,7 @@ def summarize(name, clips, batches) -> tuple[dict, np.ndarray]:
         "states_not_scored": sum(rest for _, rest in clips),
         **as_entries(total.sum(0) / states.sum(0), draws)}
 
-    means = []  # VUSS of batches, but of those in which no state could be scored
+    means = []  # VUSS of each batch in which some state could be scored
     for indices in batches:
         if states[indices, 0].any():
             means.append(float(total[indices, 0].sum() / states[indices, 0].sum()))
@@ -476,8 +476,9 @@ def verdict(means, counts) -> tuple[bool, str]:
     if not counts:
         return True, "Both run; without transcripts nothing shows that they fit."
     if not means["reference"]["logp_t"] >= means["other"]["logp_t"] + 1:  # nan, too
-        return False, ("The two do not fit: the teacher finds references no nat per token likelier "
-                       "than other clips'. Wrong checkpoint, language or transcripts?")
+        return False, ("The two do not fit: to the teacher, references are not even one nat per "
+                       "token likelier than other clips' references. Wrong checkpoint, language "
+                       "or transcripts?")
     errors_s, errors_t, units = np.array(counts).T
     said = (f"The two fit. Errors: student {100 * errors_s.sum() / units.sum():.1f} %, teacher "
             f"{100 * errors_t.sum() / units.sum():.1f} %. ")

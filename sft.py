@@ -207,7 +207,8 @@ def main(args):
         if step == args.steps:
             break
         began = time.time()
-        batch = run.usable(next(batches))
+        batch = next(batches)
+        run.count_rejected(batch)
 
         # ---- the targets   y_0 ... y_{R-1} = EOS of every clip, and their number in the whole step
         responses = [student.encode_text(u.text) for u in batch.utterances]
@@ -251,14 +252,15 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
 
         # ---- bookkeeping
-        t = run.add(totals | model.all_sum(sums, device), time.time() - began)
+        sums = run.add(totals | model.all_sum(sums, device), time.time() - began)
         if run.is_due(step + 1, args.log_every):
-            n = max(1, t["tokens"])
-            line = {"step": step + 1, "loss": t["loss"] / n, "grad_norm": grad_norm, "lr": lr,
-                    "tokens": int(t["tokens"])}
+            n = max(1, sums["tokens"])
+            line = {"step": step + 1, "loss": sums["loss"] / n, "grad_norm": grad_norm, "lr": lr,
+                    "tokens": int(sums["tokens"])}
             if args.ctc:
-                line |= {"ctc": t["ctc"] / n, "ctc_skipped": int(t["ctc_skipped"])}
-            line |= {"rejected": int(t["rejected"]), "audio_per_sec": t["audio_sec"] / t["seconds"]}
+                line |= {"ctc": sums["ctc"] / n, "ctc_skipped": int(sums["ctc_skipped"])}
+            line |= {"rejected": int(sums["rejected"]),
+                     "audio_per_sec": sums["audio_sec"] / sums["seconds"]}
             run.record(line)
         run.save_state(step + 1, dev)
         if run.stopping:
