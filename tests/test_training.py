@@ -817,6 +817,15 @@ def test_dev_error_is_the_pooled_rate_of_greedy_transcripts(corpus, student, mon
         errors += counts.errors
         units += len(data.normalize(u.text, u.language).split())
     assert model.dev_error(student, dev, args) == pytest.approx(100 * errors / units)
+    shares = []
+    for rank in (0, 1):  # of two processes: each clip once
+        with monkeypatch.context() as patch:
+            patch.setattr(model.dist, "is_initialized", lambda: True)
+            patch.setattr(model.dist, "get_rank", lambda: rank)
+            patch.setattr(model.dist, "get_world_size", lambda: 2)
+            patch.setattr(model, "all_sum", lambda sums, _: shares.append(dict(sums)) or sums)
+            model.dev_error(student, dev, args)
+    assert shares[0]["units"] + shares[1]["units"] == units and shares[1]["units"] > 0
     gone = [data.Utterance("x", str(corpus / "gone.wav"), "a")]
     with pytest.raises(data.AudioError, match="gone.wav"):  # a rate over fewer clips would lie
         model.dev_error(student, gone, args)
