@@ -116,7 +116,7 @@ def parse_args(argv=None):
     add("--recompute", action="store_true", help="less memory, more time: activations made twice")
     # bookkeeping
     add("--log_every", type=at_least(1), default=25, help="steps between log lines")
-    add("--eval_every", type=at_least(1), default=100, help="steps between dev error rates")
+    add("--eval_every", type=at_least(1), default=600, help="steps between dev error rates")
     add("--save_every", type=at_least(1), default=100, help="steps between training states")
     add("--eval_batch", type=at_least(1), default=32, help="utterances decoded together on dev")
     add("--workers", type=at_least(0), default=1, help="loader processes per rank")

@@ -81,7 +81,7 @@ def parse_args(argv=None):
     add("--ctc", type=at_least(0.0), help="weight of the CTC loss (1 with --init random, else 0)")
     # bookkeeping
     add("--log_every", type=at_least(1), default=25, help="steps between log lines")
-    add("--eval_every", type=at_least(1), default=250, help="steps between dev error rates")
+    add("--eval_every", type=at_least(1), default=1200, help="steps between dev error rates")
     add("--save_every", type=at_least(1), default=250, help="steps between training states")
     add("--eval_batch", type=at_least(1), default=32, help="utterances decoded together on dev")
     add("--max_new_tokens", type=at_least(1), default=64, help="longest transcript on dev, tokens")

@@ -35,9 +35,10 @@ def stages(seed) -> dict[str, str]:
     """{name: command without --out}, in order. Paths lie below the seed's folder."""
     train = "--data data/train.jsonl --dev data/dev.jsonl"
     english = "--data data/english.jsonl"  # no dev set: the last weights count
-    sft = f"sft.py --resume --seed {seed} --device cpu"
+    sft = f"sft.py --resume --seed {seed} --device cpu --eval_every 250"
     more = f"{sft} --student base --lr 1e-3 --warmup 20"
-    opd = f"distill.py --student base --teacher teacher --resume --seed {seed} --device cpu"
+    opd = ("distill.py --student base --teacher teacher --resume --device cpu --eval_every 100 "
+           f"--seed {seed}")
     hear = "evaluate.py --resume --device cpu --model"
     eq_1 = "--divergence forward --support union --top_k 32 --temperature 0"
     draws = " ".join(f"{name}/td.jsonl" for name in FROZEN)
