@@ -946,8 +946,8 @@ def load_net(net_class, path, config, dtype, key_mapping=None):
             use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True)  # not ignored, but reported with the rest below
     except Exception as error:  # a missing shard, half a download; it may not say where
-        raise ValueError(f"{path}: its *.safetensors can't be read (half downloaded, or git-lfs "
-                         f"pointers?): {error}") from error
+        raise ValueError(f"{path}: the weights can't be loaded (half a download, a git-lfs pointer, "
+                         f"a config.json of another model?): {error}") from error
     wrong = []
     for kind in ("missing", "unexpected", "mismatched"):
         wrong += [f"{kind} {key}" for key in sorted(map(str, report[f"{kind}_keys"]))]
