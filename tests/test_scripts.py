@@ -163,6 +163,7 @@ record() { printf '%s\x1f' "$@"; printf '\x1e'; }
 python() { record python "$@"; }
 torchrun() { record torchrun "$@"; }
 cd() { :; }
+pip() { :; }
 command_not_found_handle() { :; }
 PATH=
 """
