@@ -165,7 +165,7 @@ def parse_line(line, folder, where) -> Utterance | None:
         row = json.loads(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: expected UTF-8: {error}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}): {line[:80]!r}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {line[:80]!r}")
@@ -195,7 +195,7 @@ def is_valid(key, value) -> bool:
         return False
     if isinstance(value, str):
         return not re.search("[\ud800-\udfff]", value)  # half a character, which no file can hold
-    return math.isfinite(value) and (key != "channel" or value >= 0)
+    return abs(value) < 1e9 and (key != "channel" or value >= 0)  # False for nan and infinity
 
 
 def segment_of(row, where):
@@ -480,7 +480,7 @@ def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
     audios = [np.pad(audio, (0, max(0, short - len(audio)))) for _, audio in clips]
     n_frames = np.array([len(audio) // HOP for audio in audios], dtype=np.int64)
     mel = {}
-    for bins in n_mels:
+    for bins in set(n_mels):
         mel[bins] = np.zeros((len(audios), bins, n_frames.max(initial=0)), dtype=np.float32)
         for row, audio, n in zip(mel[bins], audios, n_frames):
             row[:, :n] = log_mel(audio, bins).numpy()

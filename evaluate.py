@@ -16,7 +16,7 @@ else utterances.
   python evaluate.py --rescore runs/x/eval/hyps.jsonl --out runs/x/again   # same numbers; no model
 
 TD is teacher data: transcripts that become references for sft.py. Decoding is greedy; for
---as_manifest it may be sampled, from numbers keyed on (seed, utterance) as in training. A transcript
+--as_manifest it may be sampled, from numbers keyed on (seed, utterance). A transcript
 is scored as it is: empty and truncated ones are counted, never mended.
 
 Every process appends its lines to OUT/part-RANK.jsonl, batch by batch; in the end they become
@@ -142,6 +142,8 @@ def main(args):
     outputs = [out / name for name in ("hyps.jsonl", "summary.json", "errors.html")]
     if args.as_manifest:
         outputs.append(args.as_manifest)
+        if os.path.realpath(args.as_manifest) in map(os.path.realpath, args.data):
+            raise ValueError(f"--as_manifest {args.as_manifest} would write over --data")
     data.check_writable(*outputs)
     if args.rescore:
         rows = read_hyps(args.rescore)
@@ -320,7 +322,7 @@ def read_hyps(path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            found = dict(json.loads(line.decode("utf-8")))
+            found = dict(json.loads(line.decode("utf-8-sig")))
         except (TypeError, ValueError):
             raise ValueError(f"{where}: expected a JSON object, found {line[:60]!r}") from None
         row = {"set": "test", "stopped": True}
@@ -331,7 +333,7 @@ def read_hyps(path) -> list[dict]:
         if (row["set"], row["id"]) in rows:
             raise ValueError(f"{where}: id {row['id']!r} stands twice")
         if "audio" in row:
-            row["audio"] = data.audio_path(path.parent, row["audio"])
+            row["audio"] = data.audio_path(os.path.realpath(path.parent), row["audio"])
         rows[row["set"], row["id"]] = count_errors(row)
     if not rows:
         raise ValueError(f"{path}: no transcript in it")
@@ -492,6 +494,7 @@ def compare_rows(reference, rows) -> dict:
     gained = [a["errors"] - b["errors"] for a, b in zip(reference, rows, strict=True)]
     difference, gains, _ = rate_of(gained, reference)
     low, high = data.interval(gains)
+    gains = gains[~np.isnan(gains)]
     better = (gains > 0).mean() + 0.5 * (gains == 0).mean()  # a tie speaks for neither
     return corpus_rate(rows) | {
         "difference": difference, "difference_low": low, "difference_high": high,
@@ -534,7 +537,8 @@ def write_manifest(path, rows) -> None:
 
 def write_teacher_manifest(rows, path) -> None:
     """Transcripts as references, for the TD stage. What is left out is counted by reason."""
-    kept, notes = {}, Counter()
+    kept, notes = [], Counter()
+    repeated = len({row["id"] for row in rows}) < len(rows)  # two sets may share one
     for row in rows:
         reason = unfit_to_teach(row)
         if reason:
@@ -542,11 +546,11 @@ def write_teacher_manifest(rows, path) -> None:
             continue
         line = {key: row[key] for key in ("id", "audio", "language", "start", "duration", "speaker",
                                           "channel") if key in row}
-        if row["id"] in kept:  # two sets may have it, a manifest may not
+        if repeated:
             line["id"] = f"{row['set']}/{row['id']}"
-        kept[line["id"]] = line | {"text": row["hyp"]}
+        kept.append(line | {"text": row["hyp"]})
         notes["kept without a language"] += "language" not in row
-    write_manifest(path, kept.values())
+    write_manifest(path, kept)
     said = [f"; {n} {what}" for what, n in notes.most_common() if n]
     print(f"{path}: {len(kept)} transcripts kept", *said, sep="")
 

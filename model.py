@@ -257,13 +257,13 @@ def student_config(keys: dict) -> ArkasrConfig:
     keys = {"tie_word_embeddings": True, "merge_factor": 4} | WRITTEN_OUT | keys
     for key, expected in WRITTEN_OUT.items():
         if keys[key] != expected:
-            raise ValueError(f"config.json: {key} {keys[key]!r}: only {expected!r} is written here")
+            raise ValueError(f"{key} {keys[key]!r}: only {expected!r} is written out here")
     rope = {"rope_type": "default", "rope_theta": keys.get("rope_theta", 1e6)}
     rope |= keys.get("rope_parameters") or {}
     if rope["rope_type"] != "default":
-        raise ValueError(f"config.json: rope_parameters {rope}: only 'default' is written here")
+        raise ValueError(f"rope_parameters {rope}: only 'default' is written out here")
     if "whisper_config" not in keys:
-        raise ValueError("config.json: no whisper_config, the sizes of the audio encoder")
+        raise ValueError("no whisper_config, the sizes of the audio encoder")
     left_out = """model_type transformers_version torch_dtype dtype rope_scaling
         attn_implementation""".split()
     # Private keys stay out: transformers would fetch and run what _attn_implementation names.
@@ -590,8 +590,8 @@ def qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
         left_out = ("model_type", "architectures", "transformers_version")
         return Qwen3ASRConfig(**{k: v for k, v in config.items() if k not in left_out})
     if "thinker_config" not in config:
-        raise ValueError("config.json of a Qwen3-ASR has audio_config and text_config, "
-                         f"or thinker_config; this one has {', '.join(config)}")
+        raise ValueError("a Qwen3-ASR has audio_config and text_config, or thinker_config; "
+                         f"this one has {', '.join(config)}")
     thinker = config["thinker_config"]
     native = Qwen3ASRConfig()
 
@@ -825,8 +825,8 @@ def transcribe(asr: ASR, batch: data.Batch, max_new_tokens, temperature=0.0, see
 def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
     """The teacher's id of each student id with an equal token string, -1 where it has none: (V,).
 
-    Every id that ends the student's transcripts maps to the teacher's EOS, whatever it is called.
-    Ids blocked on either side are -1: no transcript has them.
+    Ids that end the student's transcripts map to ids that end the teacher's: to the same token, or
+    else to its EOS. Ids blocked on either side are -1: no transcript has them.
     """
     teacher_ids = teacher.tokenizer.get_vocab()
     usable_s = (~student.blocked).tolist()
@@ -836,7 +836,9 @@ def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
         j = teacher_ids.get(token, len(usable_t))
         if i < len(usable_s) and j < len(usable_t) and usable_s[i] and usable_t[j]:
             to_teacher[i] = j
-    to_teacher[student.stop.cpu()] = teacher.eos_id
+    # A student's id that ends a transcript and does not end the teacher's means the teacher's EOS.
+    ends_both = (to_teacher >= 0) & teacher.stop.cpu()[to_teacher.clamp(min=0)]
+    to_teacher[student.stop.cpu() & ~ends_both] = teacher.eos_id
     return to_teacher.to(student.device)
 
 
@@ -872,15 +874,20 @@ def load(name, device="cpu", dtype=None) -> ASR:
     that does not fit.
     """
     path = find_checkpoint(name)
-    config = data.read_json(path / "config.json")
-    model_type = config.get("model_type")
+    keys = data.read_json(path / "config.json")
+    model_type = keys.get("model_type")
+    make_config = {"arkasr": student_config, "qwen3_asr": qwen3_asr_config}.get(model_type)
+    if make_config:
+        try:
+            config = make_config(keys)
+        except Exception as error:  # ours name the key; transformers' do too
+            raise ValueError(f"{path}/config.json: {error}") from error
     if model_type == "arkasr":
-        net = load_net(ArkasrForConditionalGeneration, path, student_config(config),
-                       dtype or torch.float32)
+        net = load_net(ArkasrForConditionalGeneration, path, config, dtype or torch.float32)
         return assemble(net, load_tokenizer(path), device, small_files(path))
     if model_type == "qwen3_asr":
-        key_mapping = QWEN3_ASR_KEYS if "thinker_config" in config else None
-        net = load_net(Qwen3ASRForConditionalGeneration, path, qwen3_asr_config(config),
+        key_mapping = QWEN3_ASR_KEYS if "thinker_config" in keys else None
+        net = load_net(Qwen3ASRForConditionalGeneration, path, config,
                        dtype or inference_dtype(device), key_mapping)
         return assemble(net, load_tokenizer(path), device)
     raise ValueError(f"{path}/config.json: model_type {model_type!r} is not known; "
@@ -946,7 +953,7 @@ def load_net(net_class, path, config, dtype, key_mapping=None):
             use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True)  # not ignored, but reported with the rest below
     except Exception as error:  # a missing shard, half a download; it may not say where
-        raise ValueError(f"{path}: the weights can't be loaded (half a download, a git-lfs pointer, "
+        raise ValueError(f"{path}: the weights can't be loaded (half a download, git-lfs pointers, "
                          f"a config.json of another model?): {error}") from error
     wrong = []
     for kind in ("missing", "unexpected", "mismatched"):
@@ -1090,9 +1097,12 @@ def find_state(args) -> Path | None:
     if not args.resume and any((out / name).exists() for name in ("metrics.jsonl", "state")):
         raise FileExistsError(f"{out} holds an earlier run: continue it with --resume, "
                               "or choose another --out")
+    states = [p for p in out.glob("state/step-*") if re.fullmatch(r"step-\d+", p.name)]
+    if not states and (out / "config.json").exists():
+        raise FileExistsError(f"{out} holds a checkpoint, which would be written over: "
+                              "choose another --out")
     if dist.is_initialized():
         dist.barrier()  # every rank has looked before one of them writes
-    states = [p for p in out.glob("state/step-*") if re.fullmatch(r"step-\d+", p.name)]
     return max(states, default=None)
 
 
@@ -1112,19 +1122,33 @@ class Run:
         self.start = kept.get("step", 0)        # updates made before this process began
         self.best = kept.get("best", math.inf)  # dev error, %
         self.sums = Counter(kept.get("sums"))   # since the last record
-        self.tokens = 0                         # trained on in this process
+        self.tokens = kept.get("tokens", 0)     # trained on so far
         self.rejected = {}                      # reason: clips of this rank, message of the first
         self.stopping = False
         self.signals = []
         signal.signal(signal.SIGTERM, lambda *_: self.signals.append("SIGTERM"))
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.start > args.steps:
+            raise ValueError(f"{state}: {self.start} updates are made, --steps says {args.steps}")
         world = dist.get_world_size() if dist.is_initialized() else 1
         if all_sum({"step": self.start}, asr.device)["step"] != world * self.start:
             raise RuntimeError(f"ranks find different steps in {self.out}/state; this one is at "
                                f"{self.start}. Do all nodes share --out?")
-        if rank == 0:  # what was logged after the restored step is about to be made again
-            rows = [r for r in self.records() if r["step"] < self.start + ("loss" in r)]
+        # What was logged after the restored step is about to be made again; so is its evaluation,
+        # unless it was that of a shorter run's end.
+        again = self.is_due(self.start, args.eval_every)
+        rows = [r for r in self.records() if r["step"] < self.start
+                or (r["step"] == self.start and ("loss" in r or not again))]
+        errors = [r["dev_error"] for r in rows if r.get("dev_error") is not None]
+        self.best = min([self.best, *errors])
+        if dist.is_initialized():
+            dist.barrier()  # every rank has read before rank 0 writes
+        if rank == 0:
             data.write_jsonl(self.out / "metrics.jsonl", rows)
+            for name, before in kept.get("flags", {}).items():
+                now = vars(args).get(name)
+                if before != now and name not in ("resume", "out", "device", "workers"):
+                    print(f"resumed with another --{name} than before: {before} -> {now}")
         self.bar = data.progress(args.steps, self.out.name, "step", rank, self.start)
 
     def records(self) -> list[dict]:
@@ -1165,19 +1189,20 @@ class Run:
     def evaluate(self, dev, step) -> None:
         """Errors on the dev sets after `step` updates, if it is time; --out keeps the best mean.
 
-        While no error can be measured (nan: nothing is said in a dev set), the latest is best.
+        While no error can be measured (None: nothing is said in the dev sets), the latest is best.
         """
         if not dev or step == 0 or not self.is_due(step, self.args.eval_every):
             return
         errors = {}
         for name, manifest in dev.items():
             errors[f"dev_error/{name}"] = dev_error(self.asr, manifest, self.args)
-        mean = sum(errors.values()) / len(errors)
+        known = [error for error in errors.values() if error is not None]
+        mean = sum(known) / len(known) if known else None
         self.record({"step": step, "dev_error": mean} | (errors if len(errors) > 1 else {}))
-        is_best = mean < self.best or (math.isnan(mean) and self.best == math.inf)
+        is_best = self.best == math.inf if mean is None else mean < self.best
         if is_best and self.rank == 0:
             save(self.asr, self.out)
-        if mean < self.best:
+        if is_best and known:
             self.best = mean
 
     def save_state(self, step, dev) -> None:
@@ -1193,7 +1218,8 @@ class Run:
                 tensors[f"{name}.{key}"] = value.detach().cpu()
             if name not in stored:  # trained beside the student, thrown away at the end
                 tensors[f"{name}.value"] = p.detach().cpu()
-        kept = {"step": step, "best": self.best, "sums": self.sums, "flags": vars(self.args)}
+        kept = {"step": step, "best": self.best, "sums": self.sums, "tokens": self.tokens,
+                "flags": vars(self.args)}
         folder = self.out / "state"
         part = folder / "part"
         shutil.rmtree(part, ignore_errors=True)
@@ -1238,9 +1264,9 @@ class Run:
         for reason, (n, first) in self.rejected.items():
             print(f"rank {self.rank}: {n} clips rejected: {reason} (first: {first})")
         finish()
-        if self.start < self.args.steps and not self.tokens:
-            first = next(iter(self.rejected.values()), (0, "see the other processes"))[1]
-            raise ValueError(f"none of the clips could be trained on; first: {first}")
+        if not self.tokens:
+            reasons = [first for _, first in self.rejected.values()] or ["no token could be scored"]
+            raise ValueError(f"nothing could be trained on; first: {reasons[0]}")
         if self.stopping:
             raise SystemExit(143)
 
@@ -1255,8 +1281,11 @@ def read_dev(paths, rank, world) -> dict[str, data.Manifest]:
     return dev
 
 
-def dev_error(asr, manifest, args) -> float:
-    """Greedy errors, % of the references' units, languages pooled. The ranks share the clips."""
+def dev_error(asr, manifest, args) -> float | None:
+    """Greedy errors, % of the references' units, languages pooled. The ranks share the clips.
+
+    None where the references have no unit.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sums = {"errors": 0, "units": 0}
     for first in range(rank * args.eval_batch, len(manifest), world * args.eval_batch):
@@ -1268,7 +1297,7 @@ def dev_error(asr, manifest, args) -> float:
             sums["errors"] += counts.errors
             sums["units"] += counts.units
     sums = all_sum(sums, asr.device)
-    return 100 * sums["errors"] / sums["units"] if sums["units"] else math.nan
+    return 100 * sums["errors"] / sums["units"] if sums["units"] else None
 
 
 PANELS = {"loss": ["loss", "ctc"], "dev error, %": ["dev_error"],

@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--init_lm", help="Qwen2 or Qwen2.5 causal LM to put behind it, and a new adapter")
     add("--init", choices=["random"], help="or: random weights of the size below")
     add("--tokenizer", help="checkpoint whose tokenizer to take (else one is trained on --data)")
-    add("--vocab_size", type=at_least(1), default=640, help="size of that trained tokenizer")
+    add("--vocab_size", type=at_least(263), default=640, help="size of that trained tokenizer")
     add("--d_model", type=at_least(1), default=80, help="width of encoder and LM")
     add("--encoder_layers", type=at_least(1), default=2, help="encoder blocks")
     add("--lm_layers", type=at_least(1), default=2, help="LM blocks")
