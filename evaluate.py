@@ -494,8 +494,8 @@ def compare_rows(reference, rows) -> dict:
     gained = [a["errors"] - b["errors"] for a, b in zip(reference, rows, strict=True)]
     difference, gains, _ = rate_of(gained, reference)
     low, high = data.interval(gains)
-    gains = gains[~np.isnan(gains)]
-    better = (gains > 0).mean() + 0.5 * (gains == 0).mean()  # a tie speaks for neither
+    known = gains[~np.isnan(gains)]
+    better = ((known > 0) + 0.5 * (known == 0)).sum() / max(1, len(known))  # a tie: for neither
     return corpus_rate(rows) | {
         "difference": difference, "difference_low": low, "difference_high": high,
         "p_improvement": math.nan if math.isnan(low) else float(better)}

@@ -587,12 +587,25 @@ def test_every_stop_id_means_the_teachers_end_and_blocked_ids_mean_nothing(stude
     ours.stop[other] = True
     ours.blocked[other] = False
     ours.blocked[a] = True
-    theirs = dataclasses.replace(teacher, eos_id=teacher.pad_id, blocked=teacher.blocked.clone())
+    theirs = dataclasses.replace(teacher, eos_id=teacher.pad_id, stop=torch.zeros_like(teacher.stop),
+                                 blocked=teacher.blocked.clone())
+    theirs.stop[teacher.pad_id] = True
     theirs.blocked[b] = True
     to_teacher = model.vocabulary_map(ours, theirs)
     assert to_teacher[student.eos_id] == to_teacher[other] == teacher.pad_id
     assert to_teacher[a] == to_teacher[b] == -1
     assert (to_teacher >= 0).sum() == (~student.blocked).sum() - 2 + 1
+
+
+def test_a_model_with_two_stop_ids_maps_to_itself(student):
+    """Each keeps its own probability: KL(model || itself) is 0 where it ends, too."""
+    two = dataclasses.replace(student, stop=student.stop.clone(), blocked=student.blocked.clone())
+    two.stop[student.pad_id] = True
+    two.blocked[student.pad_id] = False
+    to_itself = model.vocabulary_map(two, two)
+    usable = ~two.blocked
+    assert torch.equal(to_itself[usable], torch.arange(len(usable))[usable])
+    assert (to_itself[~usable] == -1).all()
 
 
 def test_map_logits_shares_what_two_ids_mean():
