@@ -170,9 +170,10 @@ PATH=
 
 
 def readme_commands():
-    """(script, [arguments]) of every command in the README's code blocks, variables and loops
-    expanded by bash."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """(script, [arguments]) of every command in the code blocks of the README and of the page of
+    the paper's experiment, variables and loops expanded by bash."""
+    pages = (ROOT / "README.md", ROOT / ".assets" / "reproduce.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     commands = []
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         if not re.search(r"^\s*(pip|python|torchrun|\$run)\s", block, re.MULTILINE):
