@@ -17,6 +17,11 @@ Optional: "start" and "duration" or "end" in seconds (a segment of a longer file
 "channel", from 0 (else the average of all). Read too: NeMo's audio_filepath, offset, lang, and
 open-audio-opd's begin_time, end_time (-1: whole file). Other keys are ignored. An id that is
 missing is the audio's path without its suffix, and "@" and the start of a segment.
+
+Differs from the paper (numbers go on from model.py):
+  [dev 8] A clip under half a second is heard with silence after it, by student and teacher alike.
+  [dev 9] A run of Latin letters or digits in Chinese text is one unit of the error rate; the
+          paper's scorer counts each character.
 """
 
 import argparse
@@ -252,7 +257,7 @@ def read_json(path) -> dict:
 
 
 def check_writable(*files) -> None:
-    """Raise OSError, naming the file, if files that long work will end in can't be written."""
+    """Raises OSError, naming the file, if files that long work will end in can't be written."""
     for file in map(Path, files):
         if file.is_dir():
             raise IsADirectoryError(f"{file}: a file is to be written here, and there is a folder")
@@ -382,7 +387,7 @@ def decoded_frames(path, start_sec=0.0):
 
 
 def check_whole(path) -> None:
-    """Raise ValueError for a wav or ogg that is cut off or joined: FFmpeg says nothing."""
+    """Raises ValueError for a wav or ogg that is cut off or joined: FFmpeg says nothing."""
     with open(path, "rb") as file:
         head = file.read(2 ** 16)
         size = file.seek(0, os.SEEK_END)
@@ -558,7 +563,7 @@ def start_worker(_number):
 
 
 def check_decodable(utterances) -> None:
-    """Raise AudioError for a clip that can't be evaluated, before long work that would end so."""
+    """Raises AudioError for a clip that can't be evaluated, before long work would end there."""
     for utterance in utterances:
         load_audio(utterance, MAX_EVAL_SEC, for_training=False)
 
@@ -617,7 +622,7 @@ def normalize(text: str, language: str | None) -> str:
         text = normalizer("en")(text)
     else:
         text = words(text)
-    # Whisper's leaves a symbol of its numbers alone where one stood alone, as in "...".
+    # [dev 9] Whisper's normaliser leaves a symbol of its numbers where it was alone, as in "...".
     return " ".join(unit for unit in UNIT.findall(text) if unit.strip(".%$¢€£"))
 
 

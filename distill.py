@@ -510,7 +510,7 @@ def run_stage(root, name, command) -> float:
     if stage["done"]:
         print(f"  done before, in {stage['seconds']:.0f} s")
         return stage["seconds"]
-    note.write_text(json.dumps(stages, indent=2))
+    data.write_json(note, stages)
     program, *words = shlex.split(command)
     launcher = ["-m", "torch.distributed.run"] if program == "torchrun" else []
     words = [str(Path(__file__).parent / word) if word.endswith(".py") else word for word in words]
@@ -521,7 +521,7 @@ def run_stage(root, name, command) -> float:
     code = subprocess.run([sys.executable, *launcher, *words], env=environment).returncode
     stage["seconds"] += time.time() - began
     stage["done"] = code == 0
-    note.write_text(json.dumps(stages, indent=2))
+    data.write_json(note, stages)
     if code:
         raise SystemExit(f"the command above ended with exit code {code}")
     return stage["seconds"]
@@ -542,7 +542,7 @@ def write_result(root, seconds) -> None:
         for name in ("vuss", "overlap"):
             e = report[name]
             result[system] |= {name: e["mean"], f"{name}_interval": [e["low"], e["high"]]}
-    (root / "result.json").write_text(json.dumps(result, indent=2))
+    data.write_json(root / "result.json", result)
     shutil.copy(root / "compare" / "compare.png", root / "result.png")
     print(f"{root}/result.json  {root}/result.png")
 

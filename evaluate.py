@@ -80,6 +80,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 import model
+from data import at_least
 
 MODES = {  # the flag that names a mode: those that it needs, those that it reads too
     "data": ({"model", "out"}, {"as_manifest", "temperature", "seed", "language", "keep_going",
@@ -104,14 +105,14 @@ def parse_args(argv=None):
     add("--out", help="folder for what is written")
     # transcripts to train on
     add("--as_manifest", help="also write transcripts as references, to this file")
-    add("--temperature", type=data.at_least(0.0), default=0.0, help="sample them; 0 is greedy")
-    add("--seed", type=data.at_least(0), default=0, help="of the samples")
+    add("--temperature", type=at_least(0.0), default=0.0, help="sample them; 0 is greedy")
+    add("--seed", type=at_least(0), default=0, help="of the samples")
     # decoding
     add("--language", help="of --audio, and of lines that name none (Qwen3-ASR is told it)")
     add("--keep_going", action="store_true", help="count broken clips as deleted")
     add("--resume", action="store_true", help="go on where a run into --out stopped")
-    add("--batch", type=data.at_least(1), default=32, help="utterances a forward")
-    add("--max_new_tokens", type=data.at_least(1), default=128, help="longest transcript, tokens")
+    add("--batch", type=at_least(1), default=32, help="utterances per forward")
+    add("--max_new_tokens", type=at_least(1), default=128, help="longest transcript, tokens")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}

@@ -1016,7 +1016,7 @@ def save(asr: ASR, path) -> None:
     asr.net.save_pretrained(temporary)
     stop_ids = asr.stop.nonzero()[:, 0].tolist()
     generation_config = {"eos_token_id": stop_ids, "pad_token_id": asr.pad_id}
-    (temporary / "generation_config.json").write_text(json.dumps(generation_config, indent=2))
+    data.write_json(temporary / "generation_config.json", generation_config)
     asr.tokenizer.save_pretrained(temporary)
     for name, content in asr.files.items():
         (temporary / name).write_bytes(content)
@@ -1120,7 +1120,8 @@ class Run:
         self.out, self.rank = Path(args.out), rank
         kept = self.restore(state) if state else {}
         self.start = kept.get("step", 0)        # updates made before this process began
-        self.best = kept.get("best", math.inf)  # dev error, %
+        best = kept.get("best")                 # null in the file while unknown
+        self.best = math.inf if best is None else best  # dev error, %
         self.sums = Counter(kept.get("sums"))   # since the last record
         self.tokens = kept.get("tokens", 0)     # trained on so far
         self.rejected = {}                      # reason: clips of this rank, message of the first
@@ -1225,7 +1226,7 @@ class Run:
         shutil.rmtree(part, ignore_errors=True)
         save(self.asr, part)
         save_file(tensors, part / "training.safetensors")
-        (part / "training.json").write_text(json.dumps(kept, indent=2))
+        data.write_json(part / "training.json", kept)
         target = folder / f"step-{step:07d}"
         shutil.rmtree(target, ignore_errors=True)
         os.rename(part, target)

@@ -54,6 +54,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 import model
+from data import at_least
 
 
 def parse_args(argv=None):
@@ -68,18 +69,18 @@ def parse_args(argv=None):
     add("--language", help="of lines that name none (Qwen3-ASR is told it)")
     add("--out", help="folder for overlap.json and overlap.png")
     add("--check", action="store_true", help="try one student and the teacher on a few clips")
-    add("--clips", type=data.at_least(2), default=200, help="of --check, at most")
+    add("--clips", type=at_least(2), default=200, help="of --check, at most")
     # states
     add("--states", default="rollout", choices=["rollout", "reference"],
         help="whose prefixes: the student's rollouts, or the manifest's transcripts")
-    add("--temperature", type=data.at_least(0.0), default=1.0, help="of rollouts; 0 = greedy")
-    add("--max_new_tokens", type=data.at_least(1), default=64, help="longest rollout, tokens")
-    add("--seed", type=data.at_least(0), default=0, help="of the rollouts and of the batches")
+    add("--temperature", type=at_least(0.0), default=1.0, help="of rollouts; 0 = greedy")
+    add("--max_new_tokens", type=at_least(1), default=64, help="longest rollout, tokens")
+    add("--seed", type=at_least(0), default=0, help="of the rollouts and of the batches")
     # statistics
-    add("--top_k", type=data.at_least(1), default=32, help="size of each model's set")
+    add("--top_k", type=at_least(1), default=32, help="size of each model's set")
     # cost
-    add("--batch", type=data.at_least(1), default=32, help="utterances per forward")
-    add("--chunk", type=data.at_least(1), default=256, help="states whose logits exist at a time")
+    add("--batch", type=at_least(1), default=32, help="utterances per forward")
+    add("--chunk", type=at_least(1), default=256, help="states whose logits exist at a time")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
@@ -487,7 +488,9 @@ def verdict(means, counts) -> tuple[bool, str]:
     low, high = data.interval(100 * data.bootstrap(errors_s - errors_t, units))
     gain = f"the teacher makes {low:.1f} to {high:.1f} points fewer errors."
     if low > 0:
-        return True, f"{said}There is something to learn: {gain}"
+        return True, (f"{said}There is something to learn: {gain} (For comparison: the demo's pair "
+                      "begins at 1.7 nats per token and 80 % equal first choices, and OPD removes "
+                      "a quarter of its errors.)")
     return True, f"{said}The teacher may be no better: {gain}"
 
 
