@@ -61,7 +61,7 @@ from tqdm import tqdm
 SAMPLE_RATE = 16_000  # Hz, mono: what every model here expects
 HOP = 160             # samples between mel frames: 100 frames a second
 MIN_SEC = 0.1         # a clip is at least this long
-SHORT_SEC = 0.5       # a shorter one is heard with silence behind it, up to this length
+SHORT_SEC = 0.5       # a shorter one is padded with silence to this length
 MAX_SEC = 30.0        # and a clip has at most this in training, as for the published student
 MAX_EVAL_SEC = 40.0   # or this in evaluation: LibriSpeech's test sets have clips of 35 s
 
@@ -584,7 +584,7 @@ def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------- 5. metric
 
-METRIC = "opd-asr-3"  # version of what is counted: with another rule or table, one more
+METRIC = "opd-asr-3"  # version of the metric: raise it with any change of a rule or table
 
 # What a label may be, or have as a part: zh-TW, "simplified chinese".
 CHINESE = set("zh zho chi cmn cn yue wuu nan hak gan hsn chinese mandarin cantonese 中文 汉语 普通话 "
@@ -915,12 +915,12 @@ def why_left_out(row) -> str | None:
 # Clips of each split, half of them English, half Mandarin. Made in this order, so that what the
 # others hold does not depend on the size of the pool.
 SIZES = {"test": 500, "dev": 100, "train": 700, "teacher": 4500, "pool": 500}
-# Whose sentences a split may not repeat: dev's and test's stand nowhere else, and the teacher's
+# Whose sentences a split may not repeat: dev's and test's occur nowhere else, and the teacher's
 # corpus has none of train's.
 AVOIDS = {"test": [], "dev": ["test"], "train": ["test", "dev"],
           "teacher": ["test", "dev", "train"], "pool": ["test", "dev"]}
 
-# Variants that an independent recogniser understood, drawn by lot. victor, f2, f3 and f5 are left
+# Variants that an independent recogniser understood, drawn randomly. victor, f2, f3 and f5 are left
 # out: they read uninitialised memory, so the same text would not give the same bytes twice.
 POOL = "gustave m3 Annie Storm zac m1 benjamin steph klatt6 belinda m6 travis ian".split()
 UNSEEN = "m5 quincy Mike max edward michel".split()
@@ -950,7 +950,7 @@ EXTRA_SPEED = {"en": 0, "zh": 40}          # words a minute
 def make_demo(out, seed=0, sizes=SIZES) -> None:
     """Write OUT/{train,teacher,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn.
 
-    Of few voices: train. Of more, for distillation: pool; of yet more: teacher, without a sentence
+    Few voices: train. More, for distillation: pool; still more: teacher, without a sentence
     of train. Voices and sentences of dev and test stand in none of them.
     """
     out = Path(out)
@@ -1017,7 +1017,7 @@ def add_noise(audio, rng) -> np.ndarray:
 
 
 def start_espeak():
-    """espeak-ng by ctypes, one engine a process: -> rate in Hz, a function that says a text.
+    """espeak-ng by ctypes, one engine per process: -> rate in Hz, a function that says a text.
 
     That takes a voice, words a minute and a pitch from 0 to 100 -> (n,) float32 in [-1, 1].
     """

@@ -1,5 +1,5 @@
 """On-policy distillation (OPD) for speech recognition: the student writes, a stronger, frozen
-teacher scores every token of it.
+teacher scores every token it wrote.
 
 For every batch of audio x:
   (1) rollout  y ~ p_S(. | x)                     the student writes a transcript   no gradient
@@ -49,8 +49,8 @@ means since the record before (*: of the logged step alone):
   step, loss (nats per token), grad_norm* (before clipping), lr*, tokens (N, summed)
   audio_per_sec           seconds of audio trained on per second
   tokens_per_clip         scored tokens per rollout
-  truncated, empty        share of rollouts cut at --max_new_tokens, and of those that are EOS alone
-  not_scored, rejected    tokens from the first id on that the teacher lacks; clips left out
+  truncated, empty        share of rollouts cut at --max_new_tokens; share that are EOS alone
+  not_scored, rejected    tokens at or after the first id that the teacher lacks; clips left out
   dev_error               greedy errors on --dev, %. Of several manifests, the mean; dev_error/NAME
                           is that of one
 """
@@ -107,7 +107,7 @@ def parse_args(argv=None):
     # optimisation
     add("--steps", type=at_least(1), default=600, help="optimiser updates")
     add("--batch", type=at_least(1), default=16, help="utterances per step, over all processes")
-    add("--micro_batch", type=at_least(1), default=16, help="utterances per forward: memory alone")
+    add("--micro_batch", type=at_least(1), default=16, help="clips per pass: affects only memory")
     add("--lr", type=at_least(0.0), default=1e-3, help="peak learning rate")
     add("--warmup", type=at_least(0), default=20, help="updates of linear warm-up")
     add("--weight_decay", type=at_least(0.0), default=0.01, help="AdamW's, on matrices")
@@ -128,7 +128,7 @@ def parse_args(argv=None):
     if not args.student and (args.dev or args.language or args.resume):
         parser.error("--dev, --language and --resume go with --student; the demo sets its own")
     if args.top_k != parser.get_default("top_k") and args.support != "union":
-        parser.error("--top_k is read with --support union alone")
+        parser.error("--top_k is read only with --support union")
     if args.states == "reference" and args.temperature != parser.get_default("temperature"):
         parser.error("--temperature is of rollouts, and --states reference has none")
     if args.support == "sampled":
@@ -141,8 +141,8 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------------------------- the objective
-# Pure functions of tensors. -inf marks ids that are ruled out; it stands at the same places in z_s
-# and z_t. Pass logits or log-probabilities, which differ by a constant per row; never some of each.
+# Pure functions of tensors. -inf marks ids that are ruled out, in the same places in z_s
+# and z_t. Pass logits or log-probabilities (a constant per row apart), but never one of each.
 
 def reverse_kl(z_s, z_t):
     """KL(p_S || p_T) of each row: logits (n, V) twice -> (n,) nats.
@@ -181,12 +181,12 @@ def sampled_kl(z_s, z_t, y):
 
     Unbiased (for the sum over positions; N itself depends on the draws) only where y was drawn from
     this very p_S: at temperature 1, with one vocabulary. reverse_kl sums over all v what this
-    leaves to one draw; it is here to compare with, and for teachers that give one log-probability
+    leaves to one draw. sampled_kl is for comparison, and for teachers that give one log-probability
     per token.
     """
     logp_s = z_s.log_softmax(-1).gather(-1, y[:, None])[:, 0]               # (n,)
     logp_t = z_t.log_softmax(-1).gather(-1, y[:, None])[:, 0]               # (n,)
-    impossible = torch.isneginf(logp_s)  # a GPU's rounding may draw an id of p = 0: it says nothing
+    impossible = torch.isneginf(logp_s)  # rounding on a GPU may draw an id of p = 0: ignore it
     logp_s = logp_s.masked_fill(impossible, 0.0)
     logp_t = logp_t.masked_fill(impossible, 0.0)
     advantage = (logp_t - logp_s).detach()                                  # (n,)
@@ -227,7 +227,7 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, divergence
     emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary; to_teacher (V,):
     see model.vocabulary_map; divergence: (z_s, z_t, y) -> D_t, such as token_divergence. A chunk's
     rows are detached: its backward adds to the gradient of the head's weight, and stops at the
-    rows. The caller goes on from there, and copies model.map_logits along:
+    rows. The caller continues from there (to copy this out, take model.map_logits along):
 
         loss, grad_rows = loss_in_chunks(hidden_s, ...)
         hidden_s.backward(grad_rows)
@@ -255,7 +255,7 @@ def sum_gradients(parameters):
 
     Each loss was divided by the N of the whole step, so a sum is all that is left to do. This takes
     DistributedDataParallel's place: that averages over ranks, so that a token's weight depends on
-    where it landed, and wants every rank to run the same number of backwards.
+    where it landed, and it needs the same number of backwards on every rank.
     """
     for p in parameters:
         if p.grad is None:
@@ -296,7 +296,7 @@ def make_optimizer(parameters, args):
 def roll_out_share(student, batch, step, args):
     """The rollouts of this rank's share, in one batch: ids (B, R), mask (B, R), Whisper's frames.
 
-    One batch, since a GPU takes as long to write a token for 12 rows as for 120. The encoder takes
+    One batch: a GPU should need as long per token for 12 rows as for 120. The encoder takes
     --micro_batch clips at a time, which bounds its memory. The frames are None unless --freeze
     allows (3) to use them again.
     """
@@ -355,7 +355,7 @@ def main(args):
         batch = next(batches)
         run.count_rejected(batch)
 
-        # ---- (1) rollout   y ~ p_S(. | x), the whole share at once                         [dev 2]
+        # ---- (1) rollout   y ~ p_S(. | x), all clips of this rank's share at once          [dev 2]
         #      An empty transcript (EOS at once) is a rollout like any other.                [dev 5]
         ids, mask, frames = roll_out_share(student, batch, step, args)      # (B, R)
         # What can be scored: up to the first id that the teacher's vocabulary lacks. Attention is
@@ -381,7 +381,7 @@ def main(args):
             #      The same ids, in its numbering, on the same audio.                        [dev 3]
             with torch.no_grad():
                 prompt_t = model.encode_audio(teacher, part)
-                y_t = to_teacher[y].clamp(min=0)  # any id will do where none is scored
+                y_t = to_teacher[y].clamp(min=0)  # unscored positions: any id will do
                 hidden_t = model.response_hidden(                           # (n, width_t)
                     teacher.body, prompt_t.embeds, prompt_t.mask, y_t, is_scored)
 
@@ -413,7 +413,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
 
         # ---- bookkeeping
-        # N times the mean: the log's mean over several steps weighs every token alike.
+        # A sum (N times the mean), so the log's mean over several steps weighs all tokens equally.
         totals["loss"] = model.all_sum({"loss": loss}, device)["loss"] * N
         sums = run.add(totals, time.time() - began)
         if run.is_due(step + 1, args.log_every):

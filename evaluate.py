@@ -21,7 +21,7 @@ is scored as it is: empty and truncated ones are counted, never mended.
 
 Every process appends its lines to OUT/part-RANK.jsonl, batch by batch; in the end they become
 hyps.jsonl (rank 0 then holds all of them, 1.6 kB each). A run that was stopped goes on with
---resume, on any number of processes: of each, the batch at work is lost. Nodes share --out.
+--resume, on any number of processes; each loses only its batch in progress. Nodes share --out.
 
 hyps.jsonl: a manifest in the order of --data, with these keys added to each line
   set                   its manifest: the file's name without .jsonl
@@ -32,7 +32,7 @@ hyps.jsonl: a manifest in the order of --data, with these keys added to each lin
   failed                only where the clip could not be decoded (--keep_going): the reason
 
 summary.json
-  results: one entry a set and language ("" where lines have none)
+  results: one entry per set and language ("" where lines have none)
     set, language, metric             metric is WER or CER
     rate, low, high                   percent, with its interval; null where there is none
     resampled, blocks                 what the interval resamples, and how many of them
@@ -46,10 +46,10 @@ summary.json
                         what made the numbers; weights and data: bytes and time of each file
   rescored              what --rescore read, in place of model to processes
 
-compare.json (--compare with --out, beside compare.png): one entry a set, language and system; of
+compare.json (--compare with --out, beside compare.png): one entry per set, language and system; of
 several sets or languages also all pooled (set all, language and metric pooled)
   system, set, language, metric, rate, low, high, resampled, blocks, utterances, units
-  difference, difference_low, difference_high    what it lies below the first system, points
+  difference, difference_low, difference_high    how far it is below the first system, points
   p_improvement         share of resampled corpora in which it has fewer errors, ties counting half
 
 errors.html: the clips with the most errors, to read and to hear. One page that loads nothing.
@@ -152,7 +152,7 @@ def main(args):
     else:
         rows, facts = transcribe_sets(args)
         if rows is None:
-            return  # a process beside the first
+            return  # any rank but 0
     summary = summarize(rows) | provenance() | facts
     write_manifest(out / "hyps.jsonl", rows)
     data.write_json(out / "summary.json", summary)
@@ -332,7 +332,7 @@ def read_hyps(path) -> list[dict]:
             if not isinstance(row.get(key, ""), str) or key in ("id", "hyp") and key not in row:
                 raise ValueError(f"{where}: expected a string as {key!r}, found {row.get(key)!r}")
         if (row["set"], row["id"]) in rows:
-            raise ValueError(f"{where}: id {row['id']!r} stands twice")
+            raise ValueError(f"{where}: id {row['id']!r} occurs twice")
         if "audio" in row:
             row["audio"] = data.audio_path(os.path.realpath(path.parent), row["audio"])
         rows[row["set"], row["id"]] = count_errors(row)
@@ -415,13 +415,13 @@ def bracket(entry, low="low", high="high", form=".2f") -> str:
 
 
 def basis_of(entry) -> str:
-    """What an interval rests on. Over few speakers it is too narrow more often than it says."""
+    """What an interval rests on. Over few speakers it misses the true rate too often."""
     few = entry["resampled"] == "speakers" and entry["blocks"] < 20
     return f"{entry['blocks']} {entry['resampled']}" + few * " (too few to rely on the interval)"
 
 
 def print_summary(summary) -> None:
-    """A line a set and language, all pooled, what looks wrong."""
+    """A line per set and language, one for all pooled, and what looks wrong."""
     for e in summary["results"]:
         speed = e["set_seconds"] / e["set_audio_sec"] if e["set_audio_sec"] else math.nan
         print(f"{e['set']} {e['language']}: {e['metric']} {e['rate']:.2f} % {bracket(e)} over "
@@ -503,7 +503,7 @@ def compare_rows(reference, rows) -> dict:
 
 
 def draw_rates(entries, path) -> None:
-    """Every system's error rate as a dot with its interval, a panel a set and language."""
+    """Every system's error rate as a dot with its interval, one panel per set and language."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -67,7 +67,7 @@ import data
 EOS, PAD, AUDIO = "<|im_end|>", "<|endoftext|>", "<|audio|>"
 SPECIAL = [PAD, EOS, AUDIO, "<|user|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|assistant|>"]
 INSTRUCTION = "Please transcribe this audio."
-# What stands in a prompt before and after the audio.
+# What comes before and after the audio in a prompt.
 ARKASR_PROMPT = ("<|user|><|begin_of_audio|>", f"<|end_of_audio|>{INSTRUCTION}<|assistant|>")
 QWEN3_ASR_PROMPT = ("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|>",
                     "<|audio_end|><|im_end|>\n<|im_start|>assistant\n")
@@ -244,7 +244,7 @@ class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
         )
 
 
-# What is written out here, of what a config.json may ask for.
+# The only values implemented here, of options that a config.json may set.
 WRITTEN_OUT = {"use_rope": True, "adapter_type": "mlp", "mlp_adapter_act": "gelu",
                "use_sliding_window": False, "rope_scaling": None}
 
@@ -498,7 +498,7 @@ def stop_and_blocked(tokenizer, stop_ids, n_rows, device):
     blocked = torch.zeros(n_rows, dtype=torch.bool)
     blocked[len(tokenizer):] = True
     markup = [i for token, i in tokenizer.get_added_vocab().items() if re.fullmatch(r"<.*>", token)]
-    # Ids past the table are passed over: transformers' defaults lie past that of a small model.
+    # Ids past the table are ignored: transformers' defaults are too large for a small model.
     stop[[i for i in stop_ids if i < n_rows]] = True
     blocked[[i for i in markup + tokenizer.all_special_ids if i < n_rows]] = True
     return stop.to(device), (blocked & ~stop).to(device)
@@ -1273,7 +1273,7 @@ class Run:
 
 
 def read_dev(paths, rank, world) -> dict[str, data.Manifest]:
-    """--dev's manifests by name. Each clip is decoded once: one that can't be would end the run."""
+    """--dev's manifests by name. All clips are decoded once now: a bad one would end the run."""
     dev = {}
     for path in paths or []:
         name = Path(path).stem if Path(path).stem not in dev else str(path)

@@ -10,7 +10,7 @@ of the student and T_t of the teacher; u is their union, n their intersection be
     python overlap.py --student runs/x/sft runs/x/td --teacher ...          # the paper's Table 2
     torchrun --nproc_per_node 8 overlap.py --student ...                    # the same
     python overlap.py --check --student runs/x/sft --teacher runs/x/teacher --data pool.jsonl
-                                # before a week of training: do the two fit, is there a lesson?
+                                # before a week of training: do the two fit; anything to learn?
 
 Rollouts are sampled at temperature 1, as in training, from uniforms keyed on (seed, utterance): all
 students are given the same random numbers. Batches are those of distill.py's first epoch, whatever
@@ -36,7 +36,7 @@ and divergences are in nats:
 
   by_token         all above by the token's index in the rollout: "0", "1" ... "20 and later", each
                    with its number of "states" and "clips"
-  clips, states, states_not_scored    the last: at or behind a token without counterpart
+  clips, states, states_not_scored    the last: at or after a token without a counterpart
   shared_ids       ids that both vocabularies have
 
 Differs from the public code: that reports the number of one rank, and also takes stop tokens out of
@@ -164,7 +164,7 @@ def overlap_stats(z_s, z_t, mask, k, written=None) -> dict[str, torch.Tensor]:
         y = written[mask][:, None]                                      # (n, 1)
         stats["logp_t"] = logp_t.gather(-1, y)[:, 0]
 
-    # k x k comparisons a row find every intersection; membership masks would be V wide, 150 times
+    # k x k comparisons per row find every intersection; membership masks would be V wide, 150 times
     # that at V = 151,936.
     k = min(k, z_s.shape[-1])
     top_s = z_s.topk(k).indices                                         # (n, k) best first
@@ -229,9 +229,9 @@ def measure_student(name, teacher, utterances, batches, args, rank, world):
 
 @torch.no_grad()
 def measure_batch(student, teacher, to_teacher, batch, texts, args) -> list[tuple[np.ndarray, int]]:
-    """Statistics at the states of a batch: of texts, one a row, or of rollouts if texts is None.
+    """Statistics at the states of a batch: of texts, one per row, or of rollouts if texts is None.
 
-    A clip a row, see `measure_student`. Raises FloatingPointError, naming the clips, where a
+    One clip per row, see `measure_student`. Raises FloatingPointError, naming the clips, where a
     statistic is not finite.
     """
     names = [u.id for u in batch.utterances]
@@ -427,7 +427,7 @@ def try_clips(student, teacher, to_teacher, clips, args):
     """
     has_texts = clips[0].text and len(clips) > 1
     order = sorted(clips, key=lambda u: u.text or "")
-    half = len(order) // 2  # half way round the sorted texts stands another one
+    half = len(order) // 2  # half the sorted list further on is another text
     other_text = {u.line: other.text for u, other in zip(order, order[half:] + order[:half])}
     states = {"rollout": [], "reference": [], "other": []}
     decoded, rejected = [], []

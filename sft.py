@@ -71,7 +71,7 @@ def parse_args(argv=None):
     # optimisation
     add("--steps", type=at_least(1), default=1200, help="optimiser updates")
     add("--batch", type=at_least(1), default=16, help="utterances per step, over all processes")
-    add("--micro_batch", type=at_least(1), default=16, help="utterances per forward: memory alone")
+    add("--micro_batch", type=at_least(1), default=16, help="clips per pass: affects only memory")
     add("--lr", type=at_least(0.0), default=3e-3, help="peak learning rate")
     add("--warmup", type=at_least(0), default=100, help="updates of linear warm-up")
     add("--weight_decay", type=at_least(0.0), default=0.01, help="AdamW's, on matrices")
@@ -140,7 +140,7 @@ def sum_gradients(parameters):
 
     Each loss was divided by the N of the whole step, so a sum is all that is left to do. This takes
     DistributedDataParallel's place: that averages over ranks, so that a token's weight depends on
-    where it landed, and wants every rank to run the same number of backwards.
+    where it landed, and it needs the same number of backwards on every rank.
     """
     for p in parameters:
         if p.grad is None:
@@ -179,7 +179,7 @@ def make_optimizer(parameters, args):
 
 @record  # torchrun then shows what stopped a process, at the end
 def main(args):
-    """Trains as the top of this file says."""
+    """The algorithm at the top of this file."""
     rank, world, device = model.setup(args)
     torch.manual_seed(args.seed)
     state = model.find_state(args)

@@ -158,6 +158,23 @@ def print_table(path, names, reference, language) -> list:
     return rows
 
 
+PAIRS = """td_opd-td_short opd-more more-base at_references-base td_opd-teacher more_en_200-opd_en_200
+    refs_en-opd_en forward_en-opd_en""".split()
+
+
+def print_pairs(path) -> None:
+    """Further differences that the text names, in Markdown."""
+    print("| difference, points [95 %] | pooled | en | zh |\n|---|---|---|---|")
+    counts = [read_rows(path, language) for language in ("", "en", "zh")]
+    for pair in PAIRS:
+        a, b = pair.split("-")
+        cells = []
+        for found in counts:
+            gap, low, high = difference(found[a], found[b])
+            cells.append(f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]")
+        print(f"| {a} minus {b} | {' | '.join(cells)} |")
+
+
 def draw(rows, path) -> None:
     """A dot per seed and the mean; beside them the differences with their intervals."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
@@ -190,3 +207,4 @@ if __name__ == "__main__":
             csv.writer(file).writerows([["seed", "system", "clip", "language", "errors", "units"], *rows])
     draw(print_table(path, SAME, "opd", ""), out / "study.png")
     print_table(path, ["base", *(name for name in stages(0) if "_en" in name)], "opd_en_200", "zh")
+    print_pairs(path)

@@ -352,7 +352,7 @@ def test_rescoring_gives_the_same_numbers(whole, tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    (b'{"id": "u0", "hyp": "x"}', "id 'u0' stands twice"),
+    (b'{"id": "u0", "hyp": "x"}', "id 'u0' occurs twice"),
     (b'{"id": "b"}', "expected a string as 'hyp', found None"),
     (b'{"id": "b", "hyp": "", "text": ["x"]}', "expected a string as 'text'"),
     (b"[1]", "expected a JSON object"), (b'{"id": "b", "hyp": "\xff"}', "expected a JSON object")])
