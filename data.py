@@ -227,7 +227,7 @@ def audio_path(folder, audio) -> str:
 
 
 def write_jsonl(path, rows) -> None:
-    """Write dicts as JSON Lines, by way of a temporary file: a reader never sees half a file."""
+    """Writes dicts as JSON Lines, through a temporary file: a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -347,7 +347,7 @@ def decode(path, start_sec, seconds) -> np.ndarray:
 
 
 def decoded_frames(path, start_sec=0.0):
-    """Yield (second that it begins at, frame of FFmpeg) from a second before start_sec on.
+    """Yields (second that it begins at, frame of FFmpeg) from a second before start_sec on.
 
     To the end of the file. Raises one of UNREADABLE, at a hole or an end before the header's too.
     """
@@ -855,7 +855,7 @@ CORPORA = {function.__name__: function for function in (librispeech, aishell1, w
 
 
 def write_corpus(rows, out) -> None:
-    """Write (manifest's name, row) pairs as OUT/NAME.jsonl; print what is in each and what is not.
+    """Writes (manifest's name, row) pairs as OUT/NAME.jsonl; prints what is in each and what isn't.
 
     Raises ValueError, and writes none, where an id stands twice or no utterance is left.
     """
@@ -948,7 +948,7 @@ EXTRA_SPEED = {"en": 0, "zh": 40}          # words a minute
 
 
 def make_demo(out, seed=0, sizes=SIZES) -> None:
-    """Write OUT/{train,teacher,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn.
+    """Writes OUT/{train,teacher,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn.
 
     Few voices: train. More, for distillation: pool; still more: teacher, without a sentence
     of train. Voices and sentences of dev and test stand in none of them.
@@ -968,7 +968,7 @@ def make_demo(out, seed=0, sizes=SIZES) -> None:
 
 
 def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
-    """Synthesise one language of the demo in this (fresh) process -> {split: rows of manifest}."""
+    """Synthesises one language of the demo in this (fresh) process -> {split: rows of manifest}."""
     torch.set_num_threads(1)  # clips are short: a second thread would only wait
     rate, say = start_espeak()
     resample = torchaudio.transforms.Resample(rate, SAMPLE_RATE)
@@ -1087,7 +1087,7 @@ def parse_args(argv=None):
 
 
 def main(args) -> None:
-    """Make the demo corpus, or manifests for a corpus that lies on disk."""
+    """Makes the demo corpus, or manifests for a corpus that lies on disk."""
     if args.corpus == "demo":
         make_demo(args.out, args.seed, SIZES | {"pool": args.pool})
         return

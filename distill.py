@@ -16,13 +16,14 @@ transcripts of --data are not read: all that is learnt comes from the teacher. (
 
   symbol     variable   shape    meaning
   y          ids, mask  (B, R)   rollouts with their EOS, right-padded; True on emitted tokens
-                                 (packed: y (n,), those that are scored)
+             scored     (B, R)   True on those that the teacher can score; packed: y (n,)
   z_S, z_T   z_s, z_t   (n, V)   logits that predict each token, both in the student's vocabulary;
                                  z = head(hidden), made in (4), a chunk of rows at a time
   log p      logp_               log-probabilities in nats
   N          N          ()       emitted tokens that the teacher can score, EOS included: of the
                                  whole step, all ranks and micro-batches
-             n                   those of one micro-batch
+             n                   those of one micro-batch of b rollouts, the longest r; C: of a
+                                 chunk
 
 Differs from the paper (arXiv 2605.28139):
   [dev 1] Reverse KL over the full vocabulary. Eq. 1 is forward KL, KL(p_T || p_S), on the union of
@@ -219,13 +220,13 @@ def token_divergence(z_s, z_t, y, divergence, support, top_k, tau):
     return tau ** 2 * kl(z_s / tau, z_t / tau)
 
 
-def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, divergence, chunk, N=1):
+def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, chunk, N=1):
     """Heads, loss and its gradient for n rows, `chunk` at a time -> 1/N sum_t D_t (), its gradient
     (n, width).
 
     So nothing of size (n, V) ever exists. hidden_s (n, width), hidden_t (n, width_t), y (n,):
     emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary; to_teacher (V,):
-    see model.vocabulary_map; divergence: (z_s, z_t, y) -> D_t, such as token_divergence. A chunk's
+    see model.vocabulary_map; token_kl: (z_s, z_t, y) -> D_t, such as token_divergence. A chunk's
     rows are detached: its backward adds to the gradient of the head's weight, and stops at the
     rows. The caller continues from there (to copy this out, take model.map_logits along):
 
@@ -237,14 +238,14 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, divergence
     # Ids that the teacher lacks leave the loss here, and so do special tokens other than EOS.
     ruled_out = to_teacher < 0                                              # (V,)
     for i in range(0, len(hidden_s), chunk):
-        rows = hidden_s[i:i + chunk].detach().requires_grad_()              # (C, width)
-        z_s = head_s(rows).masked_fill(ruled_out, -math.inf)                # (C, V)
+        leaf = hidden_s[i:i + chunk].detach().requires_grad_()              # (C, width)
+        z_s = head_s(leaf).masked_fill(ruled_out, -math.inf)                # (C, V)
         with torch.no_grad():
             z_t = model.map_logits(head_t(hidden_t[i:i + chunk]), to_teacher)  # (C, V)
-        part = divergence(z_s, z_t, y[i:i + chunk]).sum() / N               # ()
-        part.backward()
-        grad_rows[i:i + chunk] = rows.grad
-        loss += part.detach()
+        chunk_loss = token_kl(z_s, z_t, y[i:i + chunk]).sum() / N           # ()
+        chunk_loss.backward()
+        grad_rows[i:i + chunk] = leaf.grad
+        loss += chunk_loss.detach()
     return loss, grad_rows
 
 
@@ -391,7 +392,8 @@ def main(args):
             hidden_s = model.response_hidden(                               # (n, width)
                 student.body, prompt_s.embeds, prompt_s.mask, y, is_scored)
 
-            # ---- (4) loss      1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z)
+            # ---- (4) loss      1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z),
+            #      z_S[t] = head_s(hidden_s[t]),   z_T[t] = head_t(hidden_t[t]) in the student's ids.
             #      Every token of the step weighs 1 / N, wherever it landed.                 [dev 4]
             part_loss, grad_rows = loss_in_chunks(
                 hidden_s, hidden_t, y[is_scored], head_s, head_t, to_teacher, token_kl,

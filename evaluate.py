@@ -134,7 +134,7 @@ def parse_args(argv=None):
 
 @record  # torchrun then shows what stopped a process, at the end
 def main(args):
-    """Do what the flags ask for, see the top of this file. Returns the entries of --compare."""
+    """Does what the flags ask for, see the top of this file. Returns the entries of --compare."""
     if args.compare:
         return compare(args.compare, args.out)
     if args.audio:
@@ -224,7 +224,7 @@ def transcribe_sets(args):
 
 
 def transcribe_set(asr, name, utterances, done, file, args, rank, world) -> None:
-    """Append this rank's share of a set to its part file, batch after batch.
+    """Appends this rank's share of a set to its part file, batch after batch.
 
     done: (set, id) of the clips that have a transcript. Clips of similar length go together.
     Batches are cut before those clips are left out: a resumed run, and any number of processes,
@@ -439,7 +439,7 @@ def print_summary(summary) -> None:
 # ---------------------------------------------------------------------------------------- compare
 
 def compare(paths, out=None) -> list[dict]:
-    """Print and return the entries of compare.json; with `out`, write it and compare.png there."""
+    """Prints the entries of compare.json and returns them; with `out`, writes it and compare.png."""
     if out:
         data.check_writable(Path(out) / "compare.json", Path(out) / "compare.png")
     systems = {name: group_scored(rows) for name, rows in read_systems(paths).items()}

@@ -96,7 +96,7 @@ def parse_args(argv=None):
 
 @record  # torchrun then shows what stopped a process, at the end
 def main(args) -> None:
-    """Measure one student after the other; write, print and draw what was found."""
+    """Measures one student after the other; writes, prints and draws what was found."""
     if args.check:
         return check(args)
     out = Path(args.out)
