@@ -393,7 +393,7 @@ def main(args):
                 student.body, prompt_s.embeds, prompt_s.mask, y, is_scored)
 
             # ---- (4) loss      1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z),
-            #      z_S[t] = head_s(hidden_s[t]),   z_T[t] = head_t(hidden_t[t]) in the student's ids.
+            #      z_S[t] = head_s(hidden_s[t]),   z_T[t] = head_t(hidden_t[t]), in student ids.
             #      Every token of the step weighs 1 / N, wherever it landed.                 [dev 4]
             part_loss, grad_rows = loss_in_chunks(
                 hidden_s, hidden_t, y[is_scored], head_s, head_t, to_teacher, token_kl,

@@ -439,7 +439,7 @@ def print_summary(summary) -> None:
 # ---------------------------------------------------------------------------------------- compare
 
 def compare(paths, out=None) -> list[dict]:
-    """Prints the entries of compare.json and returns them; with `out`, writes it and compare.png."""
+    """Prints and returns the entries of compare.json; with `out`, writes it and compare.png."""
     if out:
         data.check_writable(Path(out) / "compare.json", Path(out) / "compare.png")
     systems = {name: group_scored(rows) for name, rows in read_systems(paths).items()}
