@@ -820,6 +820,8 @@ def folder(root, language=None):
 
     An id is the path below ROOT with - for /. Hidden files and links to folders are not entered.
     """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
     files = []
     for home, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -877,7 +879,8 @@ def write_corpus(rows, out) -> None:
         row = row | {"audio": os.path.relpath(row["audio"], home)}
         files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
         counts[name].update({"utterances": 1, "hours": row["duration"] / 3600,
-                             "without text": "text" not in row})
+                             "without text": "text" not in row,
+                             f"over {MAX_SEC:.0f} s, not trained on": row["duration"] > MAX_SEC})
     for name, count in sorted(counts.items()):
         said = [f"{round(n, 2)} {what}{first.get((name, what), '')}" for what, n in count.items()]
         print(f"{out / name}.jsonl: {', '.join(said)}")

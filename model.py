@@ -927,15 +927,16 @@ def find_checkpoint(name) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not is_local:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]
         try:
-            return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+            path = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
         except Exception as error:  # offline, unknown, gated: one line is enough
             raise FileNotFoundError(f"{name}: no such directory, and the Hub does not give it "
                                     f"({type(error).__name__}: {error})") from error
     if not path.exists():
         raise FileNotFoundError(f"{name}: no such directory")
     if (path / "adapter_config.json").exists():
-        raise ValueError(f"{name} is a LoRA adapter: join it with its base model "
-                         "(peft's merge_and_unload), save that, and give its folder here")
+        raise ValueError(f"{name} is a LoRA adapter: join it with its base model (peft's "
+                         "merge_and_unload), save that with the base's tokenizer, and give its "
+                         "folder here")
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{name}: no config.json there: not a checkpoint directory")
     return path
@@ -976,6 +977,9 @@ def load_tokenizer(name) -> PreTrainedTokenizerFast:
     tokenizer_class = Qwen2Tokenizer
     if (path / "tokenizer.json").exists():
         tokenizer_class = PreTrainedTokenizerFast
+    elif not (path / "vocab.json").exists():  # transformers would make an empty one
+        raise ValueError(f"{path}: no tokenizer.json, and no vocab.json with merges.txt; copy those "
+                         "of the model that this one was made from")
     try:
         return tokenizer_class.from_pretrained(path)
     except Exception as error:  # whatever it is, it does not say which files it is about
