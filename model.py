@@ -978,8 +978,8 @@ def load_tokenizer(name) -> PreTrainedTokenizerFast:
     if (path / "tokenizer.json").exists():
         tokenizer_class = PreTrainedTokenizerFast
     elif not (path / "vocab.json").exists():  # transformers would make an empty one
-        raise ValueError(f"{path}: no tokenizer.json, and no vocab.json with merges.txt; copy those "
-                         "of the model that this one was made from")
+        raise ValueError(f"{path}: no tokenizer.json, and no vocab.json with merges.txt; copy "
+                         "those of the model that this one was made from")
     try:
         return tokenizer_class.from_pretrained(path)
     except Exception as error:  # whatever it is, it does not say which files it is about
