@@ -399,8 +399,8 @@ def check(args) -> None:
     means = {way: mean_over_states(measured) for way, measured in states.items()}
     n_scored = sum(len(values) for values, _ in states["rollout"])
     ends = {repr(teacher.tokenizer.decode(teacher.suffix_of(u))[-40:]) for u in clips}
-    print(f"clips                 {len(states['rollout'])}, each with another text; {rejected} more "
-          "can't be used")
+    print(f"clips                 {len(states['rollout'])}, each with another text; {rejected} can't "
+          "be used")
     print(f"ids shared            {int((to_teacher >= 0).sum())} of "
           f"{int((~student.blocked).sum())} that the student may write")
     print(f"teacher's prompt ends {' '.join(sorted(ends))}")
