@@ -1017,7 +1017,10 @@ def save(asr: ASR, path) -> None:
     temporary = path / ".tmp" if path.exists() else path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    asr.net.save_pretrained(temporary)
+    weights = {name: tensor.cpu() for name, tensor in asr.net.state_dict().items()}
+    if asr.net.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    asr.net.save_pretrained(temporary, state_dict=weights)
     stop_ids = asr.stop.nonzero()[:, 0].tolist()
     generation_config = {"eos_token_id": stop_ids, "pad_token_id": asr.pad_id}
     data.write_json(temporary / "generation_config.json", generation_config)

@@ -478,9 +478,9 @@ def verdict(means, counts) -> tuple[bool, str]:
     if not counts:
         return True, "Both run; without transcripts nothing shows that they fit."
     if not means["reference"]["logp_t"] >= means["other"]["logp_t"] + 1:  # nan, too
-        return False, ("The two do not fit: to the teacher, references are not even one nat per "
-                       "token likelier than other clips' references. Wrong checkpoint, language "
-                       "or transcripts?")
+        return False, ("The two do not fit, or the teacher does not know this audio: to it, "
+                       "references are not even one nat per token likelier than other clips' "
+                       "references. Wrong checkpoint, language or transcripts?")
     errors_s, errors_t, units = np.array(counts).T
     said = (f"The two fit. Errors: student {100 * errors_s.sum() / units.sum():.1f} %, teacher "
             f"{100 * errors_t.sum() / units.sum():.1f} %. ")

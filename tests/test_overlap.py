@@ -277,7 +277,7 @@ def test_check_stops_a_teacher_that_does_not_know_the_audio(
     monkeypatch.setattr(overlap, "measure_batch", seen)
     monkeypatch.setattr(overlap, "verdict", lambda *words: judged.extend(words) or verdict(*words))
     again = shutil.copy(folder / "set.jsonl", folder / "again.jsonl")
-    with pytest.raises(SystemExit, match="do not fit: .*references"):
+    with pytest.raises(SystemExit, match="do not fit.*references"):
         overlap.main(flags(folder, "--check", "--data", folder / "set.jsonl", again))
     clips = [u for u, text in told if text is None]
     assert len({u.text for u in clips} - {None}) == len(clips) == 10
@@ -290,7 +290,7 @@ def test_check_stops_a_teacher_that_does_not_know_the_audio(
     other = torch.cat([logp_of(teacher, u, text) for u, text in others]).mean().item()
     table, n_may = capsys.readouterr().out, int((~student.blocked).sum())
     for said in (
-            "clips                 10, and 0 that can't be used", f"{n_may} of {n_may} that",
+            "clips                 10, each with another text; 0 can't be used", f"{n_may} of {n_may} that",
             "ends 'ease transcribe this audio.<|assistant|>'",
             f"at {100 * means['top1']:.1f} % of them", f"{means['kl_reverse']:.3f} nats per token",
             f"{reference:.3f} nats of references, {other:.3f} of other clips'",
@@ -307,9 +307,10 @@ def test_check_of_a_student_as_its_own_teacher(folder, corpus, tmp_path, capsys)
     overlap.main(flags(folder, *itself))
     table = capsys.readouterr().out
     assert "without transcripts nothing shows that they fit" in table and "log p_T" not in table
-    assert "5, and 1 that can't be used" in table and "at 100.0 % of them" in table
+    assert "5, each with another text; 1 can't be used" in table
+    assert "at 100.0 % of them" in table
     overlap.main(flags(folder, *itself, "--clips", 2, "--seed", 1))
-    assert "2, and 0 that" in capsys.readouterr().out
+    assert "2, each" in capsys.readouterr().out
     data.write_jsonl(tmp_path / "m.jsonl", rows[2:3])
     with pytest.raises(ValueError, match="none of 1 clips is usable: .*missing.wav"):
         overlap.main(flags(folder, *itself))
