@@ -960,7 +960,7 @@ def load_net(net_class, path, config, dtype, key_mapping=None):
     for kind in ("missing", "unexpected", "mismatched"):
         wrong += [f"{kind} {key}" for key in sorted(map(str, report[f"{kind}_keys"]))]
     if wrong:
-        raise ValueError(f"{path}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
+        raise ValueError(f"{path}: the weights do not fit config.json: {'; '.join(wrong)}")
     head, table = net.get_output_embeddings().weight, net.get_input_embeddings().weight
     if config.get_text_config().tie_word_embeddings and head is not table:
         raise ValueError(f"{path}/config.json ties lm_head.weight to the embeddings, "
