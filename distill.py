@@ -304,14 +304,13 @@ def roll_out_share(student, batch, step, args):
     if not len(batch):  # nothing could be used; the rank still takes part in the collectives
         ids = torch.zeros(0, 1, dtype=torch.long, device=student.device)
         return ids, ids.bool(), None
-    prompt = model.encode_audio(student, batch, args.micro_batch)
     if args.states == "reference":  # a control: the transcripts' states, off-policy
         responses = [student.encode_text(u.text) for u in batch.utterances]
-        ids, mask = data.pad_rows(responses, student.pad_id, student.device)
-    else:
-        names = [u.id for u in batch.utterances]
-        uniforms = data.keyed_uniforms(args.seed, step, names, args.max_new_tokens)
-        ids, mask = model.roll_out(student, prompt, args.max_new_tokens, args.temperature, uniforms)
+        return *data.pad_rows(responses, student.pad_id, student.device), None
+    prompt = model.encode_audio(student, batch, args.micro_batch)
+    names = [u.id for u in batch.utterances]
+    uniforms = data.keyed_uniforms(args.seed, step, names, args.max_new_tokens)
+    ids, mask = model.roll_out(student, prompt, args.max_new_tokens, args.temperature, uniforms)
     return ids, mask, prompt.frames if args.freeze else None
 
 

@@ -234,7 +234,7 @@ def transcribe_set(asr, name, utterances, done, file, args, rank, world) -> None
     batches = []
     for start in range(0, len(order), args.batch):
         missing = [i for i in order[start:start + args.batch]
-                   if (name, utterances[i].id) not in done]
+                   if not done or (name, utterances[i].id) not in done]
         if missing:
             batches.append(missing)
     bar = data.progress(len(order), name, "clip", rank, len(order) - sum(map(len, batches)))
