@@ -69,7 +69,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -111,8 +110,6 @@ def parse_args(argv=None):
     add("--micro_batch", type=at_least(1), default=16, help="clips per pass: affects only memory")
     add("--lr", type=at_least(0.0), default=1e-3, help="peak learning rate")
     add("--warmup", type=at_least(0), default=20, help="updates of linear warm-up")
-    add("--weight_decay", type=at_least(0.0), default=0.01, help="AdamW's, on matrices")
-    add("--clip", type=at_least(1e-9), default=1.0, help="largest gradient norm")
     add("--freeze", choices=["encoder"], help="train adapter and LM alone")
     add("--recompute", action="store_true", help="less memory, more time: activations made twice")
     # bookkeeping
@@ -204,19 +201,16 @@ def token_divergence(z_s, z_t, y, divergence, support, top_k, tau):
 
     tau^2: the gradient of logits divided by tau shrinks by 1 / tau twice over (Hinton et al. 2015,
     section 2). Ids outside the support get no gradient: mass that the student wastes there is never
-    pulled back, and with k = 1 and equal argmax the loss is 0. Raises ValueError for other names.
+    pulled back, and with k = 1 and equal argmax the loss is 0.
     """
-    if divergence not in ("reverse", "forward") or support not in ("full", "union", "sampled"):
-        raise ValueError(f"no such divergence or support: {divergence!r}, {support!r}")
     if support == "sampled":
-        if (divergence, tau) != ("reverse", 1.0):
-            raise ValueError("support 'sampled' estimates reverse KL at tau = 1")
+        assert (divergence, tau) == ("reverse", 1.0), "that is what it estimates"
         return sampled_kl(z_s, z_t, y)
     if support == "union":  # which ids are compared is a choice: there is nothing to differentiate
         outside = ~union_support(z_s.detach(), z_t, top_k)                  # (n, V)
         z_s = z_s.masked_fill(outside, -math.inf)
         z_t = z_t.masked_fill(outside, -math.inf)
-    kl = reverse_kl if divergence == "reverse" else forward_kl
+    kl = {"reverse": reverse_kl, "forward": forward_kl}[divergence]
     return tau ** 2 * kl(z_s / tau, z_t / tau)
 
 
@@ -247,48 +241,6 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, 
         grad_rows[i:i + chunk] = leaf.grad
         loss += chunk_loss.detach()
     return loss, grad_rows
-
-
-# ------------------------------------------------------------------------------ the same in sft.py
-
-def sum_gradients(parameters):
-    """The gradient of every rank's share -> that of the whole step, on every rank.
-
-    Each loss was divided by the N of the whole step, so a sum is all that is left to do. This takes
-    DistributedDataParallel's place: that averages over ranks, so that a token's weight depends on
-    where it landed, and it needs the same number of backwards on every rank.
-    """
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)  # a rank without a token adds nothing, and takes part
-    if dist.is_initialized():
-        gradients = [p.grad for p in parameters]
-        for i in range(0, len(gradients), 64):  # flat: a collective per tensor took 6 times as long
-            bucket = gradients[i:i + 64]
-            flat = nn.utils.parameters_to_vector(bucket)
-            dist.all_reduce(flat)
-            nn.utils.vector_to_parameters(flat, bucket)
-
-
-def learning_rate(step, args) -> float:
-    """Linear warm-up over --warmup steps, then a cosine down to zero at --steps."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(parameters, args):
-    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases.
-
-    fused on a GPU: otherwise a step would hold another 4 bytes per parameter for a moment.
-    """
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    fused = parameters[0].is_cuda or None
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=fused)
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -336,8 +288,8 @@ def main(args):
                        top_k=args.top_k, tau=args.tau)
     trained = model.trainable(student, args.freeze, args.recompute)
     parameters = list(trained.values())
-    optimizer = make_optimizer(parameters, args)
-    run = model.Run(args, student, trained, optimizer, state, rank)
+    optimizer = model.make_optimizer(parameters, args.lr)
+    run = model.Run(args, student, trained, optimizer, dev, state, rank)
     plan = data.Plan(len(pool), args.batch, args.seed)
     share = data.Steps(pool, plan, rank, world, (student.n_mels, teacher.n_mels))
     batches = iter(data.loader(share, range(run.start, args.steps), args.workers))
@@ -347,10 +299,7 @@ def main(args):
               f"{len(pool)} clips, {plan.steps_per_epoch} steps per epoch, {args.batch} clips per "
               f"step over {world} process(es) on {device}", flush=True)
 
-    for step in range(run.start, args.steps + 1):
-        run.evaluate(dev, step)  # the weights after `step` updates
-        if step == args.steps:
-            break
+    for step in range(run.start, args.steps):
         began = time.time()
         batch = next(batches)
         run.count_rejected(batch)
@@ -400,18 +349,18 @@ def main(args):
             hidden_s.backward(grad_rows)
             loss += part_loss
 
-        # ---- (5) update
-        sum_gradients(parameters)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip).item()
+        # ---- (5) update    one AdamW step on the gradient of the whole step, of norm 1 at most
+        model.sum_gradients(parameters)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if not math.isfinite(grad_norm):
             names = [pool[i].id for i in plan[step]]
             raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {names}")
-        lr = learning_rate(step, args)
+        lr = model.learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if totals["tokens"]:  # without a token there is no gradient, and AdamW would still decay
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         # ---- bookkeeping
         # A sum (N times the mean), so the log's mean over several steps weighs all tokens equally.
@@ -426,10 +375,11 @@ def main(args):
                 "truncated": sums["truncated"] / n_clips, "empty": sums["empty"] / n_clips,
                 "not_scored": int(sums["not_scored"]), "rejected": int(sums["rejected"]),
                 "audio_per_sec": sums["audio_sec"] / sums["seconds"]})
-        run.save_state(step + 1, dev)
+        run.evaluate(step + 1)
+        run.save_state(step + 1)
         if run.stopping:
             break
-    run.close(dev)
+    run.close()
 
 
 # --------------------------------------------------------------------------------------- the demo
@@ -438,19 +388,23 @@ SYSTEMS = ("base", "more", "opd", "td", "td_opd", "teacher")
 
 
 def demo(args):
-    """The paper's experiment in miniature: every stage that is not done yet under --out (default
-    runs/demo), each as the command that a reader could type; then Table 1 and Table 2."""
+    """The paper's experiment in miniature: `demo_commands`, each unless it is done already in --out
+    (default runs/demo); then Table 1 and Table 2."""
     if int(os.environ.get("RANK", 0)) > 0:
         return  # rank 0 starts every stage, with as many processes as this one was started with
     root = Path(args.out or "runs/demo")
-    data.check_writable(root / "result.json", root / "result.png")
     root.mkdir(parents=True, exist_ok=True)
-    seconds = {}
+    note = root / "stages.json"  # {stage: its command and seconds}, of those that are done
+    done = data.read_json(note) if note.exists() else {}
     for name, command in demo_commands(args, root).items():
-        seconds[name] = run_stage(root, name, command)
-    print("seconds: " + "  ".join(f"{name} {s:.0f}" for name, s in seconds.items())
-          + f"  all {sum(seconds.values()):.0f}")
-    write_result(root, seconds)
+        print(f"\n$ {command}", flush=True)
+        if name not in done:
+            done[name] = [command, run_stage(command)]
+            data.write_json(note, done)
+        if done[name][0] != command:
+            raise SystemExit(f"{root / name} was made by another command: {done[name][0]}\n"
+                             "Remove the demo's folder, or choose another --out.")
+    write_result(root, {name: seconds for name, (_, seconds) in done.items()})
 
 
 def demo_commands(args, root) -> dict[str, str]:
@@ -499,19 +453,8 @@ def demo_commands(args, root) -> dict[str, str]:
     return commands
 
 
-def run_stage(root, name, command) -> float:
-    """Prints a command and runs it, unless stages.json says that it is done -> seconds it took."""
-    print(f"\n$ {command}", flush=True)
-    note = root / "stages.json"
-    stages = data.read_json(note) if note.exists() else {}
-    stage = stages.setdefault(name, {"command": command, "seconds": 0.0, "done": False})
-    if stage["command"] != command:
-        raise SystemExit(f"{root / name} was made by another command: {stage['command']}\n"
-                         "Remove the demo's folder, or choose another --out.")
-    if stage["done"]:
-        print(f"  done before, in {stage['seconds']:.0f} s")
-        return stage["seconds"]
-    data.write_json(note, stages)
+def run_stage(command) -> float:
+    """Runs a command of the demo -> seconds. Exits if it fails."""
     program, *words = shlex.split(command)
     launcher = ["-m", "torch.distributed.run"] if program == "torchrun" else []
     words = [str(Path(__file__).parent / word) if word.endswith(".py") else word for word in words]
@@ -520,12 +463,9 @@ def run_stage(root, name, command) -> float:
     environment["OMP_NUM_THREADS"] = "1"  # what torchrun sets too, with a warning
     began = time.time()
     code = subprocess.run([sys.executable, *launcher, *words], env=environment).returncode
-    stage["seconds"] += time.time() - began
-    stage["done"] = code == 0
-    data.write_json(note, stages)
     if code:
         raise SystemExit(f"the command above ended with exit code {code}")
-    return stage["seconds"]
+    return time.time() - began
 
 
 def write_result(root, seconds) -> None:
@@ -545,7 +485,7 @@ def write_result(root, seconds) -> None:
             result[system] |= {name: e["mean"], f"{name}_interval": [e["low"], e["high"]]}
     data.write_json(root / "result.json", result)
     shutil.copy(root / "compare" / "compare.png", root / "result.png")
-    print(f"{root}/result.json  {root}/result.png")
+    print(f"{root}/result.json  {root}/result.png  {sum(seconds.values()):.0f} s")
 
 
 if __name__ == "__main__":

@@ -1038,7 +1038,7 @@ def save(asr: ASR, path) -> None:
     temporary.rmdir()
 
 
-# ---------------------------------------------------------------------- a run: processes and state
+# ------------------------------------------------------------- a run: processes, update and state
 
 def setup(args):
     """Joins the processes that torchrun started, if any -> rank, world, device."""
@@ -1094,25 +1094,68 @@ def trainable(asr: ASR, freeze=None, recompute=False) -> dict[str, nn.Parameter]
     return {name: p for name, p in asr.net.named_parameters() if p.requires_grad}
 
 
-def find_state(args) -> Path | None:
-    """OUT/state/step-N to go on from: None without --resume, or if there is none yet.
+def make_optimizer(parameters, lr):
+    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases.
 
-    Raises FileExistsError if --out holds an earlier run and --resume is not given.
+    fused on a GPU: otherwise a step would hold another 4 bytes per parameter for a moment.
     """
-    out = Path(args.out)
-    data.check_writable(out / "metrics.jsonl", out / "model.safetensors")
-    if not args.resume and any((out / name).exists() for name in ("metrics.jsonl", "state")):
-        raise FileExistsError(f"{out} holds an earlier run: continue it with --resume, "
-                              "or choose another --out")
-    states = [p for p in out.glob("state/step-*") if re.fullmatch(r"step-\d+", p.name)]
-    if not states and (out / "config.json").exists():
-        raise FileExistsError(f"{out} holds a checkpoint, which would be written over: "
-                              "choose another --out")
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    fused = parameters[0].is_cuda or None
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=fused)
+
+
+def learning_rate(step, args) -> float:
+    """Linear warm-up over --warmup steps, then a cosine down to zero at --steps."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def sum_gradients(parameters) -> None:
+    """The gradient of every rank's share -> that of the whole step, on every rank.
+
+    Each loss was divided by the N of the whole step, so a sum is all that is left to do. This takes
+    DistributedDataParallel's place: that averages over ranks, so that a token's weight depends on
+    where it landed, and it needs the same number of backwards on every rank.
+    """
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)  # a rank without a token adds nothing, and takes part
     if dist.is_initialized():
-        dist.barrier()  # every rank has looked before one of them writes
-    return max(states, default=None)
+        gradients = [p.grad for p in parameters]
+        for i in range(0, len(gradients), 64):  # flat: a collective per tensor took 6 times as long
+            bucket = gradients[i:i + 64]
+            flat = nn.utils.parameters_to_vector(bucket)
+            dist.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat, bucket)
 
 
+def find_state(args) -> Path | None:
+    """OUT/state/step-N to go on from, as rank 0 finds it: None without --resume, or if there is none.
+
+    Raises FileExistsError if --out holds a checkpoint, or an earlier run without --resume.
+    """
+    found = [None]
+    if int(os.environ.get("RANK", 0)) == 0:
+        out = Path(args.out)
+        data.check_writable(out / "metrics.jsonl", out / "model.safetensors")
+        is_run = (out / "metrics.jsonl").exists()
+        if is_run and not args.resume:
+            raise FileExistsError(f"{out} holds an earlier run: continue it with --resume, "
+                                  "or choose another --out")
+        if (out / "config.json").exists() and not is_run:
+            raise FileExistsError(f"{out} holds a checkpoint, which would be written over: "
+                                  "choose another --out")
+        found = [max(out.glob("state/step-*"), default=None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+@dataclass
 class Run:
     """What a training run keeps between its steps: sums for the log, the best dev error, its state.
 
@@ -1121,55 +1164,47 @@ class Run:
     There is no position in the data and no state of a random generator to keep: every draw and
     every batch is a function of (seed, step).
     """
+    args: object                       # the flags
+    asr: ASR                           # the student
+    trained: dict[str, nn.Parameter]   # see `trainable`
+    optimizer: torch.optim.Optimizer
+    dev: dict[str, data.Manifest]      # see `read_dev`
+    state: Path | None                 # see `find_state`
+    rank: int
 
-    def __init__(self, args, asr, trained, optimizer, state, rank):
-        self.args, self.asr, self.trained, self.optimizer = args, asr, trained, optimizer
-        self.out, self.rank = Path(args.out), rank
-        kept = self.restore(state) if state else {}
-        self.start = kept.get("step", 0)        # updates made before this process began
-        best = kept.get("best")                 # null in the file while unknown
-        self.best = math.inf if best is None else best  # dev error, %
-        self.sums = Counter(kept.get("sums"))   # since the last record
-        self.tokens = kept.get("tokens", 0)     # trained on so far
-        self.rejected = {}                      # reason: clips of this rank, message of the first
-        self.stopping = False
+    def __post_init__(self):
+        self.out = Path(self.args.out)
+        self.metrics = self.out / "metrics.jsonl"
+        kept = {"step": 0, "best": None, "tokens": 0, "sums": {}, "metrics_bytes": 0, "flags": {}}
+        if self.state:
+            kept = self.restore()
+        self.start = kept["step"]          # updates made before this process began
+        self.best = kept["best"]           # lowest dev error, %; None while unknown
+        self.tokens = kept["tokens"]       # trained on so far
+        self.sums = Counter(kept["sums"])  # since the last record
+        self.rejected = Counter()          # reason: clips of this rank
         self.signals = []
         signal.signal(signal.SIGTERM, lambda *_: self.signals.append("SIGTERM"))
-        self.out.mkdir(parents=True, exist_ok=True)
-        if self.start > args.steps:
-            raise ValueError(f"{state}: {self.start} updates are made, --steps says {args.steps}")
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if all_sum({"step": self.start}, asr.device)["step"] != world * self.start:
-            raise RuntimeError(f"ranks find different steps in {self.out}/state; this one is at "
-                               f"{self.start}. Do all nodes share --out?")
-        # What was logged after the restored step is about to be made again; so is its evaluation,
-        # unless it was that of a shorter run's end.
-        again = self.is_due(self.start, args.eval_every)
-        rows = [r for r in self.records() if r["step"] < self.start
-                or (r["step"] == self.start and ("loss" in r or not again))]
-        errors = [r["dev_error"] for r in rows if r.get("dev_error") is not None]
-        self.best = min([self.best, *errors])
-        if dist.is_initialized():
-            dist.barrier()  # every rank has read before rank 0 writes
-        if rank == 0:
-            data.write_jsonl(self.out / "metrics.jsonl", rows)
-            for name, before in kept.get("flags", {}).items():
-                now = vars(args).get(name)
-                if before != now and name not in ("resume", "out", "device", "workers"):
+        self.stopping = False              # some rank has a signal
+        if self.start > self.args.steps:
+            raise ValueError(f"{self.state}: {self.start} updates are made, "
+                             f"--steps says {self.args.steps}")
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with self.metrics.open("ab") as file:  # what was logged after that state comes again
+                file.truncate(min(file.tell(), kept["metrics_bytes"]))
+            for name, before in kept["flags"].items():
+                now = vars(self.args).get(name)
+                if now != before and name != "resume":
                     print(f"resumed with another --{name} than before: {before} -> {now}")
-        self.bar = data.progress(args.steps, self.out.name, "step", rank, self.start)
-
-    def records(self) -> list[dict]:
-        """What metrics.jsonl holds; a killed run may leave half a line at its end."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
+        self.bar = data.progress(self.args.steps, self.out.name, "step", self.rank, self.start)
 
     def count_rejected(self, batch: data.Batch) -> None:
-        """Counts by reason what the loader left out of a batch."""
+        """Counts by reason what the loader left out of a batch; prints the first of each reason."""
         for _, reason, message in batch.rejected:
-            n, first = self.rejected.get(reason, (0, message))
-            self.rejected[reason] = n + 1, first
+            if reason not in self.rejected:
+                self.bar.write(f"left out: {message}")
+            self.rejected[reason] += 1
 
     def add(self, totals: dict, seconds) -> Counter:
         """What one step counted over all ranks -> the sums since the last record."""
@@ -1185,7 +1220,7 @@ class Run:
             self.sums.clear()
         if self.rank > 0:
             return
-        with (self.out / "metrics.jsonl").open("a") as file:
+        with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
         shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()]
         self.bar.write("  ".join(shown))
@@ -1194,30 +1229,27 @@ class Run:
         """True at the last step and at every `every`-th."""
         return step == self.args.steps or step % every == 0
 
-    def evaluate(self, dev, step) -> None:
+    def evaluate(self, step) -> None:
         """Errors on the dev sets after `step` updates, if it is time; --out keeps the best mean.
 
-        While no error can be measured (None: nothing is said in the dev sets), the latest is best.
+        While no error can be measured (nothing is said in the dev sets), the latest is the best.
         """
-        if not dev or step == 0 or not self.is_due(step, self.args.eval_every):
+        if not self.dev or not self.is_due(step, self.args.eval_every):
             return
         errors = {}
-        for name, manifest in dev.items():
+        for name, manifest in self.dev.items():
             errors[f"dev_error/{name}"] = dev_error(self.asr, manifest, self.args)
         known = [error for error in errors.values() if error is not None]
         mean = sum(known) / len(known) if known else None
         self.record({"step": step, "dev_error": mean} | (errors if len(errors) > 1 else {}))
-        is_best = self.best == math.inf if mean is None else mean < self.best
-        if is_best and self.rank == 0:
-            save(self.asr, self.out)
-        if is_best and known:
+        if self.best is None or (known and mean < self.best):
             self.best = mean
+            if self.rank == 0:
+                save(self.asr, self.out)
 
-    def save_state(self, step, dev) -> None:
-        """OUT/state/step-N, if it is time, and before an evaluation; older ones then go."""
-        due = self.stopping or self.is_due(step, self.args.save_every)
-        due = due or (dev and self.is_due(step, self.args.eval_every))
-        if self.rank > 0 or not due:
+    def save_state(self, step) -> None:
+        """OUT/state/step-N, if it is time; older ones then go."""
+        if self.rank > 0 or not (self.stopping or self.is_due(step, self.args.save_every)):
             return
         tensors = {}
         stored = self.asr.net.state_dict()
@@ -1226,39 +1258,37 @@ class Run:
                 tensors[f"{name}.{key}"] = value.detach().cpu()
             if name not in stored:  # trained beside the student, thrown away at the end
                 tensors[f"{name}.value"] = p.detach().cpu()
-        kept = {"step": step, "best": self.best, "sums": self.sums, "tokens": self.tokens,
-                "flags": vars(self.args)}
-        folder = self.out / "state"
-        part = folder / "part"
+        part = self.out / "state" / "part"
         shutil.rmtree(part, ignore_errors=True)
         save(self.asr, part)
         save_file(tensors, part / "training.safetensors")
-        data.write_json(part / "training.json", kept)
-        target = folder / f"step-{step:07d}"
+        data.write_json(part / "training.json", {
+            "step": step, "best": self.best, "tokens": self.tokens, "sums": self.sums,
+            "metrics_bytes": self.metrics.stat().st_size, "flags": vars(self.args)})
+        target = self.out / "state" / f"step-{step:07d}"
         shutil.rmtree(target, ignore_errors=True)
         os.rename(part, target)
-        for old in folder.glob("step-*"):
+        for old in target.parent.glob("step-*"):
             if old != target:
                 shutil.rmtree(old)
 
     @torch.no_grad()
-    def restore(self, state) -> dict:
+    def restore(self) -> dict:
         """AdamW's moments, and what is trained beside the student -> what training.json holds."""
-        tensors = load_file(state / "training.safetensors")
-        stored = self.asr.net.state_dict()
+        tensors = load_file(self.state / "training.safetensors")
         names = {name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")}
         if names and names != self.trained.keys():
-            raise ValueError(f"{state}: moments of {len(names)} weights, {len(self.trained)} are "
-                             "trained: another --freeze or --ctc?")
+            raise ValueError(f"{self.state}: moments of {len(names)} weights, {len(self.trained)} "
+                             "are trained: another --freeze or --ctc?")
         for name, p in self.trained.items():
-            if name not in stored:
-                p.copy_(tensors.pop(f"{name}.value"))
+            if f"{name}.value" in tensors:
+                p.copy_(tensors[f"{name}.value"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{name}.{key}" in tensors:
                     self.optimizer.state[p][key] = tensors[f"{name}.{key}"].to(p.device)
-        return data.read_json(state / "training.json")
+        return data.read_json(self.state / "training.json")
 
-    def close(self, dev) -> None:
+    def close(self) -> None:
         """The last weights where there is no dev set, metrics.png, and what was left out and why.
 
         Raises ValueError if no clip could be used. Exits 143 after SIGTERM, as a shell reports it:
@@ -1266,15 +1296,14 @@ class Run:
         """
         self.bar.close()
         if self.rank == 0:
-            if not dev:
+            if not self.dev:
                 save(self.asr, self.out)
-            draw_metrics(self.records(), self.out / "metrics.png")
-        for reason, (n, first) in self.rejected.items():
-            print(f"rank {self.rank}: {n} clips rejected: {reason} (first: {first})")
+            draw_metrics(self.metrics, self.out / "metrics.png")
+        for reason, n in self.rejected.items():
+            print(f"rank {self.rank}: {n} clips left out: {reason}")
         finish()
         if not self.tokens:
-            reasons = [first for _, first in self.rejected.values()] or ["no token could be scored"]
-            raise ValueError(f"nothing could be trained on; first: {reasons[0]}")
+            raise ValueError(f"{self.args.data}: nothing could be trained on, see above")
         if self.stopping:
             raise SystemExit(143)
 
@@ -1308,25 +1337,19 @@ def dev_error(asr, manifest, args) -> float | None:
     return 100 * sums["errors"] / sums["units"] if sums["units"] else None
 
 
-PANELS = {"loss": ["loss", "ctc"], "dev error, %": ["dev_error"],
-          "share of rollouts": ["truncated", "empty"]}
-
-
-def draw_metrics(records, path) -> None:
-    """Records of metrics.jsonl -> a picture: what PANELS lists and the run logged, over steps."""
+def draw_metrics(metrics, path) -> None:
+    """metrics.jsonl -> a picture: a panel over steps for each of these columns that it has."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    logged = {key for record in records for key in record}
-    panels = {title: keys for title, keys in PANELS.items() if logged & set(keys)}
-    width = max(1, len(panels))
-    figure, axes = pyplot.subplots(1, width, figsize=(3.6 * width, 3), layout="constrained",
-                                   squeeze=False)
-    for axis, (title, keys) in zip(axes[0], panels.items()):
-        for key in keys:
-            steps = [r["step"] for r in records if key in r]
-            axis.plot(steps, [r[key] for r in records if key in r], ".-", label=key)
-        axis.set(title=title, xlabel="step", ylim=(0, None))
-        axis.legend(frameon=False)
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    logged = set().union(*records)
+    names = [name for name in "loss ctc dev_error truncated empty".split() if name in logged]
+    figure, axes = pyplot.subplots(1, max(1, len(names)), figsize=(3.6 * max(1, len(names)), 3),
+                                   layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names):
+        known = [record for record in records if name in record]
+        axis.plot([r["step"] for r in known], [r[name] for r in known], ".-")
+        axis.set(title=name, xlabel="step", ylim=(0, None))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -33,7 +33,6 @@ import math
 import time
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import AddedToken
@@ -74,8 +73,6 @@ def parse_args(argv=None):
     add("--micro_batch", type=at_least(1), default=16, help="clips per pass: affects only memory")
     add("--lr", type=at_least(0.0), default=3e-3, help="peak learning rate")
     add("--warmup", type=at_least(0), default=100, help="updates of linear warm-up")
-    add("--weight_decay", type=at_least(0.0), default=0.01, help="AdamW's, on matrices")
-    add("--clip", type=at_least(1e-9), default=1.0, help="largest gradient norm")
     add("--freeze", choices=["encoder"], help="train adapter and LM alone")
     add("--recompute", action="store_true", help="less memory, more time: activations made twice")
     add("--ctc", type=at_least(0.0), help="weight of the CTC loss (1 with --init random, else 0)")
@@ -133,48 +130,6 @@ def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
     return loss, n_skipped
 
 
-# -------------------------------------------------------------------------- the same in distill.py
-
-def sum_gradients(parameters):
-    """The gradient of every rank's share -> that of the whole step, on every rank.
-
-    Each loss was divided by the N of the whole step, so a sum is all that is left to do. This takes
-    DistributedDataParallel's place: that averages over ranks, so that a token's weight depends on
-    where it landed, and it needs the same number of backwards on every rank.
-    """
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)  # a rank without a token adds nothing, and takes part
-    if dist.is_initialized():
-        gradients = [p.grad for p in parameters]
-        for i in range(0, len(gradients), 64):  # flat: a collective per tensor took 6 times as long
-            bucket = gradients[i:i + 64]
-            flat = nn.utils.parameters_to_vector(bucket)
-            dist.all_reduce(flat)
-            nn.utils.vector_to_parameters(flat, bucket)
-
-
-def learning_rate(step, args) -> float:
-    """Linear warm-up over --warmup steps, then a cosine down to zero at --steps."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(parameters, args):
-    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases.
-
-    fused on a GPU: otherwise a step would hold another 4 bytes per parameter for a moment.
-    """
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    fused = parameters[0].is_cuda or None
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=fused)
-
-
 # --------------------------------------------------------------------------------------- the loop
 
 @record  # torchrun then shows what stopped a process, at the end
@@ -192,8 +147,8 @@ def main(args):
         ctc_head = nn.Linear(student.head.in_features, student.head.out_features + 1).to(device)
         trained |= {f"ctc_head.{name}": p for name, p in ctc_head.named_parameters()}
     parameters = list(trained.values())
-    optimizer = make_optimizer(parameters, args)
-    run = model.Run(args, student, trained, optimizer, state, rank)
+    optimizer = model.make_optimizer(parameters, args.lr)
+    run = model.Run(args, student, trained, optimizer, dev, state, rank)
     plan = data.Plan(len(train), args.batch, args.seed)
     share = data.Steps(train, plan, rank, world, (student.n_mels,))
     batches = iter(data.loader(share, range(run.start, args.steps), args.workers))
@@ -202,10 +157,7 @@ def main(args):
         print(f"{size:,} parameters; {len(train)} clips, {plan.steps_per_epoch} steps per epoch, "
               f"{args.batch} clips per step over {world} process(es) on {device}", flush=True)
 
-    for step in range(run.start, args.steps + 1):
-        run.evaluate(dev, step)  # the weights after `step` updates
-        if step == args.steps:
-            break
+    for step in range(run.start, args.steps):
         began = time.time()
         batch = next(batches)
         run.count_rejected(batch)
@@ -238,18 +190,18 @@ def main(args):
                 sums["ctc_skipped"] += skipped
             (loss / N).backward()
 
-        # ---- update
-        sum_gradients(parameters)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip).item()
+        # ---- update      one AdamW step on the gradient of the whole step, of norm 1 at most
+        model.sum_gradients(parameters)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if not math.isfinite(grad_norm):
             names = [train[i].id for i in plan[step]]
             raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {names}")
-        lr = learning_rate(step, args)
+        lr = model.learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if totals["tokens"]:  # without a token there is no gradient, and AdamW would still decay
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         # ---- bookkeeping
         sums = run.add(totals | model.all_sum(sums, device), time.time() - began)
@@ -262,10 +214,11 @@ def main(args):
             line |= {"rejected": int(sums["rejected"]),
                      "audio_per_sec": sums["audio_sec"] / sums["seconds"]}
             run.record(line)
-        run.save_state(step + 1, dev)
+        run.evaluate(step + 1)
+        run.save_state(step + 1)
         if run.stopping:
             break
-    run.close(dev)
+    run.close()
 
 
 # --------------------------------------------------------------------- where a student comes from

@@ -53,7 +53,7 @@ def run(folder, way, steps, device):
     torch.set_num_threads(1)
     ends = []
 
-    def note(self, step, dev):
+    def note(self, step):
         ends.append(time.perf_counter())
 
     model.Run.save_state = note

@@ -5,7 +5,6 @@
 
 import argparse
 import ast
-import inspect
 import json
 import os
 import re
@@ -32,12 +31,6 @@ every_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
 # ------------------------------------------------------------------------------------------- files
-
-@pytest.mark.parametrize("function", ["sum_gradients", "learning_rate", "make_optimizer"])
-def test_what_both_training_scripts_show_is_the_same_to_the_byte(function):
-    ours = inspect.getsource(getattr(sft, function))
-    assert ours == inspect.getsource(getattr(distill, function))
-
 
 @pytest.mark.parametrize("name", SOURCE)
 def test_no_file_imports_a_script(name):
@@ -98,8 +91,8 @@ ENOUGH = {  # flags that let a command be parsed
     "sft": "--student s --data d --out o", "distill": "--student s --teacher t --data d --out o",
     "evaluate": "--model s --data d --out o --as_manifest m",
     "overlap": "--student s --teacher t --data d --out o", "data": "demo"}
-REFUSED = dict.fromkeys(["clip", "tau"], "0 -1 nan inf x")
-REFUSED |= dict.fromkeys(["lr", "temperature", "weight_decay", "ctc"], "-1 -0.1 nan inf")
+REFUSED = dict.fromkeys(["tau"], "0 -1 nan inf x")
+REFUSED |= dict.fromkeys(["lr", "temperature", "ctc"], "-1 -0.1 nan inf")
 REFUSED |= dict.fromkeys(["seed", "warmup", "workers"], "-1 0.5 x")
 
 
@@ -114,7 +107,7 @@ def test_values_out_of_range_are_refused(name, capsys):
             with pytest.raises(SystemExit):
                 parse([*line, f"--{flag}={value}"])
             assert f"--{flag}" in capsys.readouterr().err
-    for flag in {"lr", "temperature", "weight_decay", "ctc"} & set(numbers):
+    for flag in {"lr", "temperature", "ctc"} & set(numbers):
         assert getattr(parse([*line, f"--{flag}", "0.25"]), flag) == 0.25
         assert getattr(parse([*line, f"--{flag}", "0"]), flag) == 0
 
@@ -300,8 +293,7 @@ def test_the_demo_runs_every_stage_once_and_goes_on_where_it_was_stopped(
     recorder.fail = None
     demo(root)
     assert recorder.stages(root) == STAGES[2:]
-    stages = data.read_json(root / "stages.json")
-    assert (stages["data"]["seconds"], stages["base"]["seconds"]) == (1, 2)  # base ran twice
+    assert data.read_json(root / "stages.json")["data"][1] == 1  # seconds
     demo(root)
     assert recorder.calls == []
     with pytest.raises(SystemExit, match="another command"):  # what other flags made stays

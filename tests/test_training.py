@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ OWN = {"sft": {"ctc": 0.3}, "distill": {"max_new_tokens": 8}}
 def as_before(monkeypatch):
     """Runs install a handler for SIGTERM and draw a picture that takes as long as they do."""
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(model, "draw_metrics", lambda records, path: None)
+    monkeypatch.setattr(model, "draw_metrics", lambda metrics, path: None)
     yield
     signal.signal(signal.SIGTERM, before)
 
@@ -113,9 +112,9 @@ BRIEF = ["it", "put", "the", "", "hide it"]  # of unequal length; CTC finds room
 
 def first_step(script, *places, monkeypatch, **changes):
     """-> the record of one step, {name: gradient of the whole step}. Nothing is saved."""
-    module, found = MODULES[script], {}
+    found = {}
 
-    def keep(parameters, sum_gradients=module.sum_gradients):
+    def keep(parameters, sum_gradients=model.sum_gradients):
         sum_gradients(parameters)
         found.update((id(p), p.grad.clone()) for p in parameters)
 
@@ -125,7 +124,7 @@ def first_step(script, *places, monkeypatch, **changes):
 
     names = {}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sum_gradients", keep)
+        patch.setattr(model, "sum_gradients", keep)
         patch.setattr(model, "trainable", keep_names)
         patch.setattr(model, "save", lambda asr, path: None)
         patch.setattr(model.Run, "save_state", lambda *_: None)
@@ -275,7 +274,7 @@ def test_the_ctc_loss_adds_its_weight_to_the_gradient(corpus, checkpoints, tmp_p
 def test_a_step_is_one_of_adamw_on_clipped_gradients(corpus, checkpoints, student, tmp_path,
                                                      monkeypatch, script):
     """The learning rate of the first of two steps of warm-up, written out; every weight moves."""
-    flags = {"data": subset(corpus, tmp_path / "pool.jsonl", 8, BRIEF), "clip": 0.5, "lr": 1e-2}
+    flags = {"data": subset(corpus, tmp_path / "pool.jsonl", 8, BRIEF), "lr": 1e-2}
     record, found = first_step(script, corpus, checkpoints, tmp_path / "a", monkeypatch=monkeypatch,
                                **flags)
     run(script, corpus, checkpoints, tmp_path / "b", steps=1, **flags)
@@ -286,7 +285,7 @@ def test_a_step_is_one_of_adamw_on_clipped_gradients(corpus, checkpoints, studen
     assert record["lr"] == 5e-3 and record["grad_norm"] > 1  # clipped
     for name, before in student.net.named_parameters():
         if name in after:
-            g = found[name] * 0.5 / record["grad_norm"]
+            g = found[name] / record["grad_norm"]
             kept = before * (1 - 5e-3 * 0.01 * (before.ndim > 1))
             expected = kept - 5e-3 * g / (g.abs() + 1e-8)
             torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-5, msg=name)
@@ -384,7 +383,7 @@ def take_place(rank, world, store):
     """What torchrun tells a process; process groups meet in a file instead of at a port."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    model.draw_metrics = lambda records, path: None
+    model.draw_metrics = lambda metrics, path: None
 
     def meet(backend, timeout):
         patience = timedelta(seconds=60)  # ranks that wait for each other are an error, no hang
@@ -418,7 +417,7 @@ def first_steps(rank, world, jobs, folder):
     not as 1e-6, and leave what this process saw in FOLDER/<job>-<rank>.pt."""
     torch.Tensor.float = torch.Tensor.double  # .float() says "at least fp32" in all of this code
     load, roll_out_share = model.load, distill.roll_out_share
-    sums = {name: module.sum_gradients for name, module in MODULES.items()}
+    sum_gradients = model.sum_gradients
 
     def load_double(name, *_):
         asr = load(name)
@@ -432,17 +431,17 @@ def first_steps(rank, world, jobs, folder):
             seen["rollouts"][u.id] = row[emitted].tolist()
         return ids, mask, frames
 
-    def keep_gradients(script, parameters):
-        sums[script](parameters)
+    def keep_gradients(parameters):
+        sum_gradients(parameters)
         seen["gradients"] = [p.grad.clone() for p in parameters]
 
     model.load, distill.roll_out_share = load_double, keep_rollouts
+    model.sum_gradients = keep_gradients
     model.save = model.Run.save_state = lambda *_: None
     for name, script, line in jobs:
         take_place(rank, world, folder / f"{name}-store")
         seen = {"rollouts": {}}
         module = MODULES[script]
-        module.sum_gradients = partial(keep_gradients, script)
         module.main(module.parse_args(line))
         torch.save(seen, folder / f"{name}-{rank}.pt")
 
@@ -516,24 +515,6 @@ def test_torchrun_makes_the_run_of_one_process(corpus, checkpoints, tmp_path):
     assert (tmp_path / "two" / "metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
-def resume_elsewhere(rank, world, line, folder):
-    """Resume a run from a folder that only this rank sees; leave the error in FOLDER/<rank>.txt."""
-    take_place(rank, world, folder / "store")
-    try:
-        sft.main(sft.parse_args([*line, "--out", str(folder / str(rank))]))
-    except RuntimeError as error:
-        (folder / f"{rank}.txt").write_text(str(error))
-
-
-@pytest.mark.xdist_group("shares")
-def test_ranks_that_find_different_steps_stop_and_say_so(corpus, checkpoints, tmp_path):
-    run("sft", corpus, checkpoints, tmp_path / "0", steps=1, batch=2)
-    line = words("sft", corpus, checkpoints, None, steps=2, batch=2, resume=True)
-    start(resume_elsewhere, line, tmp_path, world=2)
-    assert "this one is at 1" in (tmp_path / "0.txt").read_text()
-    assert "this one is at 0" in (tmp_path / "1.txt").read_text()
-
-
 # ---------------------------------------------------------------------------------- stop and resume
 
 class Killed(BaseException):
@@ -542,8 +523,8 @@ class Killed(BaseException):
 
 def kill_after_state(monkeypatch, at):
     """The run dies right after OUT/state/step-`at` was written."""
-    def save_and_die(self, step, dev, save_state=model.Run.save_state):
-        save_state(self, step, dev)
+    def save_and_die(self, step, save_state=model.Run.save_state):
+        save_state(self, step)
         if step == at:
             raise Killed
 
@@ -551,7 +532,7 @@ def kill_after_state(monkeypatch, at):
 
 
 @both
-@pytest.mark.parametrize("killed_at", [2, 3], ids=["saved, not yet evaluated", "between records"])
+@pytest.mark.parametrize("killed_at", [2, 3], ids=["evaluated", "between records"])
 def test_resume_is_bit_for_bit(corpus, checkpoints, tmp_path, monkeypatch, script, killed_at):
     flags = {"data": subset(corpus, tmp_path / "pool.jsonl", 24, BRIEF), "batch": 5, "steps": 5,
              "micro_batch": 3, "save_every": 1, "log_every": 2, "eval_every": 2,
@@ -646,14 +627,6 @@ def test_resume_with_nothing_saved_starts_anew_and_other_moments_are_refused(
         run(script, corpus, checkpoints, tmp_path / "run", steps=2, resume=True)
 
 
-def test_an_evaluation_that_fails_loses_no_step(corpus, checkpoints, tmp_path, monkeypatch):
-    flags = {"dev": corpus / "dev.jsonl", "eval_every": 2, "steps": 3, "batch": 3}
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(model, "transcribe", lambda *_: exec("raise MemoryError"))
-        run("sft", corpus, checkpoints, tmp_path / "run", **flags)
-    assert states(tmp_path / "run") == ["step-0000002"]
-
-
 # ----------------------------------------------------------------------------- what can't be used
 
 def with_bad_clip(corpus, path, n_good):
@@ -681,7 +654,7 @@ def test_a_step_without_a_clip_updates_nothing_and_a_run_without_one_says_why(
     run(script, corpus, checkpoints, tmp_path / "one", data=one, steps=2, batch=1)
     rows = metrics(tmp_path / "one", "step")
     assert sorted(row["tokens"] > 0 for row in rows) == [False, True]
-    assert "1 clips rejected: unreadable" in capsys.readouterr().out
+    assert "1 clips left out: unreadable" in capsys.readouterr().out
     empty = rows[0] if rows[0]["tokens"] == 0 else rows[1]
     assert (empty["loss"], empty["grad_norm"], empty["rejected"]) == (0, 0, 1)
     none = with_bad_clip(corpus, tmp_path / "none.jsonl", 0)
@@ -785,7 +758,7 @@ def test_out_is_the_best_on_dev_and_state_the_last(
     flags = {"batch": 3, "eval_every": 1, "save_every": 3, "max_new_tokens": 4,
              "dev": [corpus / "dev.jsonl", corpus / "other.jsonl"]}
     seen = []  # weights at every evaluation
-    errors = iter([50.0, 70.0, 20.0, 20.0, 10.0, 40.0, 40.0, 40.0, 12.0, 30.0])
+    errors = iter([50.0, 70.0, 20.0, 20.0, 10.0, 40.0, 12.0, 30.0])
 
     def scripted(asr, *_):
         seen.append({name: value.clone() for name, value in asr.net.state_dict().items()})
@@ -801,10 +774,10 @@ def test_out_is_the_best_on_dev_and_state_the_last(
     assert states(out) == ["step-0000003"] and is_seen(out / "state" / "step-0000003", 2)
     assert [row["dev_error"] for row in metrics(out, "dev_error")] == [60.0, 20.0, 25.0]
     assert metrics(out, "dev_error")[0]["dev_error/other"] == 70.0
-    # The restored weights are evaluated once more (40); then 21 is better than 25, not than 20.
+    # The state knows the best: 21 is better than 25, not than 20.
     run(script, corpus, checkpoints, out, steps=4, resume=True, **flags)
-    assert is_seen(out, 1) and is_seen(out / "state" / "step-0000004", 4)
-    assert [row["dev_error"] for row in metrics(out, "dev_error")] == [60.0, 20.0, 40.0, 21.0]
+    assert is_seen(out, 1) and is_seen(out / "state" / "step-0000004", 3)
+    assert [row["dev_error"] for row in metrics(out, "dev_error")] == [60.0, 20.0, 25.0, 21.0]
 
 
 def test_dev_error_is_the_pooled_rate_of_greedy_transcripts(corpus, student, monkeypatch):
