@@ -256,7 +256,10 @@ def student_from_parts(encoder, lm, device="cpu") -> model.ASR:
             tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)])
     n_rows = max(net.config.vocab_size, model.round_up(len(tokenizer), 64))
     net.resize_token_embeddings(n_rows, mean_resizing=False)
-    draw_new_rows(net, n_text)
+    with torch.no_grad():  # rows that mean no token yet: the mean of the others, with their spread
+        table = net.get_input_embeddings().weight                               # (V, width)
+        noise = torch.randn_like(table[n_text:])
+        table[n_text:] = table[:n_text].mean(0) + table[:n_text].std(0) * noise
 
     whisper_keys, weights = read_encoder(encoder)
     lm_keys = net.config.to_dict()
@@ -268,18 +271,6 @@ def student_from_parts(encoder, lm, device="cpu") -> model.ASR:
     if wrong:
         raise ValueError(f"{encoder}: missing or unexpected weights of its encoder: {wrong[:5]}")
     return model.assemble(student, tokenizer, device)
-
-
-@torch.no_grad()
-def draw_new_rows(net, n_text) -> None:
-    """Embeddings from row n_text on mean no token yet: they start at the mean of the others, with
-    their spread; those of an untied head at the mean."""
-    table = net.get_input_embeddings().weight                      # (V, width)
-    head = net.get_output_embeddings().weight                      # (V, width)
-    new = table[n_text:]
-    if head is not table:
-        head[n_text:] = head[:n_text].mean(0)
-    new.copy_(table[:n_text].mean(0) + table[:n_text].std(0) * torch.randn_like(new))
 
 
 def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -673,8 +673,6 @@ def test_a_text_lm_goes_on_as_it_was_with_new_tokens(parts, lm_tokenizer, tmp_pa
     assert asr.head.weight.shape == table.shape == (n_rows, 24)
     spread = table[n_old:].std(0) / table[:n_old].std(0)
     assert spread.log().abs().max() < 1.2 and len(table[n_old:].unique(dim=0)) == n_rows - n_old
-    close(asr.head.weight[n_old:].mean(0), table[n_old:].mean(0) if is_tied(asr)
-          else asr.head.weight[:n_old].mean(0))
     assert ids_where(asr.stop) == [asr.eos_id] == [old["<|im_end|>"]]
     model.save(asr, tmp_path / "saved")
     assert same_weights(model.load(tmp_path / "saved").net, asr.net)
