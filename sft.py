@@ -110,24 +110,16 @@ def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
     """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class V.
 
     audio (B, A, width), of which n_audio (B,) are each row's; responses: lists of ids -> sum of
-    -log p () nats over the clips whose tokens fit their frames; how many are left out.
+    -log p () nats over the clips whose tokens fit their frames; how many do not, and count as 0.
     """
-    labels = []
-    fits = torch.zeros(len(responses), dtype=torch.bool)
-    for i, response in enumerate(responses):
-        row = torch.tensor([token for token in response if token != eos_id], dtype=torch.long)
-        n_needed = len(row) + int((row[1:] == row[:-1]).sum())  # a repeat needs a blank between
-        fits[i] = n_needed <= int(n_audio[i])  # 0 where nothing is said: blanks alone
-        if fits[i]:
-            labels.append(row)
-    n_skipped = len(responses) - len(labels)
-    if not labels:
-        return audio.sum() * 0.0, n_skipped
-    logp = ctc_head(audio[fits.to(audio.device)].float()).log_softmax(-1)       # (B', A, V + 1)
-    lengths = torch.tensor([len(row) for row in labels])
-    loss = F.ctc_loss(logp.transpose(0, 1), torch.cat(labels).to(audio.device), n_audio.cpu()[fits],
-                      lengths, blank=ctc_head.out_features - 1, reduction="sum")
-    return loss, n_skipped
+    labels = [[token for token in response if token != eos_id] for response in responses]
+    lengths = torch.tensor([len(row) for row in labels])                        # (B,)
+    targets = torch.tensor(sum(labels, []), dtype=torch.long, device=audio.device)
+    logp = ctc_head(audio.float()).log_softmax(-1)                              # (B, A, V + 1)
+    losses = F.ctc_loss(                                                        # (B,)
+        logp.transpose(0, 1), targets, n_audio.cpu(), lengths,
+        blank=ctc_head.out_features - 1, reduction="none", zero_infinity=True)
+    return losses.sum(), (losses == 0).sum()
 
 
 # --------------------------------------------------------------------------------------- the loop
