@@ -8,8 +8,12 @@ Two stages of the paper are this script:
 For every step, over all its utterances x with response y_0 ... y_{R-1} = EOS:
   L = -1/N sum_x sum_t log p_S(y_t | x, y_<t)
 N: response tokens of the step, over all ranks and micro-batches. Prompt, audio and padding are
-never targets. From random weights, an auxiliary CTC loss on the adapter's output (--ctc) makes the
-encoder listen before the LM has learnt to ignore it; real runs start from a trained encoder.
+never targets.
+
+Differs from the paper (numbers go on from data.py):
+  [dev 10] From random weights, an auxiliary CTC loss on the adapter's output (--ctc) makes the
+           encoder listen before the LM has learnt to ignore it. The paper has none: it starts, as
+           real runs do, from a trained encoder.
 
     python sft.py --init random --data train.jsonl --dev dev.jsonl --out runs/base
     torchrun --nproc_per_node 8 sft.py --student runs/base --data td.jsonl --dev dev.jsonl \\
@@ -172,7 +176,7 @@ def main(args):
             z = model.logits(hidden, student.head.weight)                       # (n, V)
             z = z.masked_fill(student.blocked, -math.inf)  # no transcript contains these: p = 0
 
-            # ---- loss        -1/N sum_t log p_S(y_t | x, y_<t), and --ctc times the CTC loss
+            # ---- loss        -1/N sum_t log p_S(y_t | x, y_<t), and --ctc times CTC's     [dev 10]
             loss = cross_entropy_sum(z, y[mask])
             sums["loss"] += loss.detach()
             if args.ctc:
@@ -199,13 +203,13 @@ def main(args):
         sums = run.add(totals | model.all_sum(sums, device), time.time() - began)
         if run.is_due(step + 1, args.log_every):
             n = max(1, sums["tokens"])
-            line = {"step": step + 1, "loss": sums["loss"] / n, "grad_norm": grad_norm, "lr": lr,
-                    "tokens": int(sums["tokens"])}
+            means = {"loss": sums["loss"] / n}
             if args.ctc:
-                line |= {"ctc": sums["ctc"] / n, "ctc_skipped": int(sums["ctc_skipped"])}
-            line |= {"rejected": int(sums["rejected"]),
-                     "audio_per_sec": sums["audio_sec"] / sums["seconds"]}
-            run.record(line)
+                means |= {"ctc": sums["ctc"] / n, "ctc_skipped": int(sums["ctc_skipped"])}
+            run.record({
+                "step": step + 1, **means, "grad_norm": grad_norm, "lr": lr,
+                "tokens": int(sums["tokens"]), "rejected": int(sums["rejected"]),
+                "audio_per_sec": sums["audio_sec"] / sums["seconds"]})
         run.evaluate(step + 1)
         run.save_state(step + 1)
         if run.stopping:
