@@ -868,23 +868,23 @@ def load(name, device="cpu", dtype=None) -> ASR:
     """
     path = find_checkpoint(name)
     keys = data.read_json(path / "config.json")
-    model_type = keys.get("model_type")
-    make_config = {"arkasr": student_config, "qwen3_asr": qwen3_asr_config}.get(model_type)
-    if make_config:
-        try:
-            config = make_config(keys)
-        except Exception as error:  # ours name the key; transformers' do too
-            raise ValueError(f"{path}/config.json: {error}") from error
-    if model_type == "arkasr":
-        net = load_net(ArkasrForConditionalGeneration, path, config, dtype or torch.float32)
-        return assemble(net, load_tokenizer(path), device, small_files(path))
-    if model_type == "qwen3_asr":
-        key_mapping = QWEN3_ASR_KEYS if "thinker_config" in keys else None
-        net = load_net(Qwen3ASRForConditionalGeneration, path, config,
-                       dtype or inference_dtype(device), key_mapping)
-        return assemble(net, load_tokenizer(path), device)
-    raise ValueError(f"{path}/config.json: model_type {model_type!r} is not known; "
-                     "expected 'arkasr' or 'qwen3_asr'")
+    if keys.get("model_type") == "arkasr":
+        net_class = ArkasrForConditionalGeneration
+        make_config = student_config
+    elif keys.get("model_type") == "qwen3_asr":
+        net_class = Qwen3ASRForConditionalGeneration
+        make_config = qwen3_asr_config
+        dtype = dtype or inference_dtype(device)
+    else:
+        raise ValueError(f"{path}/config.json: model_type {keys.get('model_type')!r} is not known; "
+                         "expected 'arkasr' or 'qwen3_asr'")
+    try:
+        config = make_config(keys)
+    except Exception as error:  # ours name the key; transformers' do too
+        raise ValueError(f"{path}/config.json: {error}") from error
+    key_mapping = QWEN3_ASR_KEYS if "thinker_config" in keys else None
+    net = load_net(net_class, path, config, dtype or torch.float32, key_mapping)
+    return assemble(net, load_tokenizer(path), device, small_files(path))
 
 
 def inference_dtype(device):
