@@ -258,7 +258,7 @@ def test_check_stops_a_teacher_that_does_not_know_the_audio(
     """On 10 of 11 clips: one has no text. What is printed is what it says it is."""
     seen, measure = [], overlap.measure
     monkeypatch.setattr(overlap, "measure", lambda *words, **more: (
-        seen.append((words[3], words[5].states)) or measure(*words, **more)))
+        seen.append((words[3], words[4].states)) or measure(*words, **more)))
     with pytest.raises(SystemExit, match="do not fit.*the teacher does not know this audio"):
         overlap.main(flags(folder, "--check"))
     (clips, rollout), (same, reference), (others, again) = seen
@@ -288,38 +288,22 @@ def test_check_stops_a_teacher_that_does_not_know_the_audio(
         assert said in table
 
 
-@pytest.mark.parametrize("margin, letters, said", [
-    (1.01, 5, "there is something to learn: it makes"), (1.01, None, "may be no better"),
-    (0.99, 5, None)])
-def test_check_says_whether_there_is_anything_to_learn(
-        folder, teacher, monkeypatch, capsys, margin, letters, said):
-    """The teacher's transcripts are made right, the student's end after some letters; references
-    are likelier by a margin."""
-    def transcribe(asr, batch, max_new_tokens):
-        end = None if torch.equal(asr.head.weight, teacher.head.weight) else letters
-        return [{"hyp": u.text[:end]} for u in batch.utterances]
+@pytest.mark.parametrize("margin", [0.99, 1.01])
+def test_check_wants_one_nat_per_token(folder, monkeypatch, capsys, margin):
+    ways = []
 
-    calls = []
+    def measure(*words):
+        ways.append(words[4].states)
+        values = np.full((3, len(overlap.STATISTICS)), margin if len(ways) == 2 else 0.0)
+        return [(values, 0) for _ in words[3]]
 
-    def measure(*words, **more):
-        calls.append(words[5].states)
-        values = np.full((3, len(overlap.STATISTICS)), margin if len(calls) == 2 else 0.0)
-        return [(values, 0) for u in words[3]]
-
-    monkeypatch.setattr(model, "transcribe", transcribe)
     monkeypatch.setattr(overlap, "measure", measure)
-    if said is None:
+    if margin < 1:
         with pytest.raises(SystemExit, match="do not fit"):
             overlap.main(flags(folder, "--check"))
         return
     overlap.main(flags(folder, "--check"))
-    table = capsys.readouterr().out
-    assert said in table
-    utterances = [u for u in data.read_manifest(folder / "set.jsonl") if u.text]
-    gained = [data.edit_counts(u.text, u.text[:letters], u.language) for u in utterances]
-    found = [float(word) for word in table.split("it makes ")[1].split(" points")[0].split(" to ")]
-    rate = 100 * sum(c.errors for c in gained) / sum(c.units for c in gained)
-    assert found[0] <= rate <= found[1] and (found == [0, 0]) == (letters is None)
+    assert "The two fit." in capsys.readouterr().out
 
 
 def test_check_wants_two_transcripts_and_ends_on_two_processes(folder, corpus, tmp_path):
