@@ -28,19 +28,20 @@ hyps.jsonl: a manifest in the order of --data, with these keys added to each lin
   failed                only where the clip could not be decoded (--keep_going): the reason
 
 summary.json
-  results: an entry per set and language ("" where lines have none), and of several one over all of
-  them (set all, language and metric pooled)
+  results: an entry per set and language ("" where lines have none); of several, also one over all
+  of them (set all, language and metric pooled)
     set, language, metric    metric is WER or CER
     rate, low, high          percent, with its interval; null where there is none
     resampled                what the interval rests on, such as "40 speakers"
     sentence_error           percent of utterances with an error
     substitutions, deletions, insertions, errors, units, utterances, set_audio_sec    sums
   clips, without_text, empty, truncated, failed    how many lines, with a text or without
-  normaliser, versions, commit, command; device, flags, and files, the bytes and time of weights and
-  manifests, or of what --rescore read    what made the numbers
+  normaliser, versions, commit, command, device, model, language, temperature, seed, max_new_tokens,
+  files (weights and manifests, or what --rescore read)    what made the numbers
 
-compare.json (--compare with --out, beside compare.png): such entries of every system, and in each
-  system, difference, difference_low, difference_high    points below the first system
+compare.json (--compare with --out, beside compare.png): such entries of every system, with
+  system
+  difference, difference_low, difference_high    points below the first system, and their interval
   p_improvement    share of resampled corpora in which it has fewer errors, ties counting half
 
 errors.html: the clips with the most errors, to read and to hear. One page that loads nothing.
@@ -195,7 +196,7 @@ def transcribe_share(asr, utterances, args, rank, world) -> None:
     if len(set(names)) < len(names):
         names = args.data
     sets = dict(zip(args.data, names))
-    done = read_parts(out).keys()
+    done = set(read_parts(out))
     order = np.argsort(utterances.durations, kind="stable").tolist()  # nan, unknown, comes last
     batches = [order[start:start + args.batch] for start in range(0, len(order), args.batch)]
     share = [batch for batch in batches[rank::world] if not done >= set(batch)]
@@ -296,12 +297,12 @@ def count_errors(row) -> dict:
 def group_scored(rows) -> dict[tuple[str, str, str], list[dict]]:
     """{(set, language, metric): its rows that have a text}; of several, also all of them pooled."""
     groups = defaultdict(list)
-    for row in rows:
-        if "text" in row:
-            language = row.get("language", "")
-            groups[row["set"], language, data.rate_name(language)].append(row)
+    scored = [row for row in rows if "text" in row]
+    for row in scored:
+        language = row.get("language", "")
+        groups[row["set"], language, data.rate_name(language)].append(row)
     if len(groups) > 1:
-        groups["all", "pooled", "pooled"] = sum(groups.values(), [])
+        groups["all", "pooled", "pooled"] = scored
     return groups
 
 
@@ -320,7 +321,7 @@ def score(rows, reference=None) -> dict:
     units = [row["units"] for row in rows]
     speakers = [row.get("speaker") for row in rows]
     entry["resampled"] = f"{len(set(speakers))} speakers"
-    if not all(speakers) or len(set(speakers)) < 2:
+    if not all(speakers) or len(set(speakers)) < 2:  # else: a speaker's clips share a voice
         speakers = None
         entry["resampled"] = f"{len(rows)} utterances"
     entry["low"], entry["high"] = data.interval(100 * data.bootstrap(errors, units, speakers))
