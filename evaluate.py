@@ -37,7 +37,7 @@ summary.json
     substitutions, deletions, insertions, errors, units, utterances, set_audio_sec    sums
   clips, without_text, empty, truncated, failed    how many lines, with a text or without
   normaliser, versions, commit, command, device, model, language, temperature, seed, max_new_tokens,
-  files (weights and manifests, or what --rescore read)    what made the numbers
+  files (when weights and manifests were written, or what --rescore read)    what made the numbers
 
 compare.json (--compare with --out, beside compare.png): such entries of every system, with
   system
@@ -134,7 +134,7 @@ def main(args):
     data.check_writable(*outputs, *filter(None, [args.as_manifest]))
     if args.rescore:
         rows = read_hyps(args.rescore)
-        facts = {"files": {args.rescore: stamp(args.rescore)}}
+        facts = {"files": {args.rescore: os.path.getmtime(args.rescore)}}
     else:
         rows, facts = transcribe(args)
         if not rows:
@@ -162,7 +162,8 @@ def transcribe(args) -> tuple[list[dict], dict]:
     weights = sorted(model.find_checkpoint(args.model).glob("*.safetensors"))
     flags = ("model", "language", "temperature", "seed", "max_new_tokens")
     made_with = {flag: getattr(args, flag) for flag in flags}
-    made_with["files"] = {str(path): stamp(path) for path in (*args.data, *weights)}
+    files = map(str, (*args.data, *weights))  # one that was written again has another time
+    made_with["files"] = {path: os.path.getmtime(path) for path in files}
     made_with["normaliser"] = data.METRIC
     note = out / "part.json"
     if rank == 0 and note.exists() and not (args.resume and data.read_json(note) == made_with):
@@ -182,7 +183,8 @@ def transcribe(args) -> tuple[list[dict], dict]:
     if len(rows) < len(utterances):
         raise ValueError(f"{out} holds {len(rows)} transcripts of {len(utterances)} clips: do all "
                          "nodes share it?")
-    return [rows[i] for i in range(len(rows))], made_with | {"device": str(device)}
+    made_with["device"] = str(device)
+    return [rows[i] for i in range(len(rows))], made_with
 
 
 def transcribe_share(asr, utterances, args, rank, world) -> None:
@@ -294,7 +296,7 @@ def count_errors(row) -> dict:
     return row | counts._asdict() | {"errors": counts.errors}
 
 
-def group_scored(rows) -> dict[tuple[str, str, str], list[dict]]:
+def group_scored(rows) -> dict[tuple, list[dict]]:
     """{(set, language, metric): its rows that have a text}; of several, also all of them pooled."""
     groups = defaultdict(list)
     scored = [row for row in rows if "text" in row]
@@ -399,9 +401,11 @@ def read_systems(paths) -> dict[str, list[dict]]:
         names = [str(path) for path in paths]
     systems = {}
     for name, path in zip(names, paths):
-        rows = [row for row in read_hyps(path) if "text" in row]
-        systems[name] = {(row["id"], row["set"], row["text"], row.get("language")): row
-                         for row in rows}
+        systems[name] = {}
+        for row in read_hyps(path):
+            if "text" in row:
+                clip = (row["id"], row["set"], row["text"], row.get("language"))
+                systems[name][clip] = row
     first = systems[names[0]]
     for name, rows in systems.items():
         odd = first.keys() ^ rows.keys()
@@ -460,12 +464,6 @@ def write_teacher_manifest(rows, path) -> None:
     write_manifest(path, kept)
     said = [f", {n} {reason} left out" for reason, n in left_out.items()]
     print(f"{path}: {len(kept)} transcripts kept", *said, sep="")
-
-
-def stamp(path) -> dict:
-    """Size and time of a file: a file that was written again has another."""
-    found = os.stat(path)
-    return {"bytes": found.st_size, "modified": str(np.datetime64(found.st_mtime_ns, "ns"))}
 
 
 def provenance() -> dict:

@@ -82,7 +82,8 @@ def parse_args(argv=None):
             parser.error(f"--check does not read --{flag}")
     if not args.check and not args.out:
         parser.error("--out is needed (only --check goes without it)")
-    if len(set(args.student)) < len(args.student) or args.check and len(args.student) > 1:
+    allowed = 1 if args.check else len(set(args.student))
+    if len(args.student) > allowed:
         parser.error("--student: each one once, and one alone for --check")
     return args
 
@@ -195,7 +196,7 @@ def measure(student, teacher, to_teacher, utterances, args, rank=0, world=1):
 
 
 @torch.no_grad()
-def measure_batch(student, teacher, to_teacher, batch, args) -> dict[str, tuple[np.ndarray, int]]:
+def measure_batch(student, teacher, to_teacher, batch, args):
     """Statistics at the states of a batch: {line: clip}, see `measure`.
 
     Raises FloatingPointError, naming the clips, where a statistic is not finite.
@@ -356,13 +357,13 @@ def check(args) -> None:
     clips = list({u.text: u for u in chosen if u.text}.values())  # each with another text
     if len(clips) < 2:
         raise ValueError(f"--check wants two different transcripts, in {', '.join(args.data)}")
-    others = [replace(u, text=v.text) for u, v in zip(clips, clips[1:] + clips[:1])]
+    others = [replace(u, text=clips[i - 1].text) for i, u in enumerate(clips)]
 
     means = []
     for lines, states in ((clips, "rollout"), (clips, "reference"), (others, "reference")):
         args.states = states
         measured = measure(student, teacher, to_teacher, lines, args)
-        values = np.concatenate([of_clip for of_clip, _ in measured])
+        values = np.concatenate([of_clip for of_clip, _ in measured])       # (states, S)
         means.append(dict(zip(STATISTICS, values.mean(0))))
     rollout, reference, other = means
     hyp_s, rate_s = decode(student, clips, args)
