@@ -264,17 +264,18 @@ def test_summary_says_how_to_do_it_again(checkpoints, manifests, whole):
 
 def test_files_are_printed(corpus, checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(model, "transcribe", lambda asr, batch, *_: [
-        {"hyp": Path(u.audio).stem, "stopped": u.audio.endswith("dev-0.wav")}
+        {"hyp": f"{Path(u.audio).stem}, {u.language}", "stopped": u.audio.endswith("dev-0.wav")}
         for u in batch.utterances])
     write_wav(tmp_path / "long.wav", sound(np.random.default_rng(0), 40.2))
     a, b, long = corpus / "dev-0.wav", corpus / "dev-1.wav", tmp_path / "long.wav"
-    flags = ["--model", checkpoints / "student", "--device", "cpu", "--audio"]
+    flags = ["--model", checkpoints / "student", "--device", "cpu", "--language", "zh", "--audio"]
     run(*flags, b, a)
-    assert capsys.readouterr().out == f"{b}: dev-1 [cut at --max_new_tokens]\n{a}: dev-0\n"
+    said = f"{a}: dev-0, zh\n"
+    assert capsys.readouterr().out == f"{b}: dev-1, zh [cut at --max_new_tokens]\n{said}"
     with pytest.raises(data.AudioError, match="long.wav: too_long"):
         run(*flags, long)
     run(*flags, long, a, "--keep_going")
-    assert capsys.readouterr().out == f"{a}: dev-0\n"
+    assert capsys.readouterr().out == said
 
 
 def test_teacher_data_is_what_fits(spoken, tmp_path, corpus, capsys):
