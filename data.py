@@ -1,14 +1,13 @@
 """What speech and text *are* in this project: manifests, audio, log-mel, batches, and the metric.
 
 In reading order:
-  1. manifest   JSON Lines, one utterance a line                   read_manifest, write_jsonl
+  1. manifest   JSON Lines, one utterance per line                 read_manifest, write_jsonl
   2. audio      file or segment -> 16 kHz mono float32             load_audio
-  3. features   Whisper's log-mel, 100 frames a second             log_mel
+  3. features   Whisper's log-mel, 100 frames per second           log_mel
   4. batches    a pure function of (seed, step): resume is free    load_batch, Plan, Steps, loader
   5. metric     normalised text, edit counts, bootstrap interval   normalize, edit_counts, bootstrap
-  6. corpora    manifests for corpora that lie on disk             python data.py NAME ROOT OUT
+  6. corpora    manifests for corpora on your disk                 python data.py NAME ROOT OUT
   7. demo       a bilingual corpus spoken by espeak-ng             python data.py demo --out DIR
-                                                                   --seed N --pool N
 NAME is librispeech, aishell1, wenetspeech or folder; ROOT holds the corpus, OUT the manifests.
 
 A line of a manifest (paths are relative to the manifest's folder):
@@ -16,7 +15,7 @@ A line of a manifest (paths are relative to the manifest's folder):
 Optional: "start" and "duration" or "end" in seconds (a segment of a longer file), "speaker", and
 "channel", from 0 (else the average of all). Read too: NeMo's audio_filepath, offset, lang, and
 open-audio-opd's begin_time, end_time (-1: whole file). Other keys are ignored. An id that is
-missing is the audio's path without its suffix, and "@" and the start of a segment.
+missing is the audio's path without its suffix, then "@" and the start if it is a segment.
 
 Differs from the paper (numbers go on from model.py):
   [dev 8] A clip under half a second is heard with silence after it, by student and teacher alike.
@@ -35,7 +34,6 @@ import random
 import re
 import reprlib
 import sys
-import tempfile
 import threading
 import unicodedata
 import warnings
@@ -43,7 +41,7 @@ import wave
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -85,10 +83,10 @@ class Utterance:
 def read_manifest(paths, need=(), language=None) -> "Manifest":
     """The utterances of one or more JSON Lines manifests, in the order of the lines.
 
-    need: fields that no line may lack, of "text" (it may be "": nothing is said there) and
+    need: fields that every line must have, of "text" (it may be "": nothing is said) and
     "language". language: of the lines that name none. Raises ValueError, naming file, line and
-    value, for a line that can't be used, an id that stands twice in a file, a manifest without an
-    utterance; and saying how many lines lack what is needed.
+    value, for a line that can't be used or lacks a field, and for an id that is twice in a file;
+    naming the file, for a manifest without an utterance.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -108,38 +106,33 @@ class Manifest(Sequence):
         self.languages = {}     # language or None: the first utterance with it
         places = array("q")     # of each utterance: which path, number of its line, offset in bytes
         durations = array("f")  # seconds, NaN where the line has none
-        lacking = {}            # field: [lines without it, the first of them]
         for k, path in enumerate(paths):
-            seen = {}  # id: number of its line
-            offset = 0
+            numbers = {}  # of the line with each id
+            end = 0
             lines = progress(None, path, "line", rows=open(path, "rb"))
             for number, line in enumerate(lines, start=1):
+                begin = end
+                end += len(line)
+                if not line.strip():
+                    continue
                 u = self.parse(line, k, number)
-                if u and u.id in seen:
-                    raise ValueError(f"{u.line}: id {u.id!r} already stands on line {seen[u.id]}")
-                if u:
-                    seen[u.id] = number
-                    self.languages.setdefault(u.language, u)
-                    places.extend((k, number, offset))
-                    durations.append(math.nan if u.duration_sec is None else u.duration_sec)
                 for field in need:
-                    if u and getattr(u, field) is None:
-                        first = f"{u.line}, with the keys {list(json.loads(line))}"
-                        lacking.setdefault(field, [0, first])[0] += 1
-                offset += len(line)
-            if not seen:
+                    if getattr(u, field) is None:
+                        raise ValueError(f"{u.line}: no {field!r}, which is needed; the keys are "
+                                         f"{reprlib.repr(list(json.loads(line)))}")
+                if u.id in numbers:
+                    raise ValueError(f"{u.line}: line {numbers[u.id]} has the same id {u.id!r}")
+                numbers[u.id] = number
+                self.languages.setdefault(u.language, u)
+                places.extend((k, number, begin))
+                durations.append(math.nan if u.duration_sec is None else u.duration_sec)
+            if not numbers:
                 raise ValueError(f"{path}: the manifest has no utterance")
-        for field, (count, first) in lacking.items():
-            raise ValueError(f"{count} of {len(durations)} lines have no {field!r}, which is "
-                             f"needed; the first is {first}")
         self.places = np.array(places).reshape(-1, 3)
         self.durations = np.array(durations)
 
     def parse(self, line, k, number):
-        u = parse_line(line, self.folders[k], f"{self.paths[k]}:{number}")
-        if u and not u.language and self.language:
-            u = replace(u, language=self.language)
-        return u
+        return parse_line(line, self.folders[k], f"{self.paths[k]}:{number}", self.language)
 
     def __len__(self):
         return len(self.durations)
@@ -153,72 +146,58 @@ class Manifest(Sequence):
             return self.parse(file.readline(), k, number)
 
 
-NUMBER = (int, float)
-MANIFEST_KEYS = {  # the keys that are read, and the types of their values
-    "id": str, "audio": str, "text": str, "language": str, "speaker": str, "channel": int,
-    "start": NUMBER, "duration": NUMBER, "end": NUMBER,
-    "audio_filepath": str, "offset": NUMBER, "lang": str,  # as NeMo spells them
-    "begin_time": NUMBER, "end_time": NUMBER}              # open-audio-opd's; negative: the file's
+TYPES = {"id": str, "audio": str, "text": str, "language": str, "speaker": str, "channel": int,
+         "start": (int, float), "duration": (int, float), "end": (int, float)}
+OTHER_NAMES = {"audio_filepath": "audio", "offset": "start", "lang": "language",  # NeMo's
+               "begin_time": "start", "end_time": "end"}                          # open-audio-opd's
 
 
-def parse_line(line, folder, where) -> Utterance | None:
-    """A manifest's line, bytes, with paths relative to `folder` -> its utterance; None if blank."""
+def parse_line(line, folder, where, language=None) -> Utterance:
+    """A manifest's line, bytes, with paths relative to `folder` -> its utterance."""
     try:
-        line = line.decode("utf-8-sig")  # -sig: editors of Windows put a mark before the first line
-        if not line.strip():
-            return None
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: expected UTF-8: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}): {line[:80]!r}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {line[:80]!r}")
+        row = dict(json.loads(line.decode("utf-8-sig")))  # -sig: Windows may put a mark in front
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where}: expected a JSON object in UTF-8 ({error}): {line[:80]!r}"
+                         ) from None
+    fields = {}
     for key, value in row.items():
-        if key in MANIFEST_KEYS and value is not None and not is_valid(key, value):
+        name = OTHER_NAMES.get(key, key)
+        whole_file = key in ("begin_time", "end_time") and value == -1
+        if name not in TYPES or value is None or whole_file:
+            continue
+        if not is_valid(name, value):
             raise ValueError(f"{where}: {key!r} has the wrong type or value: {reprlib.repr(value)}")
-    audio = row.get("audio") or row.get("audio_filepath")
-    if not audio:
+        fields[name] = value
+    if not fields.get("audio"):
         raise ValueError(f"{where}: no 'audio'; the keys are {reprlib.repr(sorted(row))}")
-    text = row.get("text")
-    language = row.get("language") or row.get("lang") or ""
-    start, duration = segment_of(row, where)
+    start = fields.get("start", 0)
+    duration = fields["end"] - start if "end" in fields else fields.get("duration")
+    if duration is not None:
+        difference = abs(duration - fields.get("duration", duration))  # of "end" and "duration"
+        if duration <= 0 or difference > 0.02:
+            times = {key: fields[key] for key in ("start", "duration", "end") if key in fields}
+            raise ValueError(f"{where}: these times are not a segment's: {times}")
+    text = fields.get("text")
+    language = fields.get("language", "").strip().lower() or language
+    segment = f"@{start!r}" if start else ""
     return Utterance(
-        id=row.get("id") or os.path.splitext(audio)[0] + (f"@{start!r}" if start else ""),
-        audio=audio_path(folder, audio),
+        id=fields.get("id") or os.path.splitext(fields["audio"])[0] + segment,
+        audio=audio_path(folder, fields["audio"]),
         text=None if text is None else " ".join(text.split()),
-        language=language.strip().lower() or None,
+        language=language,
         start_sec=float(start),
         duration_sec=None if duration is None else float(duration),
-        speaker=row.get("speaker"),
-        channel=row.get("channel"),
+        speaker=fields.get("speaker"),
+        channel=fields.get("channel"),
         line=where)
 
 
-def is_valid(key, value) -> bool:
-    if not isinstance(value, MANIFEST_KEYS[key]) or isinstance(value, bool):
+def is_valid(name, value) -> bool:
+    if not isinstance(value, TYPES[name]) or isinstance(value, bool):
         return False
     if isinstance(value, str):
         return not re.search("[\ud800-\udfff]", value)  # half a character, which no file can hold
-    return abs(value) < 1e9 and (key != "channel" or value >= 0)  # False for nan and infinity
-
-
-def segment_of(row, where):
-    """Start in seconds, and duration in seconds or None: to the end of the file."""
-    start = row.get("start") or row.get("offset") or 0
-    duration = row.get("duration")
-    end = row.get("end")
-    if row.get("begin_time") is not None and row["begin_time"] >= 0:
-        start = row["begin_time"]
-    if row.get("end_time") is not None and row["end_time"] >= 0:
-        end = row["end_time"]
-    if end is not None:
-        if duration is not None and abs(start + duration - end) > 0.02:
-            raise ValueError(f"{where}: start {start} s, duration {duration} s, but end {end} s")
-        duration = end - start
-    if start < 0 or duration is not None and duration <= 0:
-        raise ValueError(f"{where}: segment start {start} s, duration {duration} s")
-    return start, duration
+    return 0 <= value < 1e9  # not nan
 
 
 def audio_path(folder, audio) -> str:
@@ -259,13 +238,9 @@ def read_json(path) -> dict:
 def check_writable(*files) -> None:
     """Raises OSError, naming the file, if files that long work will end in can't be written."""
     for file in map(Path, files):
-        if file.is_dir():
-            raise IsADirectoryError(f"{file}: a file is to be written here, and there is a folder")
         folder = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:  # it names its own file: not what the user knows
-            raise OSError(error.errno, error.strerror, str(file)) from None
+        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise OSError(f"{file}: no file can be written here")
 
 
 def progress(total, name, unit, rank=0, initial=0, rows=None) -> tqdm:
@@ -324,18 +299,15 @@ def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
 def decode(path, start_sec, seconds) -> np.ndarray:
     """`seconds` of a file from start_sec on, or less at its end: -> (C, n) float32 at 16 kHz."""
     samples = av.AudioFifo()  # at the file's own rate and format: cut first, resampled once
-    first_sec = None          # where they begin
+    run_up = None             # samples before start_sec
     for begin_sec, frame in decoded_frames(path, start_sec):
-        if first_sec is None:
-            first_sec = begin_sec
+        rate = frame.sample_rate
+        if run_up is None:
+            run_up = round((start_sec - begin_sec) * rate)
         frame.pts = None      # else AudioFifo would compare it with its own count
         samples.write(frame)
-        rate = frame.sample_rate
-        if samples.samples >= (start_sec - first_sec + seconds) * rate:
+        if samples.samples >= run_up + seconds * rate:
             break
-    run_up = round((start_sec - first_sec) * rate)  # samples
-    if run_up < -0.01 * rate:
-        raise ValueError(f"can't be sought in: {start_sec} s asked for, {first_sec} s found")
     if run_up > 0:
         samples.read(run_up, partial=True)
     clip = samples.read(round(seconds * rate), partial=True)
@@ -351,67 +323,64 @@ def decoded_frames(path, start_sec=0.0):
 
     To the end of the file. Raises one of UNREADABLE, at a hole or an end before the header's too.
     """
-    check_whole(path)
     # Without the option a wav takes 5 ms to open instead of one.
     with av.open(path, options={"max_probe_packets": "1"}) as container:
         stream = container.streams.audio[0]
-        tick = stream.time_base          # seconds
-        origin = stream.start_time or 0  # ticks: an mp3 does not begin at 0
-        promised_sec = float((stream.duration or 0) * tick)  # by the header
-        if not promised_sec and len(container.streams) == 1:  # else it may be a picture's
-            promised_sec = (container.duration or 0) / av.time_base
-        # A second early: lossy codecs need a run-up. In webm, times behind a seek are 20 ms off.
-        seek = 1.0 < start_sec < promised_sec and container.format.name != "matroska,webm"
-        if seek:
-            container.seek(origin + round((start_sec - 1.0) / tick), stream=stream)
-        next_sec = None  # where the next frame should begin
+        kind = container.format.name
+        promised_sec = float((stream.duration or 0) * stream.time_base)  # 0: unknown, as in webm
+        if kind == "wav":
+            check_wav(path)
+        if kind == "ogg":
+            check_last_page(path)
+        first_sec = None               # an mp3 does not begin at 0
+        if 1.0 < start_sec < promised_sec:
+            first_sec = float((stream.start_time or 0) * stream.time_base)
+            early_sec = first_sec + start_sec - 1.0  # lossy codecs need a run-up
+            container.seek(round(early_sec / stream.time_base), stream=stream)
+        end_sec = None                 # of the frame before
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
             except av.InvalidDataError:
-                if container.format.name != "mp3":
+                if kind != "mp3":
                     raise
                 continue  # padding or a tag behind the last frame
             for frame in frames:
-                if frame.pts is None:
-                    raise ValueError("a frame without a time: joined, or a hole")
-                if next_sec is None and not seek:
-                    origin = frame.pts
-                begin_sec = float((frame.pts - origin) * tick)
-                if next_sec is not None and abs(begin_sec - next_sec) > 0.1:
-                    raise ValueError(f"{begin_sec} s follows {next_sec} s: joined, or a hole")
-                next_sec = begin_sec + frame.samples / frame.sample_rate
-                yield begin_sec, frame
-        if next_sec is None or next_sec < promised_sec - 0.05:
-            raise ValueError(f"cut off: {promised_sec:.2f} s by its header, {next_sec} s found")
+                now_sec = frame.time
+                if now_sec is None or end_sec is not None and abs(now_sec - end_sec) > 0.1:
+                    raise ValueError(f"joined files, or a hole: {now_sec} s comes after {end_sec}")
+                if first_sec is None:
+                    first_sec = now_sec
+                end_sec = now_sec + frame.samples / frame.sample_rate
+                yield now_sec - first_sec, frame
+        if end_sec is None or end_sec - first_sec < promised_sec - 0.05:
+            raise ValueError(f"cut off: {promised_sec:.2f} s by its header, it ends at {end_sec} s")
 
 
-def check_whole(path) -> None:
-    """Raises ValueError for a wav or ogg that is cut off or joined: FFmpeg says nothing."""
+def check_wav(path) -> None:
+    """Raises ValueError for a wav that is shorter, or far longer, than its header says."""
     with open(path, "rb") as file:
-        head = file.read(2 ** 16)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 2 ** 16))  # a page of Ogg has at most 65,307 bytes
+        file.seek(12)
+        name = None
+        size = 0
+        while name not in (b"data", b""):  # of chunks: name, size, content of even length
+            file.seek(size + size % 2, os.SEEK_CUR)
+            name = file.read(4)
+            size = int.from_bytes(file.read(4), "little")
+        found = os.path.getsize(path) - file.tell()
+    # What writes to a pipe leaves 0 as the size, or the largest number. Other chunks may follow.
+    if 0 < size < 0x7FFF0000 and not size <= found <= size + 2 ** 16:
+        raise ValueError(f"{size} bytes of samples by the header, {found} found")
+
+
+def check_last_page(path) -> None:
+    """Raises ValueError or IndexError for an Ogg that was cut off: FFmpeg says nothing."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 2 ** 16))  # a page has at most 65,307 bytes
         tail = file.read()
-        if head[:4] == b"RIFF":
-            at = 12
-            while head[at:at + 4] not in (b"data", b""):  # a chunk: name, size, content, padding
-                length = int.from_bytes(head[at + 4:at + 8], "little")
-                at += 8 + length + length % 2
-            promised = int.from_bytes(head[at + 4:at + 8], "little")
-            found = size - at - 8
-            file.seek(at + 8 + promised + promised % 2)
-            name = file.read(4).strip()  # of another chunk, or more samples
-            more = found > promised + 4096 and (name == b"RIFF" or not name.isalnum())
-            # What writes to a pipe leaves 0 there, or the largest number.
-            if 0 < promised < 0x7FFF0000 and (found < promised or more):
-                raise ValueError(f"{promised} bytes of samples by the header, {found} found")
-    if head[:4] == b"OggS":
-        page = tail[tail.rfind(b"OggS"):]  # 27 bytes, sizes of its parts, parts
-        if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]]):
-            raise ValueError("cut off inside a page of Ogg")
-        if page[14:18] != head[14:18]:     # serial number of the stream
-            raise ValueError("several Ogg files joined: join samples, not files")
+    page = tail[tail.rfind(b"OggS"):]  # 27 bytes, the sizes of its parts, the parts
+    if len(page) < 27 + page[26] + sum(page[27:27 + page[26]]):
+        raise ValueError("cut off inside a page of Ogg")
 
 
 # ------------------------------------------------------------------------------------ 3. features
@@ -584,7 +553,7 @@ def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------- 5. metric
 
-METRIC = "opd-asr-3"  # version of the metric: raise it with any change of a rule or table
+METRIC = "opd-asr-4"  # version of the metric: raise it with any change of a rule or table
 
 # What a label may be, or have as a part: zh-TW, "simplified chinese".
 CHINESE = set("zh zho chi cmn cn yue wuu nan hak gan hsn chinese mandarin cantonese 中文 汉语 普通话 "
@@ -644,31 +613,21 @@ def words(text: str) -> str:
     return re.sub(r"(?<!\w)'|'(?!\w)|(?<!\d)\.|\.(?!\d)", " ", "".join(kept))
 
 
-# What wetext would misread -> what it reads as it is said; for text in NFKC and lower case.
-BEFORE_WETEXT = [(re.compile(pattern), replacement) for pattern, replacement in [
-    (r"(?<=\d),(?=\d{3}(?!\d))", ""),           # 1,000: it stops at the comma
-    ("\u2044", "/"),                             # NFKC writes ½ with this slash
-    (r"(?<=[\d%])\s*[–—−~]\s*(?=\d)", "-"),     # it knows one of the dashes
-    (r"%\s*-\s*(?=\d)", "%到"),                 # the 30 of 20%-30% is not negative
-    (r"(?<=[a-z])-(?=\d)", " "),                 # nor is the 19 of covid-19
-    (r"约(?=\d)", "约 "),                       # 约1/4 becomes 四分之约一
-]]
-# What it reads in capitals only: currencies, A$, o2o.
-CAPITALS = re.compile(r"(?<![a-z])(?:(?:cny|rmb|hkd|usd|eur|gbp|jpy)(?=\s?\d)|[a-z](?=\$\d)"
-                      r"|[a-z]2[a-z](?![a-z]))")
+# What wetext reads in capitals only: currencies, o2o.
+CAPITALS = re.compile(r"\b(?:(?:cny|hkd|usd|eur|gbp|jpy)(?=\s?\d)|[a-z]2[a-z]\b)", re.ASCII)
 SAID_ALIKE = str.maketrans("两幺〇", "二一零")
 
 
 def mandarin(text: str) -> str:
     """Numbers, dates, times, amounts, units -> simplified hanzi as they are said, by wetext.
 
-    What is said in two ways is folded: 两 is 二, 幺 is 一, 〇 is 零, 百分之一百 is 百分之百.
+    For text in NFKC and lower case. What is said in two ways is folded: 两 is 二, 幺 is 一, 〇 is 零.
     """
-    for pattern, replacement in BEFORE_WETEXT:
-        text = pattern.sub(replacement, text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)      # 1,000: it would stop at the comma
+    text = re.sub(r"(?<=\d)\s*[–—−~]\s*(?=\d)", "-", text)   # it knows one of the dashes
+    text = re.sub(r"(?<=%)\s*[-–—−~]\s*(?=\d)", "到", text)  # the 30 of 20%-30% is not negative
     text = CAPITALS.sub(lambda match: match[0].upper(), text)
-    text = normalizer("zh")(text).lower().translate(SAID_ALIKE)
-    return re.sub("百分之一百(?![零一二三四五六七八九])", "百分之百", text)
+    return normalizer("zh")(text).lower().translate(SAID_ALIKE)
 
 
 @lru_cache
@@ -756,7 +715,7 @@ def interval(rates):
 
 # ------------------------------------------------------------------------------------- 6. corpora
 
-# A corpus is a generator of (name of a manifest, row). "audio" is an absolute path; "text" is None
+# A corpus is a generator of (name of a manifest, row). "audio" is an absolute path; "text" is ""
 # where a promised transcript is missing; a whole file has no "duration". A row with "left_out":
 # REASON goes into no manifest.
 
@@ -785,7 +744,7 @@ def transcribed(audios, texts, place, language):
     """Rows of audio files and of transcripts without one. place: of the split's name in a path."""
     for path in audios:
         yield path.parts[place], {
-            "id": path.stem, "audio": str(path), "text": texts.pop(path.stem, None),
+            "id": path.stem, "audio": str(path), "text": texts.pop(path.stem, ""),
             "language": language, "speaker": path.parts[place + 1]}
     for name in texts:
         yield "transcripts", {"audio": name}  # which is no file
@@ -800,10 +759,11 @@ def wenetspeech(root):
     audio = None
     try:  # object by object: as a whole, its 6 GB take tens in memory
         for audio in ijson.items(path.open("rb"), "audios.item", use_float=True):
+            file = str(root / audio["path"])
             for segment in audio["segments"]:
                 start = segment["begin_time"]
-                row = {"id": segment["sid"], "audio": str(root / audio["path"]),
-                       "text": segment["text"], "language": "zh", "start": start,
+                row = {"id": segment["sid"], "audio": file, "text": segment["text"],
+                       "language": "zh", "start": start,
                        "duration": round(segment["end_time"] - start, 4)}
                 names = [WENETSPEECH[s] for s in segment["subsets"] if s in WENETSPEECH]
                 for name in names:
@@ -820,21 +780,19 @@ def folder(root, language=None):
 
     An id is the path below ROOT with - for /. Hidden files and links to folders are not entered.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
-    files = []
-    for home, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(home, name) for name in names if not name.startswith(".")]
-    audios = sorted(path for path in files if path.suffix.lower() in AUDIO_SUFFIXES)
+    found = sorted(path for path in root.rglob("*") if not path.is_dir())
+    files = [path for path in found if "/." not in f"/{path.relative_to(root)}"]
+    audios = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
     used = set(audios) | {path.with_suffix(".txt") for path in audios}
-    for path in sorted(set(files) - used):
-        yield root.name, {"audio": str(path), "left_out": f"not read: *{path.suffix}"}
+    for path in files:
+        if path not in used:
+            yield root.name, {"audio": str(path), "left_out": f"*{path.suffix} is not read"}
     for path in audios:
         row = {"id": "-".join(path.relative_to(root).with_suffix("").parts), "audio": str(path)}
         transcript = path.with_suffix(".txt")
-        if transcript.exists() and read_text(transcript).strip():
-            row["text"] = read_text(transcript).strip()
+        text = read_text(transcript).strip() if transcript.exists() else ""
+        if text:
+            row["text"] = text
         if language:
             row["language"] = language
         yield root.name, row
@@ -859,37 +817,41 @@ CORPORA = {function.__name__: function for function in (librispeech, aishell1, w
 def write_corpus(rows, out) -> None:
     """Writes (manifest's name, row) pairs as OUT/NAME.jsonl; prints what is in each and what isn't.
 
-    Raises ValueError, and writes none, where an id stands twice or no utterance is left.
+    Raises ValueError, and writes none, where two rows have one id or no utterance is left.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # a path relative to a link would lead elsewhere
     out.mkdir(parents=True, exist_ok=True)
-    home = os.path.realpath(out)  # a path relative to a link would lead elsewhere
-    files = {}                    # name of a manifest: temporary file
-    counts = defaultdict(lambda: Counter(utterances=0))  # name: {what: rows}
-    first = {}                    # (name, what): audio of the first one left out
+    files = {}                   # name of a manifest: temporary file
+    audios = defaultdict(dict)   # name: {id: audio}
+    hours = Counter()            # name: of audio
+    remarks = defaultdict(list)  # (name, remark): audio of its rows
     for name, row in progress(None, "corpus", "clip", rows=rows):
+        audio = row["audio"]
         reason = why_left_out(row)
         if reason:
-            what = f"left out: {reason}"
-            counts[name][what] += 1
-            first.setdefault((name, what), f" (first: {row['audio']})")
+            remarks[name, f"left out: {reason}"].append(audio)
             continue
+        if row["id"] in audios[name]:
+            other = audios[name][row["id"]]
+            raise ValueError(f"two utterances have the id {row['id']!r}: {other} and {audio}")
+        audios[name][row["id"]] = audio
+        hours[name] += row["duration"] / 3600
+        if "text" not in row:
+            remarks[name, "without text"].append(audio)
+        if row["duration"] > MAX_SEC:
+            remarks[name, f"over {MAX_SEC:.0f} s, not trained on"].append(audio)
         if name not in files:
             files[name] = open(out / f"{name}.jsonl.tmp", "w", encoding="utf-8")
-        row = row | {"audio": os.path.relpath(row["audio"], home)}
+        row = row | {"audio": os.path.relpath(audio, out)}
         files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-        counts[name].update({"utterances": 1, "hours": row["duration"] / 3600,
-                             "without text": "text" not in row,
-                             f"over {MAX_SEC:.0f} s, not trained on": row["duration"] > MAX_SEC})
-    for name, count in sorted(counts.items()):
-        said = [f"{round(n, 2)} {what}{first.get((name, what), '')}" for what, n in count.items()]
-        print(f"{out / name}.jsonl: {', '.join(said)}")
+    for name in files:
+        print(f"{out / name}.jsonl: {len(audios[name])} utterances, {hours[name]:.2f} hours")
+    for (name, remark), found in remarks.items():
+        print(f"{name}: {len(found)} {remark} (first: {found[0]})")
     if not files:
         raise ValueError("no utterance is left")
-    for file in files.values():
-        file.close()
-        read_manifest(file.name)  # raises ValueError where an id stands twice
     for name, file in files.items():
+        file.close()
         os.replace(file.name, out / f"{name}.jsonl")
 
 
@@ -899,18 +861,15 @@ def why_left_out(row) -> str | None:
         return row["left_out"]
     if not os.path.isfile(row["audio"]):  # a link to a file that was not fetched, too
         return "no audio file"
-    if "text" in row and not (row["text"] or "").strip():
+    if "text" in row and not row["text"].strip():
         return "no transcript"
     try:
         if "duration" not in row:
-            ends = (begin_sec + frame.samples / frame.sample_rate
-                    for begin_sec, frame in decoded_frames(row["audio"]))
-            row["duration"] = round(max(ends), 4)
+            for begin_sec, frame in decoded_frames(row["audio"]):
+                row["duration"] = round(begin_sec + frame.samples / frame.sample_rate, 4)
     except UNREADABLE:
         return "unreadable"
-    if row.get("start", 0) < 0 or row["duration"] <= 0:
-        return "bad times"
-    return None
+    return "bad times" if row.get("start", 0) < 0 or row["duration"] <= 0 else None
 
 
 # --------------------------------------------------------------------------------- 7. demo corpus
