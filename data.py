@@ -39,7 +39,7 @@ import unicodedata
 import warnings
 import wave
 from array import array
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,11 +57,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz, mono: what every model here expects
-HOP = 160             # samples between mel frames: 100 frames a second
+HOP = 160             # samples between mel frames: 100 frames per second
 MIN_SEC = 0.1         # a clip is at least this long
 SHORT_SEC = 0.5       # a shorter one is padded with silence to this length
-MAX_SEC = 30.0        # and a clip has at most this in training, as for the published student
-MAX_EVAL_SEC = 40.0   # or this in evaluation: LibriSpeech's test sets have clips of 35 s
+MAX_SEC = 30.0        # the longest clip in training, as for the published student
+MAX_EVAL_SEC = 40.0   # the longest in evaluation: LibriSpeech's test sets have clips of 35 s
 
 
 # ------------------------------------------------------------------------------------ 1. manifest
@@ -83,10 +83,9 @@ class Utterance:
 def read_manifest(paths, need=(), language=None) -> "Manifest":
     """The utterances of one or more JSON Lines manifests, in the order of the lines.
 
-    need: fields that every line must have, of "text" (it may be "": nothing is said) and
-    "language". language: of the lines that name none. Raises ValueError, naming file, line and
-    value, for a line that can't be used or lacks a field, and for an id that is twice in a file;
-    naming the file, for a manifest without an utterance.
+    need: what every line must have, of "text" (it may be "") and "language". language: of lines
+    that name none. Raises ValueError, naming file, line and value, for a line that can't be used
+    and an id that is twice in a file; and for a file without an utterance.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -98,7 +97,7 @@ class Manifest(Sequence):
 
     As objects, the 100,000 h that the paper trains on would take 36 GB in every process.
     """
-    def __init__(self, paths, need=(), language=None):
+    def __init__(self, paths, need, language):
         self.paths = paths
         # A ".." in a manifest behind a link leads from where the link leads.
         self.folders = [os.path.realpath(os.path.dirname(path)) for path in paths]
@@ -107,32 +106,22 @@ class Manifest(Sequence):
         places = array("q")     # of each utterance: which path, number of its line, offset in bytes
         durations = array("f")  # seconds, NaN where the line has none
         for k, path in enumerate(paths):
-            numbers = {}  # of the line with each id
-            end = 0
+            numbers = {}  # id: number of its line
+            offset = 0
             lines = progress(None, path, "line", rows=open(path, "rb"))
             for number, line in enumerate(lines, start=1):
-                begin = end
-                end += len(line)
-                if not line.strip():
-                    continue
-                u = self.parse(line, k, number)
-                for field in need:
-                    if getattr(u, field) is None:
-                        raise ValueError(f"{u.line}: no {field!r}, which is needed; the keys are "
-                                         f"{reprlib.repr(list(json.loads(line)))}")
-                if u.id in numbers:
-                    raise ValueError(f"{u.line}: line {numbers[u.id]} has the same id {u.id!r}")
-                numbers[u.id] = number
-                self.languages.setdefault(u.language, u)
-                places.extend((k, number, begin))
-                durations.append(math.nan if u.duration_sec is None else u.duration_sec)
+                if line.strip():
+                    u = parse_line(line, self.folders[k], f"{path}:{number}", self.language, need)
+                    if numbers.setdefault(u.id, number) != number:
+                        raise ValueError(f"{u.line}: line {numbers[u.id]} has the id {u.id!r} too")
+                    self.languages.setdefault(u.language, u)
+                    places.extend((k, number, offset))
+                    durations.append(math.nan if u.duration_sec is None else u.duration_sec)
+                offset += len(line)
             if not numbers:
                 raise ValueError(f"{path}: the manifest has no utterance")
         self.places = np.array(places).reshape(-1, 3)
         self.durations = np.array(durations)
-
-    def parse(self, line, k, number):
-        return parse_line(line, self.folders[k], f"{self.paths[k]}:{number}", self.language)
 
     def __len__(self):
         return len(self.durations)
@@ -143,7 +132,8 @@ class Manifest(Sequence):
         k, number, offset = self.places[i].tolist()
         with open(self.paths[k], "rb") as file:
             file.seek(offset)
-            return self.parse(file.readline(), k, number)
+            line = file.readline()
+        return parse_line(line, self.folders[k], f"{self.paths[k]}:{number}", self.language)
 
 
 TYPES = {"id": str, "audio": str, "text": str, "language": str, "speaker": str, "channel": int,
@@ -152,13 +142,9 @@ OTHER_NAMES = {"audio_filepath": "audio", "offset": "start", "lang": "language",
                "begin_time": "start", "end_time": "end"}                          # open-audio-opd's
 
 
-def parse_line(line, folder, where, language=None) -> Utterance:
+def parse_line(line, folder, where, language=None, need=()) -> Utterance:
     """A manifest's line, bytes, with paths relative to `folder` -> its utterance."""
-    try:
-        row = dict(json.loads(line.decode("utf-8-sig")))  # -sig: Windows may put a mark in front
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{where}: expected a JSON object in UTF-8 ({error}): {line[:80]!r}"
-                         ) from None
+    row = json_object(line, where)
     fields = {}
     for key, value in row.items():
         name = OTHER_NAMES.get(key, key)
@@ -168,23 +154,25 @@ def parse_line(line, folder, where, language=None) -> Utterance:
         if not is_valid(name, value):
             raise ValueError(f"{where}: {key!r} has the wrong type or value: {reprlib.repr(value)}")
         fields[name] = value
-    if not fields.get("audio"):
-        raise ValueError(f"{where}: no 'audio'; the keys are {reprlib.repr(sorted(row))}")
+    fields["audio"] = fields.get("audio") or None
+    fields["language"] = fields.get("language", "").strip().lower() or language
+    for name in ("audio", *need):
+        if fields.get(name) is None:
+            raise ValueError(f"{where}: no {name!r}; the keys are {reprlib.repr(sorted(row))}")
+    text = fields.get("text")
     start = fields.get("start", 0)
     duration = fields["end"] - start if "end" in fields else fields.get("duration")
     if duration is not None:
-        difference = abs(duration - fields.get("duration", duration))  # of "end" and "duration"
+        difference = abs(duration - fields.get("duration", duration))  # "end" against "duration"
         if duration <= 0 or difference > 0.02:
             times = {key: fields[key] for key in ("start", "duration", "end") if key in fields}
-            raise ValueError(f"{where}: these times are not a segment's: {times}")
-    text = fields.get("text")
-    language = fields.get("language", "").strip().lower() or language
+            raise ValueError(f"{where}: no segment has these times: {times}")
     segment = f"@{start!r}" if start else ""
     return Utterance(
         id=fields.get("id") or os.path.splitext(fields["audio"])[0] + segment,
         audio=audio_path(folder, fields["audio"]),
         text=None if text is None else " ".join(text.split()),
-        language=language,
+        language=fields["language"],
         start_sec=float(start),
         duration_sec=None if duration is None else float(duration),
         speaker=fields.get("speaker"),
@@ -225,14 +213,14 @@ def write_json(path, value) -> None:
 
 def read_json(path) -> dict:
     """The object that a file holds. Raises ValueError naming the file and what it holds instead."""
-    raw = Path(path).read_bytes()
+    return json_object(Path(path).read_bytes(), path)
+
+
+def json_object(raw, where) -> dict:
     try:
-        value = json.loads(raw)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):  # a git-lfs pointer, say, or nothing
-        raise ValueError(f"{path}: expected a JSON object, found {raw[:60]!r}")
-    return value
+        return {**json.loads(raw.decode("utf-8-sig"))}  # -sig: Windows may put a mark in front
+    except (ValueError, TypeError) as error:  # a git-lfs pointer, say; TypeError: a list
+        raise ValueError(f"{where}: expected a JSON object, found {raw[:60]!r}: {error}") from None
 
 
 def check_writable(*files) -> None:
@@ -254,8 +242,8 @@ def progress(total, name, unit, rank=0, initial=0, rows=None) -> tqdm:
 class AudioError(ValueError):
     """A clip that can't be used. `reason` is a short constant that rejections are counted by."""
     def __init__(self, utterance, reason, detail):
-        u = utterance
-        super().__init__(f"{u.line}: {u.id}: {u.audio}: {reason}: {detail}")
+        place = f"{utterance.line}: {utterance.id}: {utterance.audio}"
+        super().__init__(f"{place}: {reason}: {detail}")
         self.reason = reason
 
 
@@ -266,12 +254,12 @@ UNREADABLE = (av.FFmpegError, OSError, ValueError, IndexError)
 def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
     """One clip: what FFmpeg reads (wav, flac, mp3, opus, m4a, ...) -> (n,) float32 at 16 kHz.
 
-    Nothing is cut to fit. Raises AudioError, naming the line: unreadable, past_end, too_short,
-    too_long, no_channel, not_finite; and silent, unless the text says so: it must not be learned
-    from. for_training=False: that only warns, since evaluation hears all that can be decoded.
+    Nothing is cut to fit. Raises AudioError, naming the line: unreadable (a cut-off file too, but
+    for Ogg and webm, which look whole), past_end, too_short, too_long, no_channel, not_finite; and
+    silent, unless the text is "". for_training=False: silence only warns; evaluation hears it.
     """
     u = utterance
-    wanted_sec = max_sec + 1.0 if u.duration_sec is None else min(u.duration_sec, max_sec + 1.0)
+    wanted_sec = min(u.duration_sec or math.inf, max_sec + 1.0)
     try:
         channels = decode(u.audio, u.start_sec, wanted_sec)  # (C, n)
     except UNREADABLE as error:
@@ -292,7 +280,7 @@ def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
         error = AudioError(u, "silent", "no sample is above 0.0001 of full scale, an offset aside")
         if for_training:
             raise error
-        warnings.warn(str(error))  # shown once a clip
+        warnings.warn(str(error))  # shown once per clip
     return audio
 
 
@@ -319,40 +307,38 @@ def decode(path, start_sec, seconds) -> np.ndarray:
 
 
 def decoded_frames(path, start_sec=0.0):
-    """Yields (second that it begins at, frame of FFmpeg) from a second before start_sec on.
+    """Yields (second that it begins at, FFmpeg's frame) from a second before start_sec to the end.
 
-    To the end of the file. Raises one of UNREADABLE, at a hole or an end before the header's too.
+    Raises one of UNREADABLE; also at a hole, and at an end that comes before the header's.
     """
     # Without the option a wav takes 5 ms to open instead of one.
     with av.open(path, options={"max_probe_packets": "1"}) as container:
-        stream = container.streams.audio[0]
-        kind = container.format.name
-        promised_sec = float((stream.duration or 0) * stream.time_base)  # 0: unknown, as in webm
-        if kind == "wav":
+        if container.format.name == "wav":
             check_wav(path)
-        if kind == "ogg":
-            check_last_page(path)
-        first_sec = None               # an mp3 does not begin at 0
+        stream = container.streams.audio[0]
+        tick_sec = stream.time_base
+        promised_sec = float((stream.duration or 0) * tick_sec)  # 0: unknown, as in webm
+        first_sec = None  # an mp3 does not begin at 0
         if 1.0 < start_sec < promised_sec:
-            first_sec = float((stream.start_time or 0) * stream.time_base)
-            early_sec = first_sec + start_sec - 1.0  # lossy codecs need a run-up
-            container.seek(round(early_sec / stream.time_base), stream=stream)
-        end_sec = None                 # of the frame before
+            first_sec = float((stream.start_time or 0) * tick_sec)
+            run_up_sec = first_sec + start_sec - 1.0  # lossy codecs need one
+            container.seek(round(run_up_sec / tick_sec), stream=stream)
+        end_sec = None    # of the frame before
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
             except av.InvalidDataError:
-                if kind != "mp3":
+                if container.format.name != "mp3":
                     raise
                 continue  # padding or a tag behind the last frame
             for frame in frames:
-                now_sec = frame.time
-                if now_sec is None or end_sec is not None and abs(now_sec - end_sec) > 0.1:
-                    raise ValueError(f"joined files, or a hole: {now_sec} s comes after {end_sec}")
+                at_sec = frame.time
+                if at_sec is None or end_sec is not None and abs(at_sec - end_sec) > 0.1:
+                    raise ValueError(f"joined files, or a hole: {at_sec} s comes after {end_sec} s")
                 if first_sec is None:
-                    first_sec = now_sec
-                end_sec = now_sec + frame.samples / frame.sample_rate
-                yield now_sec - first_sec, frame
+                    first_sec = at_sec
+                end_sec = at_sec + frame.samples / frame.sample_rate
+                yield at_sec - first_sec, frame
         if end_sec is None or end_sec - first_sec < promised_sec - 0.05:
             raise ValueError(f"cut off: {promised_sec:.2f} s by its header, it ends at {end_sec} s")
 
@@ -371,16 +357,6 @@ def check_wav(path) -> None:
     # What writes to a pipe leaves 0 as the size, or the largest number. Other chunks may follow.
     if 0 < size < 0x7FFF0000 and not size <= found <= size + 2 ** 16:
         raise ValueError(f"{size} bytes of samples by the header, {found} found")
-
-
-def check_last_page(path) -> None:
-    """Raises ValueError or IndexError for an Ogg that was cut off: FFmpeg says nothing."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - 2 ** 16))  # a page has at most 65,307 bytes
-        tail = file.read()
-    page = tail[tail.rfind(b"OggS"):]  # 27 bytes, the sizes of its parts, the parts
-    if len(page) < 27 + page[26] + sum(page[27:27 + page[26]]):
-        raise ValueError("cut off inside a page of Ogg")
 
 
 # ------------------------------------------------------------------------------------ 3. features
@@ -406,8 +382,8 @@ def mel_transform(n_mels):
 class Batch:
     """Clips that go through a model together, shortest first.
 
-    Arrays of numpy leave a loader's worker by a pipe; tensors would by shared memory, and where
-    that is full (Docker gives 64 MB) a run hangs.
+    A worker sends arrays of numpy through a pipe. It would send tensors through shared memory, and
+    where that is full (Docker gives 64 MB) a run hangs.
     """
     utterances: list[Utterance]
     mel: dict[int, np.ndarray]            # n_mels: (B, n_mels, T) float32, zeros behind a row's end
@@ -435,7 +411,7 @@ class Batch:
 
 def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
                for_training=True) -> Batch:
-    """Clips decoded, sorted by length, as features, padded; n_mels: what the models of a run want.
+    """Decodes clips, sorts them by length, pads their features; n_mels: of all models of a run.
 
     keep_going: a clip that can't be used goes to `rejected`; else its AudioError is raised.
     """
@@ -473,33 +449,32 @@ def pad_rows(rows, pad_id, device=None, side="right") -> tuple[torch.Tensor, tor
 class Plan:
     """Which utterances make up optimiser step s: a pure function of (seed, s), so resume is free.
 
-    An epoch is a seeded shuffle cut into batches; the last one may be smaller. They stay random:
-    with batches of one length, hence of one kind of sentence, a model trained from scratch was
-    measured to stay on its first plateau more than twice as long.
+    An epoch is a seeded shuffle cut into batches; the last one may be smaller. Sorting by length
+    was measured to keep a model from scratch on its first plateau more than twice as long.
     """
     def __init__(self, n_utterances, global_batch, seed):
         self.n_utterances = n_utterances
         self.global_batch = global_batch
         self.seed = seed
         self.steps_per_epoch = math.ceil(n_utterances / global_batch)
-        self.epoch = None  # whose order is kept: the next step asks for the same one
-        self.order = None  # (n_utterances,) uint32
 
     def __getitem__(self, step) -> list[int]:
         """Indices of the utterances of one step."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            numbers = np.arange(self.n_utterances, dtype=np.uint32)
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(numbers)
-            self.epoch = epoch
-        return self.order[batch * self.global_batch:(batch + 1) * self.global_batch].tolist()
+        order = shuffled(self.n_utterances, self.seed, epoch)
+        return order[batch * self.global_batch:(batch + 1) * self.global_batch].tolist()
+
+
+@lru_cache(maxsize=1)  # the next step asks for the same one
+def shuffled(n, seed, epoch) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(n, dtype=np.uint32))
 
 
 @dataclass
 class Steps(torch.utils.data.Dataset):
-    """Item s = this rank's batch of optimiser step s: its share of the utterances, maybe none.
+    """Item s = this rank's share of optimiser step s, maybe none of it.
 
-    Together the ranks have all of them, so any number of processes makes the same update.
+    Together the ranks have all of it: any number of processes makes the same update.
     """
     utterances: Sequence[Utterance]
     plan: Plan
@@ -517,13 +492,11 @@ def loader(dataset, items, workers):
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers,
         prefetch_factor=2 if workers else None, worker_init_fn=start_worker,
-        timeout=1800 if workers else 0)  # seconds: a file system that hangs must not hang the run
+        timeout=1800 if workers else 0)  # seconds: a file system that hangs ends the run
 
 
 def start_worker(_number):
-    # Ctrl-C and torchrun signal every process of a group. What that means is the trainer's
-    # decision: at SIGTERM it saves first, and needs its loader until then.
-    os.setsid()
+    os.setsid()  # Ctrl-C and torchrun signal a whole group; the trainer may go on and save first
 
     def end_with_trainer():  # DataLoader's own watch does not end one that waits for a full pipe
         multiprocessing.parent_process().join()
@@ -540,7 +513,7 @@ def check_decodable(utterances) -> None:
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
     """Uniforms in [0, 1) by (seed, step, id, column) alone: -> (len(ids), count) float32.
 
-    A rollout drawn with them is the same in any batch, on any number of ranks, and after a resume
+    A rollout drawn with them is the same in any batch, on any number of ranks, after a resume
     (but for a draw within rounding of the border between two tokens).
     """
     uniforms = np.zeros((len(ids), count), dtype=np.float32)
@@ -560,6 +533,8 @@ CHINESE = set("zh zho chi cmn cn yue wuu nan hak gan hsn chinese mandarin canton
               "国语 粤语".split())
 ENGLISH = {"en", "eng", "english"}
 TURKIC = set("tr tur turkish az aze azerbaijani".split())  # I is the capital of ı, İ of i
+BY_CHARACTER = set("ja jpn japanese ko kor korean th tha thai lo lao km khm khmer my mya burmese"
+                   .split())
 # For [...]: Thai and Lao; Burmese; Khmer; CJK and kana; more Burmese; hangul; more CJK.
 ONE_CHARACTER = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uaa60-\uaa7f\uac00-\ud7af"
                  "\uf900-\ufaff\U00020000-\U0003ffff")
@@ -598,8 +573,7 @@ def normalize(text: str, language: str | None) -> str:
 def rate_name(language: str | None) -> str:
     """"CER" or "WER": what an error rate is called. The units are those of `normalize` in both."""
     parts = label_parts(language)
-    by_character = "ja jpn japanese ko kor korean th tha thai lo lao km khm khmer my mya burmese"
-    return "CER" if CHINESE & set(parts) or parts[0] in by_character.split() else "WER"
+    return "CER" if CHINESE & set(parts) or parts[0] in BY_CHARACTER else "WER"
 
 
 def label_parts(language) -> list[str]:
@@ -679,8 +653,8 @@ def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0) -> np.n
     """Rates sum(numerators) / sum(denominators) of corpora drawn anew: (n,) -> (draws,).
 
     (n, K) -> (draws, K): K systems on the same draws, so a difference of columns is paired. Drawn
-    are utterances (Bisani & Ney, ICASSP 2004) or whole `blocks`, one label an utterance: those of a
-    speaker share a voice. nan: draws without a unit, and all if there is only one block.
+    are utterances (Bisani & Ney, ICASSP 2004) or whole `blocks`, each utterance's label: a speaker,
+    say. nan: draws without a unit, and all if there is only one block.
     """
     both = np.array([numerators, denominators], dtype=np.float64)  # (2, n) or (2, n, K)
     if blocks is not None:
@@ -715,9 +689,8 @@ def interval(rates):
 
 # ------------------------------------------------------------------------------------- 6. corpora
 
-# A corpus is a generator of (name of a manifest, row). "audio" is an absolute path; "text" is ""
-# where a promised transcript is missing; a whole file has no "duration". A row with "left_out":
-# REASON goes into no manifest.
+# A corpus is a generator of (name of a manifest, row): "audio" is an absolute path; "text" is ""
+# where a promised transcript is missing; "left_out" is why the row goes into no manifest.
 
 AUDIO_SUFFIXES = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .mp4 .webm .mka .mkv .wma .amr "
                      ".aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph".split())
@@ -727,22 +700,26 @@ WENETSPEECH = {"L": "train", "M": "train_m", "S": "train_s",  # subset: name of 
 
 def librispeech(root):
     """SUBSET/SPEAKER/CHAPTER/*.flac somewhere below ROOT, SPEAKER-CHAPTER.trans.txt beside them."""
-    texts = {}
-    for path in sorted(root.rglob("*.trans.txt")):
-        texts |= read_transcripts(path, " ")
-    yield from transcribed(sorted(root.rglob("*.flac")), texts, -4, "en")
+    yield from transcribed(root, "*.trans.txt", "*.flac", place=-4, glue=" ", language="en")
 
 
 def aishell1(root):
-    """data_aishell/{transcript/aishell_transcript_v0.8.txt,wav/SPLIT/SPEAKER/*.wav} in ROOT."""
-    home = root / "data_aishell" if (root / "data_aishell").is_dir() else root
-    texts = read_transcripts(home / "transcript" / "aishell_transcript_v0.8.txt", "")
-    yield from transcribed(sorted(home.glob("wav/*/*/*.wav")), texts, -3, "zh")
+    """wav/SPLIT/SPEAKER/*.wav and aishell_transcript_v0.8.txt somewhere below ROOT."""
+    yield from transcribed(root, "aishell_transcript*.txt", "*.wav", place=-3, glue="",
+                           language="zh")
 
 
-def transcribed(audios, texts, place, language):
-    """Rows of audio files and of transcripts without one. place: of the split's name in a path."""
-    for path in audios:
+def transcribed(root, transcripts, audios, place, glue, language):
+    """Rows of files whose transcripts are lines of an id and words, which `glue` joins.
+
+    place: of the split's name in a path; the speaker's comes next.
+    """
+    texts = {}
+    for path in sorted(root.rglob(transcripts)):
+        for line in filter(str.strip, read_text(path).splitlines()):
+            name, *words = line.split()
+            texts[name] = glue.join(words)
+    for path in sorted(root.rglob(audios)):
         yield path.parts[place], {
             "id": path.stem, "audio": str(path), "text": texts.pop(path.stem, ""),
             "language": language, "speaker": path.parts[place + 1]}
@@ -751,7 +728,7 @@ def transcribed(audios, texts, place, language):
 
 
 def wenetspeech(root):
-    """WenetSpeech.json in ROOT, and the .opus files at the paths it names.
+    """WenetSpeech.json in ROOT, and the .opus files that it names.
 
     Manifests of segments: train (L), train_m, train_s (parts of L), dev, test_net, test_meeting.
     """
@@ -762,7 +739,7 @@ def wenetspeech(root):
             file = str(root / audio["path"])
             for segment in audio["segments"]:
                 start = segment["begin_time"]
-                row = {"id": segment["sid"], "audio": file, "text": segment["text"],
+                row = {"id": segment["sid"], "audio": file, "text": segment["text"] or "",
                        "language": "zh", "start": start,
                        "duration": round(segment["end_time"] - start, 4)}
                 names = [WENETSPEECH[s] for s in segment["subsets"] if s in WENETSPEECH]
@@ -790,18 +767,11 @@ def folder(root, language=None):
     for path in audios:
         row = {"id": "-".join(path.relative_to(root).with_suffix("").parts), "audio": str(path)}
         transcript = path.with_suffix(".txt")
-        text = read_text(transcript).strip() if transcript.exists() else ""
-        if text:
-            row["text"] = text
+        if transcript.exists() and read_text(transcript).strip():
+            row["text"] = read_text(transcript).strip()
         if language:
             row["language"] = language
         yield root.name, row
-
-
-def read_transcripts(path, glue) -> dict[str, str]:
-    """Lines of an id and words -> {id: words joined by `glue`}."""
-    lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
-    return {name: glue.join(rest) for name, *rest in lines}
 
 
 def read_text(path) -> str:
@@ -817,48 +787,36 @@ CORPORA = {function.__name__: function for function in (librispeech, aishell1, w
 def write_corpus(rows, out) -> None:
     """Writes (manifest's name, row) pairs as OUT/NAME.jsonl; prints what is in each and what isn't.
 
-    Raises ValueError, and writes none, where two rows have one id or no utterance is left.
+    Raises ValueError, and writes none, where two rows have one id or no row is left.
     """
     out = Path(os.path.realpath(out))  # a path relative to a link would lead elsewhere
-    out.mkdir(parents=True, exist_ok=True)
-    files = {}                   # name of a manifest: temporary file
-    audios = defaultdict(dict)   # name: {id: audio}
-    hours = Counter()            # name: of audio
-    remarks = defaultdict(list)  # (name, remark): audio of its rows
+    manifests = defaultdict(dict)      # name: {id: row}
+    remarks = defaultdict(list)        # (name, remark): audio of its rows
     for name, row in progress(None, "corpus", "clip", rows=rows):
-        audio = row["audio"]
-        reason = why_left_out(row)
+        reason = row.get("left_out") or why_left_out(row)
         if reason:
-            remarks[name, f"left out: {reason}"].append(audio)
+            remarks[name, f"left out, {reason}"].append(row["audio"])
             continue
-        if row["id"] in audios[name]:
-            other = audios[name][row["id"]]
-            raise ValueError(f"two utterances have the id {row['id']!r}: {other} and {audio}")
-        audios[name][row["id"]] = audio
-        hours[name] += row["duration"] / 3600
+        other = manifests[name].setdefault(row["id"], row)
+        if other is not row:
+            raise ValueError(f"{other['audio']} and {row['audio']} have one id, {row['id']!r}")
         if "text" not in row:
-            remarks[name, "without text"].append(audio)
+            remarks[name, "without text"].append(row["audio"])
         if row["duration"] > MAX_SEC:
-            remarks[name, f"over {MAX_SEC:.0f} s, not trained on"].append(audio)
-        if name not in files:
-            files[name] = open(out / f"{name}.jsonl.tmp", "w", encoding="utf-8")
-        row = row | {"audio": os.path.relpath(audio, out)}
-        files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-    for name in files:
-        print(f"{out / name}.jsonl: {len(audios[name])} utterances, {hours[name]:.2f} hours")
-    for (name, remark), found in remarks.items():
-        print(f"{name}: {len(found)} {remark} (first: {found[0]})")
-    if not files:
+            remarks[name, f"over {MAX_SEC} s, not trained on"].append(row["audio"])
+    for (name, remark), audios in remarks.items():
+        print(f"{name}: {len(audios)} {remark}; the first is {audios[0]}")
+    if not manifests:
         raise ValueError("no utterance is left")
-    for name, file in files.items():
-        file.close()
-        os.replace(file.name, out / f"{name}.jsonl")
+    for name, kept in manifests.items():
+        hours = sum(row["duration"] for row in kept.values()) / 3600
+        relative = (row | {"audio": os.path.relpath(row["audio"], out)} for row in kept.values())
+        write_jsonl(out / f"{name}.jsonl", relative)
+        print(f"{out / name}.jsonl: {len(kept)} utterances, {hours:.2f} hours")
 
 
 def why_left_out(row) -> str | None:
     """None for a row that can be used. Adds the duration of a whole file, which is decoded once."""
-    if "left_out" in row:
-        return row["left_out"]
     if not os.path.isfile(row["audio"]):  # a link to a file that was not fetched, too
         return "no audio file"
     if "text" in row and not row["text"].strip():
@@ -874,23 +832,22 @@ def why_left_out(row) -> str | None:
 
 # --------------------------------------------------------------------------------- 7. demo corpus
 
-# Clips of each split, half of them English, half Mandarin. Made in this order, so that what the
-# others hold does not depend on the size of the pool.
+# Clips of each split, half of them English, half Mandarin.
 SIZES = {"test": 500, "dev": 100, "train": 700, "teacher": 4500, "pool": 500}
 # Whose sentences a split may not repeat: dev's and test's occur nowhere else, and the teacher's
 # corpus has none of train's.
 AVOIDS = {"test": [], "dev": ["test"], "train": ["test", "dev"],
           "teacher": ["test", "dev", "train"], "pool": ["test", "dev"]}
 
-# Variants that an independent recogniser understood, drawn randomly. victor, f2, f3 and f5 are left
-# out: they read uninitialised memory, so the same text would not give the same bytes twice.
+# Voices that a recogniser understood. victor, f2, f3 and f5 are left out: they read uninitialised
+# memory, so the same text would not give the same bytes twice.
 POOL = "gustave m3 Annie Storm zac m1 benjamin steph klatt6 belinda m6 travis ian".split()
 UNSEEN = "m5 quincy Mike max edward michel".split()
-FURTHER = ("caleb adam iven4 Denis david m7 f4 m8 Michael m2 klatt2 grandma").split()
+FURTHER = "caleb adam iven4 Denis david m7 f4 m8 Michael m2 klatt2 grandma".split()
 CAST = {"test": UNSEEN, "dev": UNSEEN, "train": POOL[:6], "teacher": POOL + FURTHER, "pool": POOL}
 
-# Small closed vocabularies, many combinations: enough to need the audio, few enough for a model of
-# half a million parameters. Of each language: patterns, and words for their slots.
+# Of each language: patterns, and words for their slots. So few that half a million parameters can
+# learn them, and enough combinations that the audio is needed.
 GRAMMAR = {
     "en": (["{verb} the {colour} {thing}", "{number} {thing}s {where}",
             "{name} has {number} {thing}s", "the {colour} {thing} is {where}",
@@ -905,15 +862,15 @@ GRAMMAR = {
            {"verb": "拿来 找到 打开 修理 洗净 藏好", "colour": "红色 绿色 黄色 黑色 白色 紫色",
             "thing": "台灯 桌子 窗户 篮子 铅笔 书包", "number": "两 三 五 七 八 九",
             "name": "小明 李华 王芳 张伟", "where": "桥下 厨房 河边 车站", "when": "今天 明天 今晚"})}
-VOICES = {"en": ["en-us"], "zh": ["cmn"]}  # espeak-ng's names of the languages
-EXTRA_SPEED = {"en": 0, "zh": 40}          # words a minute
+# Of each language: espeak-ng's names of it, the slowest speech in words per minute.
+VOICES = {"en": (["en-us"], 180), "zh": (["cmn"], 220)}
 
 
 def make_demo(out, seed=0, sizes=SIZES) -> None:
     """Writes OUT/{train,teacher,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn.
 
-    Few voices: train. More, for distillation: pool; still more: teacher, without a sentence
-    of train. Voices and sentences of dev and test stand in none of them.
+    Few voices: train. More: pool, for distillation. Still more: teacher, without a sentence of
+    train. Voices and sentences of dev and test are in none of these.
     """
     out = Path(out)
     (out / "wav").mkdir(parents=True, exist_ok=True)
@@ -924,9 +881,7 @@ def make_demo(out, seed=0, sizes=SIZES) -> None:
     for split in sizes:
         rows = [row for pair in zip(english[split], mandarin[split]) for row in pair]
         write_jsonl(out / f"{split}.jsonl", rows)
-        minutes = sum(row["duration"] for row in rows) / 60
-        voices = {row["speaker"] for row in rows}
-        print(f"{split:7} {len(rows):5} clips  {minutes:5.1f} min  {len(voices):3} voices")
+        print(f"{out / split}.jsonl: {len(rows)} clips")
 
 
 def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
@@ -936,6 +891,7 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
     resample = torchaudio.transforms.Resample(rate, SAMPLE_RATE)
     rng = random.Random(f"demo/{seed}/{language}")
     patterns, slots = GRAMMAR[language]
+    names, slowest = VOICES[language]
     sentences = {}  # of each split
     rows = {}
     bar = progress(sum(sizes.values()) // 2, f"demo corpus, {language}", "clip")
@@ -950,8 +906,8 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
             if text in taken:
                 continue
             sentences[split].add(text)
-            voice = f"{rng.choice(VOICES[language])}+{rng.choice(CAST[split])}"
-            speed = rng.randint(180, 225) + EXTRA_SPEED[language]
+            voice = f"{rng.choice(names)}+{rng.choice(CAST[split])}"
+            speed = rng.randint(slowest, slowest + 45)
             speech = say(text, voice, speed, pitch=rng.randint(35, 65))
             audio = add_noise(resample(torch.from_numpy(speech)).numpy(), rng)
             name = f"{split}-{language}-{len(rows[split]):05d}"
@@ -959,9 +915,9 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
                 file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # one channel, two bytes
                 in_32_bits = np.rint(audio * 2.0 ** 31).astype(np.int64)
                 file.writeframes((in_32_bits >> 16).astype("<i2").tobytes())
-            duration = round(len(audio) / SAMPLE_RATE, 4)
             rows[split].append({"id": name, "audio": f"wav/{name}.wav", "text": text,
-                                "language": language, "duration": duration, "speaker": voice})
+                                "language": language,
+                                "duration": round(len(audio) / SAMPLE_RATE, 4), "speaker": voice})
             bar.update()
     bar.close()
     return rows
@@ -981,7 +937,7 @@ def add_noise(audio, rng) -> np.ndarray:
 def start_espeak():
     """espeak-ng by ctypes, one engine per process: -> rate in Hz, a function that says a text.
 
-    That takes a voice, words a minute and a pitch from 0 to 100 -> (n,) float32 in [-1, 1].
+    That takes a voice, words per minute and a pitch from 0 to 100 -> (n,) float32 in [-1, 1].
     """
     import espeakng_loader  # only the demo needs it
     lib = ctypes.CDLL(espeakng_loader.get_library_path())
@@ -1014,7 +970,7 @@ def start_espeak():
 # -------------------------------------------------------------------------------- the command line
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A script's docstring as it stands, and the default of each flag. For all scripts."""
+    """A script's docstring, line by line, and the default of each flag. For all scripts."""
 
 
 def at_least(low):
@@ -1035,23 +991,19 @@ def parse_args(argv=None):
     demo = commands.add_parser("demo", description=make_demo.__doc__, formatter_class=HelpFormatter)
     demo.add_argument("--out", default="runs/data", help="folder for manifests and audio")
     demo.add_argument("--seed", type=at_least(0), default=0, help="of sentences, voices and noise")
-    demo.add_argument("--pool", type=at_least(2), default=SIZES["pool"], help="clips in the pool")
     for name, corpus in CORPORA.items():
         command = commands.add_parser(name, description=corpus.__doc__,
                                       formatter_class=HelpFormatter)
-        command.add_argument("root", metavar="ROOT", help="where the corpus lies")
+        command.add_argument("root", metavar="ROOT", help="the corpus")
         command.add_argument("out", metavar="OUT", help="folder for the manifests")
     command.add_argument("--language", help="code for every line: en, zh, ...")  # of folder
-    args = parser.parse_args(argv)
-    if args.corpus == "demo" and args.pool % 2:
-        parser.error(f"argument --pool: expected an even number, not {args.pool}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(args) -> None:
-    """Makes the demo corpus, or manifests for a corpus that lies on disk."""
+    """Makes the demo corpus, or manifests for a corpus on disk."""
     if args.corpus == "demo":
-        make_demo(args.out, args.seed, SIZES | {"pool": args.pool})
+        make_demo(args.out, args.seed)
         return
     corpus = CORPORA[args.corpus]
     options = {"language": args.language} if corpus is folder else {}
