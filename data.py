@@ -158,7 +158,7 @@ def parse_line(line, folder, where, language=None, need=()) -> Utterance:
     fields["language"] = fields.get("language", "").strip().lower() or language
     for name in ("audio", *need):
         if fields.get(name) is None:
-            raise ValueError(f"{where}: no {name!r}; the keys are {reprlib.repr(sorted(row))}")
+            raise ValueError(f"{where}: no {name!r}; the keys are {str(sorted(row))[:300]}")
     text = fields.get("text")
     start = fields.get("start", 0)
     duration = fields["end"] - start if "end" in fields else fields.get("duration")
@@ -247,7 +247,7 @@ class AudioError(ValueError):
         self.reason = reason
 
 
-# What opening and decoding raise; IndexError: no audio in the file.
+# What decoding raises; IndexError: the file has no audio.
 UNREADABLE = (av.FFmpegError, OSError, ValueError, IndexError)
 
 
@@ -540,7 +540,7 @@ ONE_CHARACTER = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uaa60-\ua
                  "\uf900-\ufaff\U00020000-\U0003ffff")
 UNIT = re.compile(rf"[{ONE_CHARACTER}]|[^\s{ONE_CHARACTER}]+")
 APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4`", "'"))
-# Soft hyphen, zero width, joiners, direction, variation of emoji: they part no words.
+# Soft hyphen, zero width, joiners, direction, variation of emoji: they separate no words.
 INVISIBLE = re.compile("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
 
 
@@ -710,19 +710,16 @@ def aishell1(root):
 
 
 def transcribed(root, transcripts, audios, place, glue, language):
-    """Rows of files whose transcripts are lines of an id and words, which `glue` joins.
-
-    place: of the split's name in a path; the speaker's comes next.
-    """
+    """Rows of audio files. Their transcripts are lines of an id and words, which `glue` joins."""
     texts = {}
     for path in sorted(root.rglob(transcripts)):
         for line in filter(str.strip, read_text(path).splitlines()):
             name, *words = line.split()
             texts[name] = glue.join(words)
     for path in sorted(root.rglob(audios)):
-        yield path.parts[place], {
-            "id": path.stem, "audio": str(path), "text": texts.pop(path.stem, ""),
-            "language": language, "speaker": path.parts[place + 1]}
+        split = path.parts[place]
+        yield split, {"id": path.stem, "audio": str(path), "text": texts.pop(path.stem, ""),
+                      "language": language, "speaker": path.parts[place + 1]}
     for name in texts:
         yield "transcripts", {"audio": name}  # which is no file
 
@@ -767,8 +764,9 @@ def folder(root, language=None):
     for path in audios:
         row = {"id": "-".join(path.relative_to(root).with_suffix("").parts), "audio": str(path)}
         transcript = path.with_suffix(".txt")
-        if transcript.exists() and read_text(transcript).strip():
-            row["text"] = read_text(transcript).strip()
+        text = read_text(transcript).strip() if transcript.exists() else ""
+        if text:
+            row["text"] = text
         if language:
             row["language"] = language
         yield root.name, row
@@ -892,12 +890,10 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
     rng = random.Random(f"demo/{seed}/{language}")
     patterns, slots = GRAMMAR[language]
     names, slowest = VOICES[language]
-    sentences = {}  # of each split
     rows = {}
     bar = progress(sum(sizes.values()) // 2, f"demo corpus, {language}", "clip")
     for split, size in sizes.items():
-        taken = set().union(*(sentences[other] for other in AVOIDS[split]))
-        sentences[split] = set()
+        taken = {row["text"] for other in AVOIDS[split] for row in rows[other]}
         rows[split] = []
         while len(rows[split]) < size // 2:
             pattern = rng.choice(patterns)
@@ -905,7 +901,6 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
             text = pattern.format(**filled)
             if text in taken:
                 continue
-            sentences[split].add(text)
             voice = f"{rng.choice(names)}+{rng.choice(CAST[split])}"
             speed = rng.randint(slowest, slowest + 45)
             speech = say(text, voice, speed, pitch=rng.randint(35, 65))
