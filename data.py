@@ -598,7 +598,7 @@ def mandarin(text: str) -> str:
     For text in NFKC and lower case. What is said in two ways is folded: 两 is 二, 幺 is 一, 〇 is 零.
     """
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)      # 1,000: it would stop at the comma
-    text = re.sub(r"(?<=\d)\s*[–—−~]\s*(?=\d)", "-", text)   # it knows one of the dashes
+    text = re.sub(r"(?<=\d)\s*[–—−]\s*(?=\d)", "-", text)    # it knows one of the dashes
     text = re.sub(r"(?<=%)\s*[-–—−~]\s*(?=\d)", "到", text)  # the 30 of 20%-30% is not negative
     text = CAPITALS.sub(lambda match: match[0].upper(), text)
     return normalizer("zh")(text).lower().translate(SAID_ALIKE)
