@@ -39,7 +39,7 @@ import unicodedata
 import warnings
 import wave
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -321,8 +321,8 @@ def decoded_frames(path, start_sec=0.0):
         first_sec = None  # an mp3 does not begin at 0
         if 1.0 < start_sec < promised_sec:
             first_sec = float((stream.start_time or 0) * tick_sec)
-            run_up_sec = first_sec + start_sec - 1.0  # lossy codecs need one
-            container.seek(round(run_up_sec / tick_sec), stream=stream)
+            early_sec = first_sec + start_sec - 1.0  # lossy codecs need a run-up
+            container.seek(round(early_sec / tick_sec), stream=stream)
         end_sec = None    # of the frame before
         for packet in container.demux(stream):
             try:
@@ -349,7 +349,7 @@ def check_wav(path) -> None:
         file.seek(12)
         name = None
         size = 0
-        while name not in (b"data", b""):  # of chunks: name, size, content of even length
+        while name not in (b"data", b""):  # chunks: name, size, content padded to an even length
             file.seek(size + size % 2, os.SEEK_CUR)
             name = file.read(4)
             size = int.from_bytes(file.read(4), "little")
@@ -788,9 +788,11 @@ def write_corpus(rows, out) -> None:
     Raises ValueError, and writes none, where two rows have one id or no row is left.
     """
     out = Path(os.path.realpath(out))  # a path relative to a link would lead elsewhere
+    seen = Counter()                   # name: rows
     manifests = defaultdict(dict)      # name: {id: row}
     remarks = defaultdict(list)        # (name, remark): audio of its rows
     for name, row in progress(None, "corpus", "clip", rows=rows):
+        seen[name] += 1
         reason = row.get("left_out") or why_left_out(row)
         if reason:
             remarks[name, f"left out, {reason}"].append(row["audio"])
@@ -810,7 +812,8 @@ def write_corpus(rows, out) -> None:
         hours = sum(row["duration"] for row in kept.values()) / 3600
         relative = (row | {"audio": os.path.relpath(row["audio"], out)} for row in kept.values())
         write_jsonl(out / f"{name}.jsonl", relative)
-        print(f"{out / name}.jsonl: {len(kept)} utterances, {hours:.2f} hours")
+        print(f"{out / name}.jsonl: {len(kept)} utterances, {hours:.2f} hours; "
+              f"{seen[name] - len(kept)} left out")
 
 
 def why_left_out(row) -> str | None:

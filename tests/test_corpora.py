@@ -80,7 +80,7 @@ def test_librispeech(tmp_path, capsys):
         "train-clean-100: 1 left out, no transcript":
             "train-clean-100/103/1240/103-1240-0000.flac"}
     assert set(capsys.readouterr().out.splitlines()) == {
-        f"{out}/dev-clean.jsonl: 3 utterances, 0.00 hours",
+        f"{out}/dev-clean.jsonl: 3 utterances, 0.00 hours; 2 left out",
         "transcripts: 1 left out, no audio file; the first is 84-121123-0002",
         *(f"{remark}; the first is {root}/{path}" for remark, path in left_out.items())}
 
@@ -198,7 +198,7 @@ def test_a_folder(calls, tmp_path, capsys):
     assert f"my calls: 1 left out, unreadable; the first is {calls}/z.wav" in shown
     assert f"my calls: 5 without text; the first is {calls}/b/d.e/f.m4a" in shown
     assert "my calls: 1 over 30.0 s, not trained on" in shown and len(shown.splitlines()) == 7
-    assert f"{tmp_path}/out/my calls.jsonl: 7 utterances, 0.01 hours" in shown
+    assert f"{tmp_path}/out/my calls.jsonl: 7 utterances, 0.01 hours; 4 left out" in shown
 
 
 def test_a_folder_from_inside_it_and_behind_a_link(calls, tmp_path, monkeypatch):
