@@ -100,7 +100,7 @@ REFUSED |= dict.fromkeys(["seed", "warmup", "workers"], "-1 0.5 x")
 def test_values_out_of_range_are_refused(name, capsys):
     line = ENOUGH[name].split()
     numbers = [flag for flag, action in flags(name).items() if callable(action.type)]
-    assert len(numbers) >= 2
+    assert numbers
     parse = SCRIPTS[name].parse_args
     for flag in numbers:
         for value in REFUSED.get(flag, "0 -1 1.5 many").split():
