@@ -504,12 +504,6 @@ def start_worker(_number):
     threading.Thread(target=end_with_trainer, daemon=True).start()
 
 
-def check_decodable(utterances) -> None:
-    """Raises AudioError for a clip that can't be evaluated, before long work would end there."""
-    for utterance in utterances:
-        load_audio(utterance, MAX_EVAL_SEC, for_training=False)
-
-
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
     """Uniforms in [0, 1) by (seed, step, id, column) alone: -> (len(ids), count) float32.
 
