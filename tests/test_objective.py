@@ -89,9 +89,8 @@ def value_and_gradient(function, z_s, *rest):
 # ---------------------------------------------------------------- the divergences against the loops
 
 KLS = {"reverse": distill.reverse_kl, "forward": distill.forward_kl}
-both_kls = pytest.mark.parametrize("name", KLS)
-GRID = list(itertools.product(KLS, [("full", 1), ("union", 1), ("union", 3)], [1.0, 2.0],
-                              [(), (0, 4, 10)]))
+SUPPORTS = [("full", 1), ("union", 1), ("union", 3), ("union", 99)]
+GRID = list(itertools.product(KLS, SUPPORTS, [1.0, 2.0], [(), (0, 4, 10)]))
 
 
 @pytest.mark.parametrize("divergence, support_of_k, tau, blocked", GRID)
@@ -118,18 +117,7 @@ def test_value_and_gradient_equal_the_loops(divergence, support_of_k, tau, block
         assert gradient[n, v].item() == pytest.approx((higher - lower) / (2 * eps), abs=1e-7)
 
 
-@both_kls
-@pytest.mark.parametrize("support", ["full", "union"])
-def test_equal_logits_cost_nothing_and_pull_nowhere(name, support):
-    z, _ = random_logits(blocked=(2,))
-    shifted = z + 7.0  # logits are defined up to a constant
-    settings = (None, name, support, 3, 2.0)
-    d, gradient = value_and_gradient(distill.token_divergence, z, shifted, *settings)
-    assert d.abs().max() < 1e-14
-    assert gradient.abs().max() < 1e-14
-
-
-@both_kls
+@pytest.mark.parametrize("name", KLS)
 def test_probabilities_that_underflow_are_zero_and_not_nan(name):
     """In fp32 exp(-110) is 0; the log-probabilities are finite all the same."""
     z_s = torch.tensor([[0.0, -110.0, -300.0, 1.0]])
@@ -137,22 +125,6 @@ def test_probabilities_that_underflow_are_zero_and_not_nan(name):
     d, gradient = value_and_gradient(KLS[name], z_s, z_t)
     assert torch.isfinite(gradient).all()
     assert d.item() == pytest.approx(KLS[name](z_s.double(), z_t.double()).item(), rel=1e-5)
-
-
-# ------------------------------------------------------------------------------- the union support
-
-@pytest.mark.parametrize("k", [1, 4, 30, 99])
-def test_the_union_is_that_of_both_top_k_sets_and_no_other_id_is_pulled(k):
-    z_s, z_t = random_logits(n=8, v=30, seed=6)
-    z_t[0] = z_s[0]
-    support = distill.union_support(z_s, z_t, k)
-    settings = (None, "forward", "union", k, 1.0)
-    _, gradient = value_and_gradient(distill.token_divergence, z_s, z_t, *settings)
-    for n, (s, t) in enumerate(zip(z_s.tolist(), z_t.tolist())):
-        expected = top(dict(enumerate(s)), k) | top(dict(enumerate(t)), k)
-        assert set(support[n].nonzero()[:, 0].tolist()) == expected
-        if n > 0 and len(expected) > 1:
-            assert set(gradient[n].nonzero()[:, 0].tolist()) == expected
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])
@@ -203,10 +175,9 @@ def test_sampled_kl_of_one_token_by_the_formula():
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("teachers", [-INF, 1.0])
-def test_a_sampled_id_of_probability_zero_says_nothing(teachers):
+def test_a_sampled_id_of_probability_zero_says_nothing():
     z_s, z_t = random_logits(n=2, seed=11, blocked=(2,))
-    z_t[:, 2] = teachers
+    z_t[:, 2] = 1.0
     d, gradient = value_and_gradient(distill.sampled_kl, z_s, z_t, torch.tensor([2, 5]))
     assert d[0] == 0
     assert (gradient[0] == 0).all()
@@ -256,14 +227,6 @@ def test_chunks_equal_one_shot_autograd(chunk, divergence):
     assert head_t.weight.grad is None, "the teacher gets no gradient"
 
 
-def test_no_scored_token_is_no_gradient_and_no_error():
-    nothing = torch.zeros(0, 7, requires_grad=True)
-    loss, grad_rows = distill.loss_in_chunks(
-        nothing, torch.zeros(0, 9), torch.zeros(0, dtype=torch.long), nn.Linear(7, 7), lambda h: h,
-        TO_TEACHER, REVERSE, 4)
-    assert (loss, grad_rows.shape) == (0.0, (0, 7))
-
-
 def test_the_minimiser_ends_as_often_as_the_teacher():
     """Two ids end the student's transcripts, one the teacher's. Found by descent."""
     to_teacher = torch.tensor([1, 2, 3, 0, 0])  # ids 3 and 4 mean the teacher's end, 0
@@ -305,16 +268,7 @@ def test_the_objective_copies_out_alone():
         assert torch.equal(results[0][1], results[1][1])
 
 
-# --------------------------------------------------------------------------------------------- sft
-
-def test_cross_entropy_is_minus_log_softmax():
-    z, _ = random_logits(n=4)
-    targets = torch.tensor([3, 0, 10, 3])
-    expected = 0.0
-    for row, y in zip(z.tolist(), targets.tolist()):
-        expected -= math.log(probabilities(dict(enumerate(row)))[y])
-    assert sft.cross_entropy_sum(z, targets).item() == pytest.approx(expected, rel=1e-12)
-
+# --------------------------------------------------------------------------------------------- ctc
 
 def ctc_by_enumeration(logp, labels, blank):
     """-log of the summed probability of all paths that collapse to `labels`: logp is a list of
@@ -349,15 +303,6 @@ def test_ctc_equals_enumerated_alignments():
         assert (row[n:] == 0).all()
 
 
-def test_ctc_of_clips_that_do_not_fit_is_zero_and_counted():
-    audio = torch.randn(2, 2, 6, requires_grad=True)
-    responses = [[0, 1, 2, 3], [1, 1, 3]]
-    loss, skipped = sft.ctc_sum(nn.Linear(6, 5), audio, torch.tensor([2, 1]), responses, 3)
-    loss.backward()  # a loss like any other: the loop does not ask
-    assert (loss.item(), skipped) == (0.0, 2)
-    assert (audio.grad == 0).all()
-
-
 # ------------------------------------------------------------------ what both training loops share
 
 def test_learning_rate_warms_up_and_decays_to_zero():
@@ -371,29 +316,9 @@ def test_learning_rate_warms_up_and_decays_to_zero():
     assert model.learning_rate(1, SimpleNamespace(lr=2.0, warmup=1, steps=1)) == 2.0
 
 
-def test_every_gradient_is_summed_over_ranks_once(monkeypatch):
-    """However the gradients are put together for the wire: here a sum over ranks doubles what it is
-    given."""
-    sizes = [(3,), (2 ** 20 + 5,), (2, 3), *[(2,)] * 130, (4,)]
-    parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
-    for n, p in enumerate(parameters[:-1]):
-        p.grad = torch.full_like(p, n + 1.0)
-    model.sum_gradients(parameters)  # one process: nothing to sum
-    assert [p.grad.flatten()[0].item() for p in parameters] == [*range(1, len(parameters)), 0]
-    parameters[-1].grad = None  # takes no part
-    monkeypatch.setattr(model.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(model.dist, "all_reduce", lambda tensor: tensor.mul_(2))
-    model.sum_gradients(parameters)
-    for n, p in enumerate(parameters[:-1]):
-        assert (p.grad == 2 * (n + 1)).all()
-    assert (parameters[-1].grad == 0).all()
-
-
 def test_weight_decay_is_for_matrices(student):
-    parameters = list(student.net.parameters())
-    matrices, vectors = model.make_optimizer(parameters, 1.0).param_groups
+    matrices, vectors = model.make_optimizer(list(student.net.parameters()), 1.0).param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
     assert (matrices["lr"], matrices["betas"]) == (1.0, (0.9, 0.98))
     assert all(p.ndim > 1 for p in matrices["params"])
     assert all(p.ndim <= 1 for p in vectors["params"])
-    assert len(matrices["params"]) + len(vectors["params"]) == len(parameters)
