@@ -595,7 +595,7 @@ def parts(tmp_path_factory, lm_tokenizer):
             GlmAsrConfig(audio_config=audio, text_config=text, audio_token_id=3)),
         "whisper": WhisperForConditionalGeneration(WhisperConfig(
             d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=48,
-            decoder_layers=1, decoder_attention_heads=1, decoder_ffn_dim=8, num_mel_bins=128,
+            decoder_layers=1, decoder_attention_heads=1, decoder_ffn_dim=8, num_mel_bins=80,
             vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
             suppress_tokens=None, begin_suppress_tokens=None))}
     # An untied LM without a row to spare: its table must grow.
