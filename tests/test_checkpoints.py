@@ -141,21 +141,18 @@ def published(tokenizer, tmp_path):
     net = randomise(model.ArkasrForConditionalGeneration(model.student_config(config)), 3)
     tensors = {k: v.bfloat16() for k, v in net.state_dict().items()}
     tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
-    for name, shape in zip((*UNREAD, UNREAD[1]), ((1500, 32), (32,), (32,))):
-        tensors[name + ("bias" if name + "weight" in tensors else "weight")] = torch.ones(shape)
+    positions, norm = UNREAD
+    tensors[positions + "weight"] = torch.ones(1500, 32)
+    tensors |= {norm + "weight": torch.ones(32), norm + "bias": torch.ones(32)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("form", ["one file", "shards", "no lm_head", "no unread weights"])
-def test_the_published_layout_is_read_to_the_bit(published, form):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_published_layout_is_read_to_the_bit(published, sharded):
     tensors = load_file(published / "model.safetensors")
-    if form == "no lm_head":
-        rewrite(published, lambda t: t.pop("lm_head.weight"))
-    elif form == "no unread weights":
-        rewrite(published, lambda t: [t.pop(k) for k in list(t) if k.startswith(UNREAD)])
-    elif form == "shards":
+    if sharded:
         write_shards(published, tensors)
     asr = model.load(published)
     ours = asr.net.state_dict()
@@ -171,7 +168,6 @@ def test_the_published_layout_is_read_to_the_bit(published, form):
 COMPANIONS = {
     "generation_config.json": '{"eos_token_id": [%d], "do_sample": false}\n',
     "chat_template.jinja": "{{ '<|user|>\\n' }} 中文\n",
-    "preprocessor_config.json": '{"feature_size": 128}',
     "modeling_arkasr.py": "raise SystemExit('remote code was run')\n",
     "configuration_arkasr.py": "raise SystemExit('remote code was run')\n"}
 
@@ -201,26 +197,21 @@ def test_a_published_checkpoint_is_saved_as_itself(published, tmp_path, student)
         assert (tmp_path / "twice" / name).read_bytes() == (published / name).read_bytes()
 
 
-def test_what_save_writes_is_read_by_load_and_by_transformers(student, teacher, checkpoints):
-    for name, asr in (("student", student), ("teacher", teacher)):
-        loaded = model.load(checkpoints / name)
-        frozen = model.load_teacher(checkpoints / name, "cpu").net.parameters()
-        assert not any(p.requires_grad for p in frozen)
-        assert same_weights(loaded.net, asr.net) and is_tied(loaded)
-        assert loaded.tokenizer.get_vocab() == asr.tokenizer.get_vocab()
-        for field in ("prefix_ids", "suffix_ids", "eos_id", "pad_id", "audio_id", "n_mels"):
-            assert getattr(loaded, field) == getattr(asr, field)
-        assert torch.equal(loaded.blocked, asr.blocked) and torch.equal(loaded.stop, asr.stop)
-        for ours, theirs in zip(roll_out(asr, mel_batch(), 8), roll_out(loaded, mel_batch(), 8)):
-            assert torch.equal(ours, theirs)
-    generation = GenerationConfig.from_pretrained(checkpoints / "student")
+def test_what_save_writes_is_read_by_load_and_by_transformers(student, checkpoints):
+    folder = checkpoints / "student"
+    loaded = model.load_teacher(folder, "cpu")
+    assert not any(p.requires_grad for p in loaded.net.parameters())
+    assert same_weights(loaded.net, student.net) and is_tied(loaded)
+    assert loaded.tokenizer.get_vocab() == student.tokenizer.get_vocab()
+    for field in ("prefix_ids", "suffix_ids", "eos_id", "pad_id", "audio_id", "n_mels"):
+        assert getattr(loaded, field) == getattr(student, field)
+    assert torch.equal(loaded.blocked, student.blocked) and torch.equal(loaded.stop, student.stop)
+    generation = GenerationConfig.from_pretrained(folder)
     assert generation.eos_token_id in (student.eos_id, [student.eos_id])
     assert generation.pad_token_id == student.pad_id
-    config = json.loads((checkpoints / "student" / "config.json").read_text())
-    assert config["model_type"] == "arkasr"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "arkasr" and config["rope_theta"] == 1e6
     assert config["architectures"] == ["ArkasrForConditionalGeneration"]
-    assert config["rope_theta"] == 1e6
-    assert not list(checkpoints.glob("*.tmp"))
 
 
 def test_every_misfit_of_a_sharded_checkpoint_is_listed(published):
@@ -387,60 +378,24 @@ def test_a_save_that_is_cut_short_leaves_a_whole_checkpoint(teacher, student, ch
         assert {p.name for p in path.iterdir()} == files
 
 
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
-def test_weights_have_the_permissions_that_the_umask_leaves(student, tmp_path, umask, mode):
-    before = os.umask(umask)
+def test_weights_have_the_permissions_that_the_umask_leaves(student, tmp_path):
+    before = os.umask(0o027)
     try:
         model.save(student, tmp_path / "new")
         model.save(student, tmp_path / "new")
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "new").iterdir()} == {mode}
-
-
-# --------------------------------------------------- student: the whole against transformers' parts
-
-def assembled_logits(parts, asr, mel, ids):
-    """(n, V) logits that predict `ids` on one clip, by transformers' encoder, projector and LM:
-    prompt from the published string, no padding, no cache. Oracle."""
-    twin, projector, lm = parts
-    states = twin(mel[None].to(lm.dtype)).last_hidden_state
-    n = states.shape[1] // 4
-    audio = projector(states[:, :4 * n].reshape(n, -1))
-    prompt = ("<|user|><|begin_of_audio|>" + "<|audio|>" * n
-              + "<|end_of_audio|>Please transcribe this audio.<|assistant|>")
-    row = torch.tensor(asr.tokenizer.encode(prompt, add_special_tokens=False) + ids)
-    embeds = lm.get_input_embeddings()(row)
-    embeds[row == asr.tokenizer.get_vocab()["<|audio|>"]] = audio
-    return lm(inputs_embeds=embeds[None], use_cache=False).logits[0, -len(ids) - 1:-1]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "new").iterdir()} == {0o640}
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers_parts(published, tmp_path):
-    """A padded batch against each clip alone; fp32 to rounding, bf16 to bf16's own error."""
-    frames = [96, 16, 57, 200, 33]
-    asr = model.load(published)
-    batch, (ids, mask) = mel_batch(frames), some_responses(asr, len(frames))
-    encoder = copy.deepcopy(asr.net.audio_encoder)
-    parts = *glmasr_twin(encoder, 2, 24), plain_qwen2(asr)
-
-    def by_parts():
-        rows = []
-        for i, n in enumerate(mask.sum(1).tolist()):
-            mel = torch.from_numpy(batch.mel[128][i, :, :frames[i]])
-            rows.append(assembled_logits(parts, asr, mel, ids[i, :n].tolist()).float())
-        return torch.cat(rows)
-
-    expected = by_parts()
-    assert expected.std() > 0.5
-    close(logits_of(asr, batch, ids, mask), expected)
+def test_a_checkpoint_read_in_bf16_is_the_fp32_one_to_rounding(published):
+    batch, (ids, mask) = mel_batch(), some_responses(model.load(published), 8)
     half = model.load(published, dtype=torch.bfloat16)
     assert {p.dtype for p in half.net.parameters()} == {torch.bfloat16}
     z = logits_of(half, batch, ids, mask)
-    for part in parts:
-        part.to(torch.bfloat16)
-    # A wrong layout would not be of the size of transformers' own rounding.
-    assert (z - expected).norm() < 2 * (by_parts() - expected).norm() + 1e-3 * expected.norm()
+    expected = logits_of(model.load(published), batch, ids, mask)
+    assert (z - expected).norm() < 0.02 * expected.norm()
 
 
 # ------------------------------------------------------------------------------ the real vocabulary
@@ -464,7 +419,6 @@ TEACHER_ADDED = [
     <|audio_pad|>""".split(), *(f"<|filler_{i}|>" for i in range(1, 28)), "<asr_text>",
     "<timestamp>"]
 TEXT_IDS, ROWS = 151_643, 151_936
-real_vocabulary = pytest.mark.xdist_group("real vocabulary")  # seconds to make
 
 
 @pytest.fixture(scope="module")
@@ -475,9 +429,9 @@ def qwen_bpe():
     return TikTokenConverter(file).extract_vocab_merges_from_model(file)
 
 
-def qwen_tokenizer_with(bpe, added):
-    """As the published tokenizer.json: NFC, byte-level BPE, added tokens from 151643 on."""
-    tokenizer = Tokenizer(models.BPE(vocab=bpe[0], merges=bpe[1]))
+def qwen_tokenizer_with(bpe, added, **names):
+    """As the published tokenizer.json: NFC, byte-level BPE (vocab, merges), then added tokens."""
+    tokenizer = Tokenizer(models.BPE(*bpe))
     plain = Qwen2Tokenizer().backend_tokenizer
     tokenizer.normalizer = plain.normalizer
     tokenizer.pre_tokenizer = plain.pre_tokenizer
@@ -485,8 +439,17 @@ def qwen_tokenizer_with(bpe, added):
     for token in added:
         special = token not in NOT_SPECIAL
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
-                                   pad_token="<|endoftext|>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False, **names)
+
+
+def small_bpe(texts, vocab_size):
+    """(vocab, merges) trained on texts, without special tokens."""
+    trained = model.train_tokenizer(texts, vocab_size)
+    inner = json.loads(trained.backend_tokenizer.to_str())["model"]
+    vocab = {k: v for k, v in inner["vocab"].items() if k not in model.SPECIAL}
+    return vocab, [tuple(pair) for pair in inner["merges"]]
 
 
 @pytest.fixture(scope="module")
@@ -514,7 +477,6 @@ def ranks():
     return qwen_tokenizer.get_tokenizer("qwen2.5-72b-instruct")
 
 
-@real_vocabulary
 def test_ids_of_the_published_student(ark, ranks):
     assert (ark.audio_id, ark.eos_id, ark.pad_id) == (151663, 151645, 151643)
     assert ark.prefix_ids == [151665, 151666]
@@ -523,7 +485,6 @@ def test_ids_of_the_published_student(ark, ranks):
     assert ids_where(ark.blocked) == [i for i in range(151643, ROWS) if i != 151645]
 
 
-@real_vocabulary
 def test_text_is_encoded_as_by_the_publisher_and_injects_nothing(ark, ranks):
     """On ordinary text the ids of an independent implementation; text that looks like markup stays
     text."""
@@ -538,7 +499,6 @@ def test_text_is_encoded_as_by_the_publisher_and_injects_nothing(ark, ranks):
         assert ark.decode(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)) == [text]
 
 
-@real_vocabulary
 def test_ids_of_the_published_teacher(real_teacher, ranks):
     start = ranks.encode("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
     end = ranks.encode("<|im_end|>\n<|im_start|>assistant\n")
@@ -550,7 +510,6 @@ def test_ids_of_the_published_teacher(real_teacher, ranks):
     assert ids_where(real_teacher.blocked) == [151644, *range(151646, ROWS)]
 
 
-@real_vocabulary
 def test_the_map_of_the_real_vocabularies_is_the_identity_on_text(ark, real_teacher):
     """Ids from 151643 on mean other things on either side, or nothing; the end is <|im_end|>."""
     expected = torch.full((ROWS,), -1)
@@ -564,21 +523,7 @@ def test_the_map_of_the_real_vocabularies_is_the_identity_on_text(ark, real_teac
 @pytest.fixture(scope="module")
 def lm_tokenizer():
     """A text LM's tokenizer: Qwen's kind, without the tokens of a speech prompt."""
-    trained = model.train_tokenizer(TEXTS["en"] * 4 + TEXTS["zh"] * 4, 330)
-    tokenizer = Tokenizer.from_str(json.dumps(
-        json.loads(trained.backend_tokenizer.to_str()) | {"added_tokens": []}))
-    tokenizer.model = models.BPE(**text_bpe(trained))
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False)
-                          for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
-                                   pad_token="<|endoftext|>", clean_up_tokenization_spaces=False)
-
-
-def text_bpe(trained):
-    """vocab and merges of a trained tokenizer without the prompt's special tokens."""
-    inner = json.loads(trained.backend_tokenizer.to_str())["model"]
-    return {"vocab": {k: v for k, v in inner["vocab"].items() if k not in model.SPECIAL},
-            "merges": [tuple(pair) for pair in inner["merges"]]}
+    return qwen_tokenizer_with(small_bpe(TEXTS["en"] * 4 + TEXTS["zh"] * 4, 330), QWEN_ADDED[:3])
 
 
 @pytest.fixture(scope="module")
@@ -604,7 +549,7 @@ def parts(tmp_path_factory, lm_tokenizer):
             hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, vocab_size=n_rows, max_position_embeddings=512,
             rope_parameters={"rope_type": "default", "rope_theta": 3e5}, tie_word_embeddings=tied,
-            eos_token_id=lm_tokenizer.eos_token_id))
+            eos_token_id=lm_tokenizer.pad_token_id))
         lm_tokenizer.save_pretrained(folder / name)
     for name, net in nets.items():
         randomise(net, 11)
@@ -628,23 +573,21 @@ def test_a_glmasr_encoder_becomes_the_students(parts):
     close(encoder.layer_norm(encoder.whisper(mel, torch.tensor([96]))), expected)
 
 
-@pytest.mark.parametrize("source", ["whisper", "ark", "original glm"])
+@pytest.mark.parametrize("source", ["whisper", "ark"])
 def test_a_whisper_shaped_encoder_becomes_the_students(parts, published, source):
     """As it is, whatever the LM beside it. Whisper's last LayerNorm takes the adapter's place; its
     positions have none."""
-    folder = published
     if source == "whisper":
         folder = parts[0] / "whisper"
         theirs = parts[1]["whisper"].model.encoder.state_dict()
         theirs |= {f"whisper.{k}": v for k, v in theirs.items()}
     else:
-        if source == "original glm":
-            rewrite(folder, lambda t: [t.pop(k) for k in list(t) if not k.startswith("audio_")])
-            change_config(folder, model_type="Glmasr", hidden_size=None, vocab_size=None)
+        folder = published
         theirs = {k.removeprefix("audio_encoder."): v.float()
                   for k, v in load_file(folder / "model.safetensors").items()}
-    ours = sft.student_from_parts(folder, parts[0] / "lm").net.audio_encoder.state_dict()
-    assert len(ours) > 30
+    student = sft.student_from_parts(folder, parts[0] / "lm")
+    ours = student.net.audio_encoder.state_dict()
+    assert len(ours) > 30 and student.n_mels == len(theirs["whisper.conv1.weight"][0])
     for k, v in ours.items():
         assert k.startswith("adapting.") or torch.equal(v, theirs[k]), k
 
@@ -697,16 +640,14 @@ def test_parts_of_another_kind_are_refused(parts, tmp_path):
         sft.student_from_parts(other, folder / "lm")
 
 
-def test_sft_starts_from_parts(parts, corpus, tmp_path):
-    words = ["--init_encoder", parts[0] / "glmasr", "--init_lm", parts[0] / "lm-full", "--data",
-             corpus / "dev.jsonl", "--out", tmp_path / "out", "--steps", 2, "--batch", 3,
-             "--workers", 0, "--device", "cpu", "--warmup", 1, "--log_every", 1]
-    sft.main(sft.parse_args(list(map(str, words))))
-    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
-    assert [r["step"] for r in records] == [1, 2] and all(r["grad_norm"] > 0 for r in records)
-    before = parts[1]["lm-full"].get_input_embeddings().weight
-    moved = model.load(tmp_path / "out").body.embed_tokens.weight[:len(before)] - before
-    assert 0 < moved.abs().max() < 0.1  # the LM given, after two updates
+def test_a_random_student_has_the_sizes_and_the_tokenizer_that_it_is_told(checkpoints, tokenizer):
+    flags = f"--init random --tokenizer {checkpoints}/teacher --data x --out x --d_model 24 --heads 3"
+    args = sft.parse_args([*flags.split(), "--encoder_layers", "1", "--lm_layers", "3"])
+    student = sft.make_student(args, None, "cpu")
+    assert student.tokenizer.get_vocab() == tokenizer.get_vocab()
+    lm, encoder = student.net.config, student.net.audio_encoder.whisper
+    assert (lm.hidden_size, lm.num_attention_heads, lm.num_hidden_layers) == (24, 3, 3)
+    assert (encoder.head_dim, len(encoder.layers)) == (8, 1)
 
 
 # --------------------------------------------------------------------------- the teacher: Qwen3-ASR
@@ -723,16 +664,11 @@ SMALL_ADDED = """<|endoftext|> <|im_start|> <|im_end|> <|audio_start|> <|audio_e
 
 
 def small_teacher_tokenizer():
-    """transformers' tokenizer of the family, with merges from other texts than the students'."""
+    """The family's tokenizer, with merges from other texts than the students'."""
     texts = ["the red lamp is on the other shelf", "language English", "厨房有三个台灯"]
     audio = {"audio_token": "<|audio_pad|>", "audio_bos_token": "<|audio_start|>",
              "audio_eos_token": "<|audio_end|>"}
-    tokenizer = Qwen2Tokenizer(**text_bpe(model.train_tokenizer(texts * 9, 340)),
-                               eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                               extra_special_tokens=audio)
-    tokenizer.add_tokens([AddedToken(t, special=t not in NOT_SPECIAL, normalized=False)
-                          for t in SMALL_ADDED if t not in tokenizer.get_vocab()])
-    return tokenizer
+    return qwen_tokenizer_with(small_bpe(texts * 9, 340), SMALL_ADDED, extra_special_tokens=audio)
 
 
 def teacher_network(tokenizer, n_rows, **text):
@@ -875,19 +811,16 @@ def test_both_layouts_hold_the_same_teacher(qwen, listener, native):
     assert set(ids_where(listener.blocked)) == shut | set(range(len(ids), 384))
 
 
-@pytest.mark.parametrize("layout", ["hf", "thinker"])
-def test_what_does_not_fit_a_teacher_is_listed_and_its_code_is_not_run(qwen, tmp_path, layout):
+def test_what_does_not_fit_a_teacher_is_listed_and_its_code_is_not_run(qwen, tmp_path):
     """transformers would fill in random numbers and print a report."""
-    folder = shutil.copytree(qwen / layout, tmp_path / layout)
+    folder = shutil.copytree(qwen / "thinker", tmp_path / "thinker")
     change_config(folder, auto_map={"AutoConfig": "configuration_x.X"})
     (folder / "configuration_x.py").write_text("raise SystemExit('remote code was run')")
-    head = {"hf": "model.language_model.", "thinker": "thinker.model."}[layout]
-    tower = {"hf": "model.audio_tower.", "thinker": "thinker.audio_tower."}[layout]
 
     def damage(tensors):
-        del tensors[head + "layers.1.mlp.up_proj.weight"]
-        tensors[tower + "extra.weight"] = torch.zeros(2)
-        tensors[tower + "conv2d1.bias"] = torch.zeros(13)
+        del tensors["thinker.model.layers.1.mlp.up_proj.weight"]
+        tensors["thinker.audio_tower.extra.weight"] = torch.zeros(2)
+        tensors["thinker.audio_tower.conv2d1.bias"] = torch.zeros(13)
 
     rewrite(folder, damage)
     with pytest.raises(ValueError) as error:
@@ -910,9 +843,8 @@ def test_teachers_whose_config_does_not_fit_are_refused(qwen, tmp_path):
 
 
 @pytest.mark.parametrize("language, said", [
-    ("en", "English"), ("zh", "Chinese"), ("english", "English"), ("en-us", "English"),
-    ("zh_cn", "Chinese"), ("cmn", "Chinese"), ("zh-tw", "Chinese"), ("yue", "Cantonese"),
-    ("zh-yue", "Cantonese"), ("zh-hk", "Cantonese"), ("yue-hk", "Cantonese"), ("fil", "Filipino"),
+    ("en", "English"), ("English", "English"), ("en-US", "English"), ("zh_CN", "Chinese"),
+    ("cmn", "Chinese"), ("yue", "Cantonese"), ("zh-HK", "Cantonese"), ("yue-hk", "Cantonese"),
     ("tl", "Filipino"), ("de-at", "German")])
 def test_the_prompt_is_the_processors(listener, native, clips, language, said):
     clip = dataclasses.replace(clips[11], language=language)
