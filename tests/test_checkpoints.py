@@ -811,25 +811,6 @@ def test_both_layouts_hold_the_same_teacher(qwen, listener, native):
     assert set(ids_where(listener.blocked)) == shut | set(range(len(ids), 384))
 
 
-def test_what_does_not_fit_a_teacher_is_listed_and_its_code_is_not_run(qwen, tmp_path):
-    """transformers would fill in random numbers and print a report."""
-    folder = shutil.copytree(qwen / "thinker", tmp_path / "thinker")
-    change_config(folder, auto_map={"AutoConfig": "configuration_x.X"})
-    (folder / "configuration_x.py").write_text("raise SystemExit('remote code was run')")
-
-    def damage(tensors):
-        del tensors["thinker.model.layers.1.mlp.up_proj.weight"]
-        tensors["thinker.audio_tower.extra.weight"] = torch.zeros(2)
-        tensors["thinker.audio_tower.conv2d1.bias"] = torch.zeros(13)
-
-    rewrite(folder, damage)
-    with pytest.raises(ValueError) as error:
-        model.load(folder)
-    for part in ("missing model.language_model.layers.1.mlp.up_proj.weight", "extra.weight",
-                 "conv2d1.bias", str(folder)):
-        assert part in str(error.value)
-
-
 def test_teachers_whose_config_does_not_fit_are_refused(qwen, tmp_path):
     folder = shutil.copytree(qwen / "hf", tmp_path / "hf")
     change_config(folder, audio_token_id=7)

@@ -6,7 +6,6 @@ Runs are of a few steps on clips of a second, in this process where they can be.
 from one that has imported everything.
 """
 
-import itertools
 import json
 import math
 import multiprocessing
@@ -403,10 +402,9 @@ SHAPES = {  # clips of the step: (processes, utterances per micro-batch)
 
 def first_steps(rank, world, jobs, folder):
     """Make the first step of each job in float64, where another order of sums is seen as 1e-15 and
-    not as 1e-6, and leave what this process saw in FOLDER/<job>-<rank>.pt."""
+    not as 1e-6, and leave its gradients in FOLDER/<job>-<rank>.pt."""
     torch.Tensor.float = torch.Tensor.double  # .float() says "at least fp32" in all of this code
-    load, roll_out_share = model.load, distill.roll_out_share
-    sum_gradients = model.sum_gradients
+    load, sum_gradients = model.load, model.sum_gradients
 
     def load_double(name, *_):
         asr = load(name)
@@ -414,71 +412,47 @@ def first_steps(rank, world, jobs, folder):
         torch.set_default_dtype(torch.float64)  # for what is new: the CTC head
         return asr
 
-    def keep_rollouts(student, batch, *rest):
-        ids, mask, frames = roll_out_share(student, batch, *rest)
-        for u, row, emitted in zip(batch.utterances, ids, mask):
-            seen["rollouts"][u.id] = row[emitted].tolist()
-        return ids, mask, frames
-
     def keep_gradients(parameters):
         sum_gradients(parameters)
-        seen["gradients"] = [p.grad.clone() for p in parameters]
+        torch.save([p.grad for p in parameters], folder / f"{job}-{rank}.pt")
 
-    model.load, distill.roll_out_share = load_double, keep_rollouts
-    model.sum_gradients = keep_gradients
+    model.load, model.sum_gradients = load_double, keep_gradients
     model.save = model.Run.save_state = lambda *_: None
-    for name, script, line in jobs:
-        take_place(rank, world, folder / f"{name}-store")
-        seen = {"rollouts": {}}
-        module = MODULES[script]
-        module.main(module.parse_args(line))
-        torch.save(seen, folder / f"{name}-{rank}.pt")
+    for job, script, line in jobs:
+        take_place(rank, world, folder / f"{job}-store")
+        MODULES[script].main(MODULES[script].parse_args(line))
 
 
-def make_shares(corpus, checkpoints, folder):
-    """-> {(script, clips): {(processes, micro_batch): (record, [what each rank saw])}}."""
-    pools = {n: subset(corpus, folder / f"{n}.jsonl", n, BRIEF) for n in SHAPES}
+@both
+def test_a_step_does_not_depend_on_how_it_is_shared_out(corpus, checkpoints, tmp_path, script):
+    """The same clips over micro-batches and over 1, 2 and 4 processes: what is logged, and every
+    entry of every gradient."""
+    pools = {n: subset(corpus, tmp_path / f"{n}.jsonl", n, BRIEF) for n in SHAPES}
     rows = [json.loads(line) for line in pools[4].read_text().splitlines()]
     for i in data.Plan(4, 4, seed=0)[0][1::2]:
-        rows[i]["audio"] = str(folder / "4.jsonl")  # no audio: all that rank 1 of 2 gets
+        rows[i]["audio"] = str(pools[4])  # no audio: all that rank 1 of 2 gets
     data.write_jsonl(pools[4], rows)
-    jobs, found = {1: [], 2: [], 4: []}, {}
-    for script, n in itertools.product(MODULES, SHAPES):
-        for world, micro_batch in SHAPES[n]:
-            name = f"{script}-{n}-{world}-{micro_batch}"
-            line = words(script, corpus, checkpoints, folder / name, steps=1, batch=n,
+    jobs = {1: [], 2: [], 4: []}
+    for n, shapes in SHAPES.items():
+        for world, micro_batch in shapes:
+            job = f"{n}-{world}-{micro_batch}"
+            line = words(script, corpus, checkpoints, tmp_path / job, steps=1, batch=n,
                          micro_batch=micro_batch, data=pools[n])
-            jobs[world].append((name, script, line))
+            jobs[world].append((job, script, line))
     for world in jobs:
-        start(first_steps, jobs[world], folder, world=world)
-        for name, script, _ in jobs[world]:
-            ranks = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world)]
-            n, _, micro_batch = map(int, name.split("-")[1:])
-            shapes = found.setdefault((script, n), {})
-            shapes[world, micro_batch] = metrics(folder / name)[0], ranks
-    return found
-
-
-def test_a_step_does_not_depend_on_how_it_is_shared_out(corpus, checkpoints, tmp_path):
-    """The same clips over micro-batches and over 1, 2 and 4 processes: every rollout, what is
-    logged, every entry of every gradient."""
-    for (script, n), found in make_shares(corpus, checkpoints, tmp_path).items():
-        record, (one,) = found[1, n]
+        start(first_steps, jobs[world], tmp_path, world=world)
+    for n in SHAPES:
+        record = metrics(tmp_path / f"{n}-1-{n}")[0]
+        whole = torch.load(tmp_path / f"{n}-1-{n}-0.pt")
         assert record["tokens"] > n / 2 and record["rejected"] == (2 if n == 4 else 0)
-        assert max(g.abs().max() for g in one["gradients"]) > 1e-3
-        for shape, (row, ranks) in found.items():
-            case = (script, n, *shape)
-            together = {}
-            for rank in ranks:
-                assert not together.keys() & rank["rollouts"].keys(), case
-                together |= rank["rollouts"]
-                for a, b in zip(one["gradients"], rank["gradients"], strict=True):
-                    assert (a - b).abs().max() <= 1e-9 * max(1.0, a.abs().max().item()), case
-            assert together == one["rollouts"], case
+        assert max(g.abs().max() for g in whole) > 1e-3
+        for path in tmp_path.glob(f"{n}-*.pt"):
+            for a, b in zip(whole, torch.load(path), strict=True):
+                assert (a - b).abs().max() <= 1e-9 * max(1.0, a.abs().max().item()), path.name
+        for world, micro_batch in SHAPES[n]:
+            row = metrics(tmp_path / f"{n}-{world}-{micro_batch}")[0]
             for key in row.keys() - {"audio_per_sec"}:
-                assert row[key] == pytest.approx(record[key], rel=1e-9, abs=1e-12), (*case, key)
-            if n < 8 and len(ranks) > 1 and script == "distill":
-                assert {} in [rank["rollouts"] for rank in ranks], "a rank without a clip"
+                assert row[key] == pytest.approx(record[key], rel=1e-9, abs=1e-12), (row, key)
 
 
 def test_torchrun_makes_the_run_of_one_process(corpus, checkpoints, tmp_path):
@@ -666,27 +640,19 @@ def test_labels_and_outputs_are_checked_before_the_first_step(
         run(script, corpus, checkpoints, tmp_path / "taken" / "x")
 
 
-def test_distill_reads_transcripts_only_where_it_is_told_to(corpus, checkpoints, student, tmp_path,
-                                                            monkeypatch):
+def test_distill_reads_transcripts_only_where_it_is_told_to(corpus, checkpoints, student, tmp_path):
     subset(corpus, tmp_path / "right.jsonl", 6)
     subset(corpus, tmp_path / "wrong.jsonl", 6, ["something else"], language="xx")
     subset(corpus, tmp_path / "without.jsonl", 6, text=None, language=None)
-    seen, losses = [], {}
-
-    def keep(*args, roll_out_share=distill.roll_out_share):
-        seen.append(roll_out_share(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(distill, "roll_out_share", keep)
+    losses = {}
     for name in ("right", "wrong", "without"):
         run("distill", corpus, checkpoints, tmp_path / name, data=tmp_path / f"{name}.jsonl",
             batch=6)
         losses[name] = [row["loss"] for row in metrics(tmp_path / name)]
     assert losses["right"] == losses["wrong"] == losses["without"]
-    seen.clear()
-    run("distill", corpus, checkpoints, tmp_path / "told", data=tmp_path / "wrong.jsonl", batch=6,
-        states="reference", steps=1)
-    (ids, mask, _), = seen
+    batch = data.load_batch(data.read_manifest(tmp_path / "wrong.jsonl"))
+    args = distill.parse_args(["--states", "reference"])
+    ids, mask, _ = distill.roll_out_share(student, batch, 0, args)
     expected = student.tokenizer.encode("something else") + [student.eos_id]
     assert [row[m].tolist() for row, m in zip(ids, mask)] == [expected] * 6
 
@@ -751,7 +717,7 @@ def test_out_is_the_best_on_dev_and_state_the_last(
     assert [row["dev_error"] for row in metrics(out, "dev_error")] == [60.0, 20.0, 25.0, 21.0]
 
 
-def test_dev_error_is_the_pooled_rate_of_greedy_transcripts(corpus, student, monkeypatch):
+def test_dev_error_is_the_pooled_rate_of_greedy_transcripts(corpus, student):
     args = sft.parse_args("--data x --out x --student x --eval_batch 4 --max_new_tokens 8".split())
     dev = data.read_manifest(corpus / "dev.jsonl")
     errors, units = 0, 0
@@ -761,15 +727,6 @@ def test_dev_error_is_the_pooled_rate_of_greedy_transcripts(corpus, student, mon
         errors += counts.errors
         units += len(data.normalize(u.text, u.language).split())
     assert model.dev_error(student, dev, args) == pytest.approx(100 * errors / units)
-    shares = []
-    for rank in (0, 1):  # of two processes: each clip once
-        with monkeypatch.context() as patch:
-            patch.setattr(model.dist, "is_initialized", lambda: True)
-            patch.setattr(model.dist, "get_rank", lambda: rank)
-            patch.setattr(model.dist, "get_world_size", lambda: 2)
-            patch.setattr(model, "all_sum", lambda sums, _: shares.append(dict(sums)) or sums)
-            model.dev_error(student, dev, args)
-    assert shares[0]["units"] + shares[1]["units"] == units and shares[1]["units"] > 0
     gone = [data.Utterance("x", str(corpus / "gone.wav"), "a")]
     with pytest.raises(data.AudioError, match="gone.wav"):  # a rate over fewer clips would lie
         model.dev_error(student, gone, args)
