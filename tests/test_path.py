@@ -12,7 +12,7 @@ import pytest
 import evaluate
 import model
 from conftest import ROOT, TEXTS, sound, write_wav
-from test_checkpoints import lm_tokenizer, parts, qwen  # noqa: F401 (fixtures)
+from test_checkpoints import parts, qwen  # noqa: F401 (fixtures)
 from test_scripts import SCRIPTS, shown_commands
 
 SHORT = {  # what a test changes: later flags win
@@ -35,8 +35,8 @@ def home(tmp_path, parts, qwen, monkeypatch):  # noqa: F811
             write_wav(folder / f"{i}.wav", sound(rng, rng.uniform(0.4, 0.9)))
             if split != "other":
                 (folder / f"{i}.txt").write_text(TEXTS["en"][i])
-    for name, folder in (("openai/whisper-small", parts[0] / "whisper"),
-                         ("Qwen/Qwen2.5-0.5B", parts[0] / "lm"),
+    for name, folder in (("openai/whisper-small", parts.folder / "whisper"),
+                         ("Qwen/Qwen2.5-0.5B", parts.folder / "lm"),
                          ("Qwen/Qwen3-ASR-1.7B-hf", qwen / "hf")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(folder)
