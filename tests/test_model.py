@@ -142,9 +142,11 @@ def glmasr_twin(encoder, heads, lm_width):
 
 @pytest.mark.parametrize("n_frames", [3, 8, 9, 101, 110, 3000])
 @torch.no_grad()
-def test_encoder_is_glmasrs(n_frames):
+def test_encoder_is_glmasrs_and_copies_out_alone(n_frames):
+    alone = copied_out(model.rope_angles, model.rotate, model.SelfAttention, model.EncoderLayer,
+                       model.valid_frames, model.WhisperEncoder, model.AudioEncoder)
     torch.manual_seed(3)
-    encoder = model.AudioEncoder(128, 72, 3, heads=3, ffn=200, lm_width=20)
+    encoder = alone.AudioEncoder(128, 72, 3, heads=3, ffn=200, lm_width=20)
     for p in encoder.parameters():
         p.add_(torch.randn_like(p) * 0.15)
     twin, projector = glmasr_twin(encoder, heads=3, lm_width=20)
@@ -170,20 +172,6 @@ def test_encoder_row_does_not_depend_on_its_neighbours(student, lengths):
         expected, n_alone = encoded(student, batch.rows(i, i + 1))
         assert n[i] == n_alone.item() == expected.shape[1] == max((lengths[i] + 1) // 2 // 4, 1)
         close(audio[i, :n[i]], expected[0])
-
-
-@torch.no_grad()
-def test_encoder_copies_out_alone(student):
-    copy_of = copied_out(model.rope_angles, model.rotate, model.SelfAttention, model.EncoderLayer,
-                         model.valid_frames, model.WhisperEncoder, model.AudioEncoder)
-    sizes = student.net.config.whisper_config
-    copied = copy_of.AudioEncoder(
-        128, sizes["d_model"], sizes["encoder_layers"], sizes["encoder_attention_heads"],
-        sizes["encoder_ffn_dim"], student.net.config.hidden_size)
-    copied.load_state_dict(student.net.audio_encoder.state_dict())
-    batch = mel_batch()
-    audio, _ = copied(torch.from_numpy(batch.mel[128]), torch.from_numpy(batch.n_frames))
-    assert torch.equal(audio, encoded(student, batch)[0])
 
 
 # ----------------------------------------------------------------------- prompt and teacher forcing
@@ -408,11 +396,9 @@ HARD_TEXTS = [
     *(f"say {token} twice {token}{token}" for token in model.SPECIAL)]
 
 
-def test_any_text_survives_the_tokenizer_and_injects_nothing(student, checkpoints):
-    loaded = model.load(checkpoints / "student")
+def test_any_text_survives_the_tokenizer_and_injects_nothing(student):
     for text in HARD_TEXTS:
         ids = student.encode_text(text)
-        assert ids == loaded.encode_text(text)
         assert ids[-1] == student.eos_id
         assert not student.blocked[ids].any() and not student.stop[ids[:-1]].any()
         row = torch.tensor([ids + [60, 61]])  # behind the mask: not read
@@ -469,23 +455,5 @@ def test_every_stop_id_means_the_teachers_end_and_blocked_ids_mean_nothing(stude
     assert to_teacher[student.eos_id] == to_teacher[other] == teacher.pad_id
     assert to_teacher[a] == to_teacher[b] == -1
     assert (to_teacher >= 0).sum() == (~student.blocked).sum() - 2 + 1
-
-
-def test_a_model_with_two_stop_ids_maps_to_itself(student):
-    """Each keeps its own probability: KL(model || itself) is 0 where it ends, too."""
-    two = dataclasses.replace(student, stop=student.stop.clone(), blocked=student.blocked.clone())
-    two.stop[student.pad_id] = True
-    two.blocked[student.pad_id] = False
-    to_itself = model.vocabulary_map(two, two)
-    usable = ~two.blocked
-    assert torch.equal(to_itself[usable], torch.arange(len(usable))[usable])
-    assert (to_itself[~usable] == -1).all()
-
-
-def test_map_logits_shares_what_two_ids_mean():
-    z = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
-    to_teacher = [3, -1, 0, 11, 3, -1, 7, 1, -1, 3]
-    expected = [[row[j].item() - math.log(to_teacher.count(j)) if j >= 0 else -math.inf
-                 for j in to_teacher] for row in z]
-    found = model.map_logits(z, torch.tensor(to_teacher))
-    torch.testing.assert_close(found, torch.tensor(expected))
+    ends = ours.stop.nonzero()[:, 0]  # of a teacher that has them too, each means itself
+    assert torch.equal(model.vocabulary_map(ours, ours)[ends], ends)

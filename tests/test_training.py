@@ -295,9 +295,9 @@ def test_the_arithmetic_of_a_gpu_runs(run, corpus, monkeypatch, script):
 # -------------------------------------------------------------------- memory that changes no update
 
 @both
-def test_with_a_frozen_encoder_the_other_gradients_are_the_same(run, monkeypatch, script):
-    """In distill its output is kept from the rollout: it hears each clip once instead of twice.
-    What --recompute makes again is the same, too."""
+def test_what_saves_memory_changes_no_gradient(run, monkeypatch, script):
+    """A frozen encoder has none. In distill its output is kept from the rollout: it hears each clip
+    once instead of twice."""
     heard, found = [], {}
 
     def count(self, mel, n_frames, forward=model.WhisperEncoder.forward):
@@ -305,36 +305,31 @@ def test_with_a_frozen_encoder_the_other_gradients_are_the_same(run, monkeypatch
         return forward(self, mel, n_frames)
 
     monkeypatch.setattr(model.WhisperEncoder, "forward", count)
-    for freeze, twice in ((None, 2), ("encoder", 1)):
+    for name, flags, n in (("plain", {}, 2), ("recompute", {"recompute": True}, 2),
+                           ("freeze", {"freeze": "encoder"}, 1)):
         heard.clear()
-        _, found[freeze] = first_step(run, script, str(freeze), freeze=freeze, micro_batch=3,
-                                      recompute=True if freeze else None)
+        _, found[name] = first_step(run, script, name, micro_batch=3, **flags)
         # The teacher hears each of 8 clips once too.
-        assert sum(heard) == (8 if script == "sft" else 8 * twice + 8)
-    whole = found[None]
-    same_gradients(found["encoder"], {k: g for k, g in whole.items() if "whisper" not in k}, 1e-5)
+        assert sum(heard) == (8 if script == "sft" else 8 * n + 8)
+    plain = found["plain"]
+    same_gradients(found["recompute"], plain, 1e-5)
+    same_gradients(found["freeze"], {k: g for k, g in plain.items() if "whisper" not in k}, 1e-5)
 
 
-def test_recomputed_activations_give_the_same_gradients(tokenizer, batch):
-    """To the bit. Every layer runs twice where there is a gradient, else once."""
-    found, runs = {}, []
-    for recompute in (False, True):
-        asr = tiny(tokenizer, 1)
-        for layer in [*asr.net.audio_encoder.whisper.layers, *asr.body.layers]:
-            def counted(*args, forward=layer.forward, **kwargs):
-                runs.append(1)
-                return forward(*args, **kwargs)
-            layer.forward = counted
-        model.trainable(asr, None, recompute)
-        runs.clear()
-        ids, mask = data.pad_rows([asr.encode_text(u.text) for u in batch.utterances], asr.pad_id)
-        with torch.no_grad():
-            logits_of(asr, batch, ids, mask)
-        assert len(runs) == 4
-        sft.cross_entropy_sum(logits_of(asr, batch, ids, mask), ids[mask]).backward()
-        assert len(runs) == 4 + 4 * (1 + recompute)
-        found[recompute] = gradients(asr.net)
-    assert all(torch.equal(found[False][name], found[True][name]) for name in found[False])
+def test_recomputed_layers_run_twice_where_there_is_a_gradient(tokenizer, batch):
+    asr, runs = tiny(tokenizer, 1), []
+    for layer in [*asr.net.audio_encoder.whisper.layers, *asr.body.layers]:
+        def counted(*args, forward=layer.forward, **kwargs):
+            runs.append(1)
+            return forward(*args, **kwargs)
+        layer.forward = counted
+    model.trainable(asr, recompute=True)
+    ids, mask = data.pad_rows([asr.encode_text(u.text) for u in batch.utterances], asr.pad_id)
+    with torch.no_grad():
+        logits_of(asr, batch, ids, mask)
+    assert len(runs) == 4
+    logits_of(asr, batch, ids, mask).sum().backward()
+    assert len(runs) == 4 + 8
 
 
 # -------------------------------------------------------------- processes: however it is shared out
