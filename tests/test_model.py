@@ -447,8 +447,8 @@ def test_every_stop_id_means_the_teachers_end_and_blocked_ids_mean_nothing(stude
     ours.stop[other] = True
     ours.blocked[other] = False
     ours.blocked[a] = True
-    theirs = dataclasses.replace(teacher, eos_id=teacher.pad_id, stop=torch.zeros_like(teacher.stop),
-                                 blocked=teacher.blocked.clone())
+    theirs = dataclasses.replace(teacher, eos_id=teacher.pad_id, blocked=teacher.blocked.clone(),
+                                 stop=torch.zeros_like(teacher.stop))
     theirs.stop[teacher.pad_id] = True
     theirs.blocked[b] = True
     to_teacher = model.vocabulary_map(ours, theirs)

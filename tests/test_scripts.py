@@ -121,6 +121,8 @@ def test_values_out_of_range_are_refused(name, capsys):
     ("distill", "--dev d"),
     ("distill", "--language en"),
     ("distill", "--resume"),
+    ("distill", "--top_k 3"),
+    ("distill", "--states reference --temperature 0.5"),
     ("distill", "--support sampled --divergence forward"),
     ("distill", "--support sampled --temperature 0"),
     ("distill", "--support sampled --tau 2"),

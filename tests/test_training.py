@@ -511,7 +511,7 @@ def start_and_signal(script, line, store, how, world):
 
 
 @pytest.mark.parametrize("script, how", [("sft", signal.SIGKILL), ("distill", signal.SIGTERM)])
-def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_been(run, words, tmp_path, script, how):
+def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_was(run, words, tmp_path, script, how):
     flags = {"steps": 24, "batch": 4, "workers": 1, "log_every": 4,
              "save_every": 3 if how == signal.SIGKILL else 1000}
     start_and_signal(script, words(script, "cut", **flags), tmp_path / "store", how, 1)
