@@ -45,7 +45,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -699,21 +698,6 @@ def edit_counts(ref: str, hyp: str, language: str | None) -> Counts:
     out = jiwer.process_words(normalize(ref, language), normalize(hyp, language))
     units = out.hits + out.substitutions + out.deletions
     return Counts(out.substitutions, out.deletions, out.insertions, units)
-
-
-def align(ref: str, hyp: str, language: str | None) -> list[tuple[str, str, str]]:
-    """A cheapest alignment as (kind, unit of ref or "", unit of hyp or ""), unit by unit.
-
-    kind is "equal", "substitute", "delete" or "insert".
-    """
-    out = jiwer.process_words(normalize(ref, language), normalize(hyp, language))
-    pairs = []
-    for chunk in out.alignments[0]:
-        refs = out.references[0][chunk.ref_start_idx:chunk.ref_end_idx]
-        hyps = out.hypotheses[0][chunk.hyp_start_idx:chunk.hyp_end_idx]
-        for r, h in zip_longest(refs, hyps, fillvalue=""):
-            pairs.append((chunk.type, r, h))
-    return pairs
 
 
 def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0) -> np.ndarray:

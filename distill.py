@@ -102,7 +102,6 @@ def parse_args(argv=None):
     add("--support", default="full", choices=["full", "union", "sampled"],
         help="ids compared: all; both top-k sets, renormalised; the emitted one (policy gradient)")
     add("--top_k", type=at_least(1), default=32, help="k of the union support")
-    add("--tau", type=at_least(1e-3), default=1.0, help="temperature of both inside the divergence")
     add("--chunk", type=at_least(1), default=128, help="rows whose logits exist at a time")
     # optimisation
     add("--steps", type=at_least(1), default=600, help="optimiser updates")
@@ -130,11 +129,11 @@ def parse_args(argv=None):
     if args.states == "reference" and args.temperature != parser.get_default("temperature"):
         parser.error("--temperature is of rollouts, and --states reference has none")
     if args.support == "sampled":
-        recipe = (args.divergence, args.temperature, args.tau)
-        if recipe != ("reverse", 1.0, 1.0) or args.states == "reference":
+        recipe = (args.divergence, args.temperature, args.states)
+        if recipe != ("reverse", 1.0, "rollout"):
             parser.error("--support sampled estimates reverse KL from tokens that the student drew "
-                         "at temperature 1: it goes with --divergence reverse, --temperature 1, "
-                         "--tau 1, and not with --states reference")
+                         "at temperature 1: it goes with --divergence reverse, --temperature 1 and "
+                         "--states rollout")
     return args
 
 
@@ -192,26 +191,23 @@ def sampled_kl(z_s, z_t, y):
     return -advantage * (1 + logp_s - logp_s.detach())                      # (n,)
 
 
-def token_divergence(z_s, z_t, y, divergence, support, top_k, tau):
+def token_divergence(z_s, z_t, y, divergence, support, top_k):
     """D_t of each row: logits z_s, z_t (n, V) of one vocabulary, emitted ids y (n,) -> (n,) nats.
 
-      reverse  D_t = tau^2 KL(p_S || p_T),   p_S = softmax(z_S / tau),   p_T = softmax(z_T / tau)
-      forward  D_t = tau^2 KL(p_T || p_S)
-      support  full: all ids; union: U_t, on which both sides are renormalised (Eq. 1); sampled: y
+    divergence  "reverse": KL(p_S || p_T), "forward": KL(p_T || p_S)
+    support     "full": all ids; "union": U_t, on which both sides are renormalised (Eq. 1, at the
+                public code's temperature of 1); "sampled": y alone, for reverse KL
 
-    tau^2: the gradient of logits divided by tau shrinks by 1 / tau twice over (Hinton et al. 2015,
-    section 2). Ids outside the support get no gradient: mass that the student wastes there is never
-    pulled back, and with k = 1 and equal argmax the loss is 0.
+    Ids outside the support get no gradient: mass that the student wastes there is never pulled
+    back, and with k = 1 and equal argmax the loss is 0.
     """
     if support == "sampled":
-        assert (divergence, tau) == ("reverse", 1.0), "that is what it estimates"
         return sampled_kl(z_s, z_t, y)
     if support == "union":  # which ids are compared is a choice: there is nothing to differentiate
         outside = ~union_support(z_s.detach(), z_t, top_k)                  # (n, V)
         z_s = z_s.masked_fill(outside, -math.inf)
         z_t = z_t.masked_fill(outside, -math.inf)
-    kl = {"reverse": reverse_kl, "forward": forward_kl}[divergence]
-    return tau ** 2 * kl(z_s / tau, z_t / tau)
+    return reverse_kl(z_s, z_t) if divergence == "reverse" else forward_kl(z_s, z_t)
 
 
 def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, chunk, N=1):
@@ -285,7 +281,7 @@ def main(args):
     head_s = partial(model.logits, weight=student.head.weight)
     head_t = partial(model.logits, weight=weight_t)
     token_kl = partial(token_divergence, divergence=args.divergence, support=args.support,
-                       top_k=args.top_k, tau=args.tau)
+                       top_k=args.top_k)
     trained = model.trainable(student, args.freeze, args.recompute)
     parameters = list(trained.values())
     optimizer = model.make_optimizer(parameters, args.lr)

@@ -2,55 +2,47 @@
 
   rate = (substitutions + deletions + insertions) / reference units, summed over the corpus
 
-Units are those of the text that data.normalize makes of both sides: a character of Chinese and of
-other scripts without spaces, or a run of anything else. A line's language decides how its text is
-normalised and what the rate is called, CER or WER; a line without one is counted all the same. An
-empty reference counts its insertions. 95 % intervals resample speakers where every line names one,
-else utterances.
+Units are those of the text that data.normalize makes of both sides. A line's language decides how
+its text is normalised and what the rate is called, CER or WER; a line without one is counted all
+the same. An empty reference counts its insertions. 95 % intervals resample speakers where every
+line names one (if there are fewer than twenty, they are too narrow), else utterances.
 
-  python evaluate.py --model runs/x/opd --data test.jsonl --out runs/x/eval
-  torchrun --nproc_per_node 8 evaluate.py --model runs/x/opd --data a.jsonl b.jsonl --out runs/x/e
-  python evaluate.py --model TEACHER --data pool.jsonl --out runs/x/td --as_manifest td.jsonl  # TD
-  python evaluate.py --model runs/x/opd --audio a.wav b.flac               # only transcripts
-  python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl    # with the first one
-  python evaluate.py --rescore runs/x/eval/hyps.jsonl --out runs/x/again   # same numbers; no model
+    python evaluate.py --model runs/x/opd --data test.jsonl --out runs/x/eval
+    torchrun --nproc_per_node 8 evaluate.py --model runs/x/opd --data a.jsonl b.jsonl --out runs/x/e
+    python evaluate.py --model TEACHER --data pool.jsonl --out runs/x/td --as_manifest td.jsonl # TD
+    python evaluate.py --model runs/x/opd --audio a.wav b.flac              # only transcripts
+    python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl   # with the first one
+    python evaluate.py --rescore runs/x/eval/hyps.jsonl --out runs/x/again  # same numbers; no model
 
 TD is teacher data: transcripts that become references for sft.py. Decoding is greedy; for
---as_manifest it may be sampled, from numbers keyed on (seed, utterance). A transcript
-is scored as it is: empty and truncated ones are counted, never mended.
-
-Every process appends its lines to OUT/part-RANK.jsonl, batch by batch; in the end they become
-hyps.jsonl (rank 0 then holds all of them, 1.6 kB each). A run that was stopped goes on with
---resume, on any number of processes; each loses only its batch in progress. Nodes share --out.
+--as_manifest it may be sampled, from numbers keyed on (seed, utterance). Every process appends to
+a part file in --out, batch by batch: a run that was stopped goes on with --resume, on any number of
+processes, to the same hyps.jsonl. Nodes share --out.
 
 hyps.jsonl: a manifest in the order of --data, with these keys added to each line
   set                   its manifest: the file's name without .jsonl
-  hyp                   the transcript
+  hyp                   the transcript as it is: empty and truncated ones are never mended
   stopped, n_tokens     false if it was cut at --max_new_tokens; its length, end token included
-  audio_sec, seconds    decoded audio and time taken (over all processes), each its batch's mean
+  audio_sec             seconds of audio heard
   substitutions, deletions, insertions, errors, units    where the line has a text
   failed                only where the clip could not be decoded (--keep_going): the reason
 
 summary.json
-  results: one entry per set and language ("" where lines have none)
-    set, language, metric             metric is WER or CER
-    rate, low, high                   percent, with its interval; null where there is none
-    resampled, blocks                 what the interval resamples, and how many of them
-    substitutions, deletions, insertions, errors, units, utterances
-    sentence_error                    percent of utterances with an error
-    empty, truncated, failed          how many utterances
-    set_audio_sec, set_seconds        sums over its utterances; loading the model is left out
-  pooled: the same of all as one corpus
-  clips, without_text, empty, truncated, failed    over all lines, with a text or without
-  normaliser, versions, commit, command, model, weights, data, decoding, device, processes
-                        what made the numbers; weights and data: bytes and time of each file
-  rescored              what --rescore read, in place of model to processes
+  results: an entry per set and language ("" where lines have none); of several, also one over all
+  of them (set all, language and metric pooled)
+    set, language, metric    metric is WER or CER
+    rate, low, high          percent, with its interval; null where there is none
+    resampled                what the interval rests on, such as "40 speakers"
+    sentence_error           percent of utterances with an error
+    substitutions, deletions, insertions, errors, units, utterances, set_audio_sec    sums
+  clips, without_text, empty, truncated, failed    how many lines, with a text or without
+  normaliser, versions, commit, command, device, model, language, temperature, seed, max_new_tokens,
+  files (when weights and manifests were written, or what --rescore read)    what made the numbers
 
-compare.json (--compare with --out, beside compare.png): one entry per set, language and system; of
-several sets or languages also all pooled (set all, language and metric pooled)
-  system, set, language, metric, rate, low, high, resampled, blocks, utterances, units
-  difference, difference_low, difference_high    how far it is below the first system, points
-  p_improvement         share of resampled corpora in which it has fewer errors, ties counting half
+compare.json (--compare with --out, beside compare.png): such entries of every system, with
+  system
+  difference, difference_low, difference_high    points below the first system, and their interval
+  p_improvement    share of resampled corpora in which it has fewer errors, ties counting half
 
 errors.html: the clips with the most errors, to read and to hear. One page that loads nothing.
 """
@@ -63,7 +55,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -73,8 +64,8 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
+import jiwer
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -82,26 +73,27 @@ import data
 import model
 from data import at_least
 
-MODES = {  # the flag that names a mode: those that it needs, those that it reads too
-    "data": ({"model", "out"}, {"as_manifest", "temperature", "seed", "language", "keep_going",
-                                "resume", "batch", "max_new_tokens", "device"}),
-    "audio": ({"model"}, {"language", "keep_going", "max_new_tokens", "device"}),
-    "rescore": ({"out"}, set()),
-    "compare": (set(), {"out"}),
+READS = {  # the flag that names a mode: the others that it reads
+    "data": "model out as_manifest temperature seed language keep_going resume batch "
+            "max_new_tokens device",
+    "audio": "model language keep_going max_new_tokens device",
+    "rescore": "out",
+    "compare": "out",
 }
 
 
 def parse_args(argv=None):
     """Flags -> namespace. A flag that the mode does not read is refused."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=data.HelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter,
+                                     allow_abbrev=False)
     # what to do
-    add("--model", help="checkpoint directory or Hub id, student or teacher")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--data", nargs="+", help="manifests to transcribe")
     add("--audio", nargs="+", help="audio files to transcribe and print")
     add("--rescore", help="hyps.jsonl to score again")
     add("--compare", nargs="+", help="hyps.jsonl of several systems, same clips")
+    add = parser.add_argument
+    add("--model", help="checkpoint directory or Hub id, student or teacher")
     add("--out", help="folder for what is written")
     # transcripts to train on
     add("--as_manifest", help="also write transcripts as references, to this file")
@@ -116,19 +108,17 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
-    modes = given & MODES.keys()
-    if len(modes) != 1:
-        parser.error("one of these is needed: --data, --audio, --rescore, --compare")
-    mode = modes.pop()
-    needed, read = MODES[mode]
-    for flag in sorted(needed - given):
-        parser.error(f"--{mode} needs --{flag}")
-    for flag in sorted(given - needed - read - {mode}):
+    mode = next(flag for flag in READS if flag in given)
+    reads = READS[mode].split()
+    for flag in sorted(given - {mode, *reads}):
         parser.error(f"--{mode} does not read --{flag}")
-    if args.compare and len(set(args.compare)) < max(2, len(args.compare)):
-        parser.error("--compare wants two or more different files")
+    for flag in ("model", "out"):
+        if flag in reads and flag not in given and mode != "compare":
+            parser.error(f"--{mode} needs --{flag}")
     if (args.temperature or args.seed) and not args.as_manifest:
         parser.error("--temperature and --seed go with --as_manifest: rates are of greedy decoding")
+    if args.as_manifest and os.path.realpath(args.as_manifest) in map(os.path.realpath, args.data):
+        parser.error(f"--as_manifest {args.as_manifest} would write over --data")
     return args
 
 
@@ -140,173 +130,130 @@ def main(args):
     if args.audio:
         return print_transcripts(args)
     out = Path(args.out)
-    outputs = [out / name for name in ("hyps.jsonl", "summary.json", "errors.html")]
-    if args.as_manifest:
-        outputs.append(args.as_manifest)
-        if os.path.realpath(args.as_manifest) in map(os.path.realpath, args.data):
-            raise ValueError(f"--as_manifest {args.as_manifest} would write over --data")
-    data.check_writable(*outputs)
+    outputs = [out / "hyps.jsonl", out / "summary.json", out / "errors.html"]
+    data.check_writable(*outputs, *filter(None, [args.as_manifest]))
     if args.rescore:
         rows = read_hyps(args.rescore)
-        facts = {"rescored": {args.rescore: stamp(args.rescore)}}
+        facts = {"files": {args.rescore: os.path.getmtime(args.rescore)}}
     else:
-        rows, facts = transcribe_sets(args)
-        if rows is None:
+        rows, facts = transcribe(args)
+        if not rows:
             return  # any rank but 0
-    summary = summarize(rows) | provenance() | facts
     write_manifest(out / "hyps.jsonl", rows)
-    data.write_json(out / "summary.json", summary)
+    data.write_json(out / "summary.json", summarize(rows) | provenance() | facts)
     (out / "errors.html").write_text(errors_page(rows), encoding="utf-8")
-    print_summary(summary)
     if args.as_manifest:
         write_teacher_manifest(rows, args.as_manifest)
-    for path in out.glob("part-*.jsonl") if args.data else []:
-        path.unlink()  # all is in hyps.jsonl
+    if args.data:  # all is in hyps.jsonl
+        for path in (*out.glob("part-*.jsonl"), out / "part.json"):
+            path.unlink()
 
 
 # ------------------------------------------------------------------------------------- transcribe
 
-def transcribe_sets(args):
-    """A transcript of every clip of --data -> rows of hyps.jsonl, provenance; None off rank 0.
+def transcribe(args) -> tuple[list[dict], dict]:
+    """A transcript of every clip of --data -> rows of hyps.jsonl, what made them; none off rank 0.
 
-    Raises FileExistsError where a run into OUT was stopped and --resume is not given.
+    Raises FileExistsError where --out holds part of another run, or of this one without --resume.
     """
     rank, world, device = model.setup(args)
     out = Path(args.out)
-    stems = [Path(path).stem for path in args.data]
-    sets = {}
-    for path, stem in zip(args.data, stems):
-        utterances = data.read_manifest(path, language=args.language)
-        sets[stem if stems.count(stem) == 1 else path] = utterances
-        if rank == 0 and all(u.text is None for u in utterances):
-            print(f'{path}: NO LINE HAS A "text": it is transcribed, not scored', file=sys.stderr)
-    folder = model.find_checkpoint(args.model)
-    made_with = {
-        "model": args.model,
-        "weights": {file.name: stamp(file) for file in sorted(folder.glob("*.safetensors"))},
-        "data": {path: stamp(path) for path in args.data},
-        "decoding": {"temperature": args.temperature, "seed": args.seed,
-                     "max_new_tokens": args.max_new_tokens,
-                     "language": args.language},
-        "normaliser": data.METRIC,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    done = set(read_parts(out, made_with) if rank == 0 else [])
-    if done and not args.resume:
-        raise FileExistsError(f"{out} holds transcripts of a run that was stopped: continue it "
-                              "with --resume, or choose another --out")
-    if world > 1:  # rank 0 looks into OUT before anybody writes
-        shared = [made_with, done]
-        dist.broadcast_object_list(shared)
-        made_with, done = shared
-
+    utterances = data.read_manifest(args.data, language=args.language)
+    weights = sorted(model.find_checkpoint(args.model).glob("*.safetensors"))
+    flags = ("model", "language", "temperature", "seed", "max_new_tokens")
+    made_with = {flag: getattr(args, flag) for flag in flags}
+    files = map(str, (*args.data, *weights))  # one that was written again has another time
+    made_with["files"] = {path: os.path.getmtime(path) for path in files}
+    made_with["normaliser"] = data.METRIC
+    note = out / "part.json"
+    if rank == 0 and note.exists() and not (args.resume and data.read_json(note) == made_with):
+        raise FileExistsError(f"{note} is of a run that was stopped: continue that with --resume, "
+                              "its model, data and flags, or choose another --out")
     asr = model.load(args.model, device)
-    for utterances in sets.values():
-        model.check_languages(asr, utterances)
-    with (out / f"part-{rank}.jsonl").open("a", encoding="utf-8") as file:
-        if file.tell() == 0:
-            file.write(json.dumps(made_with) + "\n")
-        for name, utterances in sets.items():
-            transcribe_set(asr, name, utterances, done, file, args, rank, world)
+    model.check_languages(asr, utterances)
+    if rank == 0:
+        data.write_json(note, made_with)
+    if world > 1:
+        dist.barrier()  # rank 0 has looked before anybody writes
+    transcribe_share(asr, utterances, args, rank, world)
     model.finish()  # waits for the others
     if rank > 0:
-        return None, None
-    results = read_parts(out, made_with)
-    rows = []
-    for name, utterances in sets.items():
-        for u in utterances:
-            if (name, u.id) not in results:
-                raise ValueError(f"{u.line}: no transcript of {u.id!r}; do all nodes share --out?")
-            rows.append(results[name, u.id])
-    made_with["decoding"] |= {"batch": args.batch, "keep_going": args.keep_going}
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return rows, made_with | {"device": place, "processes": world}
+        return [], {}
+    rows = read_parts(out)
+    if len(rows) < len(utterances):
+        raise ValueError(f"{out} holds {len(rows)} transcripts of {len(utterances)} clips: do all "
+                         "nodes share it?")
+    made_with["device"] = str(device)
+    return [rows[i] for i in range(len(rows))], made_with
 
 
-def transcribe_set(asr, name, utterances, done, file, args, rank, world) -> None:
-    """Appends this rank's share of a set to its part file, batch after batch.
+def transcribe_share(asr, utterances, args, rank, world) -> None:
+    """Writes [place in --data, row] of this rank's clips to a part file, batch after batch.
 
-    done: (set, id) of the clips that have a transcript. Clips of similar length go together.
-    Batches are cut before those clips are left out: a resumed run, and any number of processes,
-    decodes the same batches.
+    Clips of similar length go together. A batch of which a row is missing is decoded as a whole:
+    it is the same after a resume, and on any number of processes.
     """
-    order = np.argsort(utterances.durations, kind="stable")  # nan, unknown, comes last
-    batches = []
-    for start in range(0, len(order), args.batch):
-        missing = [i for i in order[start:start + args.batch]
-                   if not done or (name, utterances[i].id) not in done]
-        if missing:
-            batches.append(missing)
-    bar = data.progress(len(order), name, "clip", rank, len(order) - sum(map(len, batches)))
-    for indices in batches[rank::world]:
-        began = time.time()
-        clips = [utterances[i] for i in indices]
-        results, audio_sec = transcribe_clips(asr, clips, args)
-        share = {"audio_sec": audio_sec / len(clips),
-                 "seconds": (time.time() - began) / world / len(clips)}
-        for u in clips:
-            row = {"id": u.id, "set": name, "audio": u.audio, "text": u.text,
-                   "language": u.language, "start": u.start_sec or None,
-                   "duration": u.duration_sec, "speaker": u.speaker, "channel": u.channel}
-            row = {key: value for key, value in row.items() if value is not None}
-            row = count_errors(row | results[u.id] | share)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()  # what is killed after this loses nothing
-        bar.update(min(len(clips) * world, bar.total - bar.n))  # the others do about as much
-    bar.close()
+    out = Path(args.out)
+    names = [Path(path).stem for path in args.data]
+    if len(set(names)) < len(names):
+        names = args.data
+    sets = dict(zip(args.data, names))
+    done = set(read_parts(out))
+    order = np.argsort(utterances.durations, kind="stable").tolist()  # nan, unknown, comes last
+    batches = [order[start:start + args.batch] for start in range(0, len(order), args.batch)]
+    share = [batch for batch in batches[rank::world] if not done >= set(batch)]
+    with (out / f"part-{rank}-{time.time_ns()}.jsonl").open("w", encoding="utf-8") as file:
+        for batch in data.progress(len(share), "transcripts", "batch", rank, rows=share):
+            clips = [utterances[i] for i in batch]
+            for i, u, result in zip(batch, clips, transcribe_clips(asr, clips, args)):
+                row = {"id": u.id, "set": sets[u.line.rpartition(":")[0]], "audio": u.audio,
+                       "text": u.text, "language": u.language, "start": u.start_sec or None,
+                       "duration": u.duration_sec, "speaker": u.speaker, "channel": u.channel}
+                row = {key: value for key, value in row.items() if value is not None}
+                line = json.dumps([i, count_errors(row | result)], ensure_ascii=False)
+                file.write(line + "\n")
+            file.flush()  # what is killed after this loses nothing
 
 
-def transcribe_clips(asr, clips, args) -> tuple[dict[str, dict], float]:
-    """A forward's transcripts -> {id: {"hyp", "stopped", "n_tokens"}}, seconds of audio.
+def read_parts(out) -> dict[int, dict]:
+    """{place in --data: row} of OUT's part files, without half a line of a killed process."""
+    rows = {}
+    for path in out.glob("part-*.jsonl"):
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
+        rows |= dict(map(json.loads, whole.splitlines()))
+    return rows
+
+
+def transcribe_clips(asr, clips, args) -> list[dict]:
+    """A forward: of each clip "hyp", "stopped", "n_tokens", "audio_sec".
 
     A clip that can't be decoded has an empty transcript and the reason in "failed", or raises
     data.AudioError without --keep_going.
     """
     batch = data.load_batch(clips, (asr.n_mels,), args.keep_going, data.MAX_EVAL_SEC,
                             for_training=False)
-    results = model.transcribe(asr, batch, args.max_new_tokens, args.temperature, args.seed)
-    results = {u.id: result for u, result in zip(batch.utterances, results)}
-    for clip, reason, message in batch.rejected:
+    hyps = model.transcribe(asr, batch, args.max_new_tokens, args.temperature, args.seed)
+    found = {}
+    for u, hyp, n_frames in zip(batch.utterances, hyps, batch.n_frames.tolist()):
+        found[u.line] = hyp | {"audio_sec": n_frames * data.HOP / data.SAMPLE_RATE}
+    lost = [u for u in clips if u.line not in found]
+    for u, (_, reason, message) in zip(lost, batch.rejected):  # in the same order
         print(f"not decoded: {message}", file=sys.stderr)
-        results[clip] = {"hyp": "", "stopped": True, "n_tokens": 0, "failed": reason}
-    return results, batch.audio_sec
-
-
-def read_parts(out, made_with) -> dict[tuple[str, str], dict]:
-    """{(set, id): row} of OUT's part files. Half a line of a killed process is cut off.
-
-    A file begins with what makes its transcripts. Raises ValueError if that is not `made_with`.
-    """
-    rows = {}
-    for path in sorted(out.glob("part-*.jsonl")):
-        with path.open("r+b") as file:
-            lines = [line for line in file if line.endswith(b"\n")]
-            file.truncate(sum(map(len, lines)))
-        if not lines:
-            continue
-        first, *found = map(json.loads, lines)
-        changed = [key for key in made_with if first.get(key) != made_with[key]]
-        if changed:
-            raise ValueError(f"{path} was made with another {', '.join(changed)}, see its first "
-                             "line: choose another --out")
-        rows |= {(row["set"], row["id"]): row for row in found}
-    return rows
+        found[u.line] = {"hyp": "", "stopped": True, "n_tokens": 0, "audio_sec": 0.0,
+                         "failed": reason}
+    return [found[u.line] for u in clips]
 
 
 def print_transcripts(args) -> None:
-    """What is said in each file of --audio. Exits with one line if a file can't be decoded."""
+    """What is said in each file of --audio."""
     _, _, device = model.setup(args)
     asr = model.load(args.model, device)
     for path in args.audio:
         u = data.Utterance(path, os.path.abspath(path), language=args.language, line="--audio")
-        try:
-            result = transcribe_clips(asr, [u], args)[0][path]
-        except data.AudioError as error:
-            raise SystemExit(str(error)) from None
-        name = f"{path}: " if len(args.audio) > 1 else ""
+        result, = transcribe_clips(asr, [u], args)
         cut = "" if result["stopped"] else " [cut at --max_new_tokens]"
         if "failed" not in result:
-            print(name + result["hyp"] + cut)
+            print(f"{path}: {result['hyp']}{cut}")
     model.finish()
 
 
@@ -317,24 +264,24 @@ def read_hyps(path) -> list[dict]:
 
     Any JSON Lines with "id" and "hyp" will do. Raises ValueError naming the line.
     """
-    path, rows = Path(path), {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        where = f"{path}:{number}"
+    rows = {}
+    folder = os.path.realpath(Path(path).parent)
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
+        row = {"set": "test", "stopped": True}
         try:
             found = dict(json.loads(line.decode("utf-8-sig")))
+            row |= {key: value for key, value in found.items() if value is not None}
         except (TypeError, ValueError):
-            raise ValueError(f"{where}: expected a JSON object, found {line[:60]!r}") from None
-        row = {"set": "test", "stopped": True}
-        row |= {key: value for key, value in found.items() if value is not None}
-        for key in ("id", "hyp", "text", "language", "set", "speaker", "audio"):
-            if not isinstance(row.get(key, ""), str) or key in ("id", "hyp") and key not in row:
-                raise ValueError(f"{where}: expected a string as {key!r}, found {row.get(key)!r}")
+            raise ValueError(f"{path}:{number}: expected a JSON object: {line[:60]!r}") from None
+        for key in {"id", "hyp"} | row.keys() & {"set", "text", "language", "speaker", "audio"}:
+            if not isinstance(row.get(key), str):
+                raise ValueError(f"{path}:{number}: expected a string as {key!r}: {line[:60]!r}")
         if (row["set"], row["id"]) in rows:
-            raise ValueError(f"{where}: id {row['id']!r} occurs twice")
+            raise ValueError(f"{path}:{number}: id {row['id']!r} occurs twice")
         if "audio" in row:
-            row["audio"] = data.audio_path(os.path.realpath(path.parent), row["audio"])
+            row["audio"] = data.audio_path(folder, row["audio"])
         rows[row["set"], row["id"]] = count_errors(row)
     if not rows:
         raise ValueError(f"{path}: no transcript in it")
@@ -349,38 +296,7 @@ def count_errors(row) -> dict:
     return row | counts._asdict() | {"errors": counts.errors}
 
 
-def count_troubles(rows) -> dict[str, int]:
-    """How many rows look wrong even without a reference. A failed one is not empty."""
-    failed = sum("failed" in row for row in rows)
-    return {"empty": sum(not row["hyp"] for row in rows) - failed,
-            "truncated": sum(not row["stopped"] for row in rows), "failed": failed}
-
-
-def rate_of(errors, rows) -> tuple[float, np.ndarray, dict]:
-    """100 sum(errors) / sum(units), never a mean of rates; its resampled values (draws,); of what.
-
-    errors: one number a row. nan without a unit. Utterances of a speaker share a voice and a
-    microphone: speakers are drawn if every row names one and there are two or more.
-    """
-    errors, units = np.array(errors), np.array([row["units"] for row in rows])
-    speakers = [row.get("speaker") for row in rows]
-    resampled, blocks = "utterances", list(range(len(rows)))
-    if all(speakers) and len(set(speakers)) > 1:
-        resampled, blocks = "speakers", speakers
-    rate = 100 * float(errors.sum()) / float(units.sum()) if units.any() else math.nan
-    draws = 100 * data.bootstrap(errors, units, blocks)
-    return rate, draws, {"resampled": resampled, "blocks": len(set(blocks))}
-
-
-def corpus_rate(rows) -> dict:
-    """Error rate in percent, its 95 % interval, and what that rests on."""
-    rate, draws, basis = rate_of([row["errors"] for row in rows], rows)
-    low, high = data.interval(draws)
-    return {"rate": rate, "low": low, "high": high, **basis,
-            "units": sum(row["units"] for row in rows), "utterances": len(rows)}
-
-
-def group_scored(rows) -> dict[tuple[str, str, str], list[dict]]:
+def group_scored(rows) -> dict[tuple, list[dict]]:
     """{(set, language, metric): its rows that have a text}; of several, also all of them pooled."""
     groups = defaultdict(list)
     scored = [row for row in rows if "text" in row]
@@ -392,71 +308,82 @@ def group_scored(rows) -> dict[tuple[str, str, str], list[dict]]:
     return groups
 
 
+def score(rows, reference=None) -> dict:
+    """What summary.json holds of rows with a text: their rate, its interval, the sums behind it.
+
+    reference: the same clips of another system; then how far the rate is below that one's, too, by
+    a paired bootstrap.
+    """
+    entry = {"utterances": len(rows)}
+    for key in ("substitutions", "deletions", "insertions", "errors", "units"):
+        entry[key] = sum(row[key] for row in rows)
+    per_unit = 100 / (entry["units"] or math.nan)
+    entry["rate"] = per_unit * entry["errors"]
+    errors = [row["errors"] for row in rows]
+    units = [row["units"] for row in rows]
+    speakers = [row.get("speaker") for row in rows]
+    entry["resampled"] = f"{len(set(speakers))} speakers"
+    if not all(speakers) or len(set(speakers)) < 2:  # else: a speaker's clips share a voice
+        speakers = None
+        entry["resampled"] = f"{len(rows)} utterances"
+    entry["low"], entry["high"] = data.interval(100 * data.bootstrap(errors, units, speakers))
+    entry["sentence_error"] = 100 * sum(n > 0 for n in errors) / len(rows)
+    entry["set_audio_sec"] = sum(row.get("audio_sec", 0) for row in rows)
+    if reference:
+        gained = [row["errors"] - n for row, n in zip(reference, errors)]
+        gains = 100 * data.bootstrap(gained, units, speakers)
+        entry["difference"] = per_unit * sum(gained)
+        entry["difference_low"], entry["difference_high"] = data.interval(gains)
+        entry["p_improvement"] = float((np.sign(gains) + 1).mean() / 2)  # nan if a draw is
+    return entry
+
+
 def summarize(rows) -> dict:
-    """summary.json but for its provenance."""
-    entries = []
+    """Prints and returns summary.json, but for its provenance."""
+    results = []
     for (name, language, metric), group in group_scored(rows).items():
-        entry = {"set": name, "language": language, "metric": metric} | corpus_rate(group)
-        for key in ("substitutions", "deletions", "insertions", "errors"):
-            entry[key] = sum(row[key] for row in group)
-        entry["sentence_error"] = 100 * sum(row["errors"] > 0 for row in group) / len(group)
-        entry["set_audio_sec"] = sum(row.get("audio_sec", 0) for row in group)
-        entry["set_seconds"] = sum(row.get("seconds", 0) for row in group)
-        entries.append(entry | count_troubles(group))
-    pooled = entries[-1] if entries and entries[-1]["units"] else None
-    entries = [e for e in entries if e["metric"] != "pooled"]
-    return {"results": entries, "pooled": pooled, "clips": len(rows),
-            "without_text": sum("text" not in row for row in rows), **count_troubles(rows)}
+        entry = {"set": name, "language": language, "metric": metric} | score(group)
+        results.append(entry)
+        print("{set} {language}: {metric} {rate:.2f} % [{low:.2f}, {high:.2f}] over {resampled}; "
+              "{substitutions} substituted, {deletions} deleted, {insertions} inserted of {units}; "
+              "{sentence_error:.1f} % of {utterances} sentences".format(**entry))
+    troubles = Counter(trouble(row) for row in rows)
+    summary = {
+        "results": results, "clips": len(rows), "empty": troubles["empty"],
+        "truncated": troubles["truncated"], "failed": troubles["failed"],
+        "without_text": sum("text" not in row for row in rows)}
+    print("{clips} clips: {empty} empty, {truncated} truncated, {failed} failed to decode and "
+          "counted as deleted, {without_text} lines without a text".format(**summary))
+    return summary
 
 
-def bracket(entry, low="low", high="high", form=".2f") -> str:
-    """[low, high], or - where there is no interval."""
-    return "-" if math.isnan(entry[low]) else f"[{entry[low]:{form}}, {entry[high]:{form}}]"
-
-
-def basis_of(entry) -> str:
-    """What an interval rests on. Over few speakers it misses the true rate too often."""
-    few = entry["resampled"] == "speakers" and entry["blocks"] < 20
-    return f"{entry['blocks']} {entry['resampled']}" + few * " (too few to rely on the interval)"
-
-
-def print_summary(summary) -> None:
-    """A line per set and language, one for all pooled, and what looks wrong."""
-    for e in summary["results"]:
-        speed = e["set_seconds"] / e["set_audio_sec"] if e["set_audio_sec"] else math.nan
-        print(f"{e['set']} {e['language']}: {e['metric']} {e['rate']:.2f} % {bracket(e)} over "
-              f"{basis_of(e)}; {e['substitutions']} substituted, {e['deletions']} deleted, "
-              f"{e['insertions']} inserted of {e['units']}; {e['sentence_error']:.1f} % of "
-              f"{e['utterances']} sentences; real-time factor {speed:.4f}")
-    if summary["pooled"]:
-        print(f"all pooled: {summary['pooled']['rate']:.2f} % {bracket(summary['pooled'])}; "
-              f"normaliser {summary['normaliser']}")
-    print(f"{summary['clips']} clips: {summary['empty']} empty, {summary['truncated']} truncated, "
-          f"{summary['failed']} failed to decode and counted as deleted, "
-          f"{summary['without_text']} lines without a text")
+def trouble(row) -> str | None:
+    """What looks wrong even without a reference: "failed", "empty", "truncated", or nothing."""
+    if "failed" in row:
+        return "failed"
+    if not row["hyp"]:
+        return "empty"
+    return None if row["stopped"] else "truncated"
 
 
 # ---------------------------------------------------------------------------------------- compare
 
 def compare(paths, out=None) -> list[dict]:
     """Prints and returns the entries of compare.json; with `out`, writes it and compare.png."""
-    if out:
-        data.check_writable(Path(out) / "compare.json", Path(out) / "compare.png")
     systems = {name: group_scored(rows) for name, rows in read_systems(paths).items()}
     first = next(iter(systems))
-    width = max(map(len, systems))
     entries = []
     for key, reference in systems[first].items():
         name, language, metric = key
         print(f"\n{name} {language}: {metric}, % [95 % interval]; below {first}, points; P(better)")
         for system, groups in systems.items():
-            e = {"system": system, "set": name, "language": language, "metric": metric}
-            e |= compare_rows(reference, groups[key])
-            entries.append(e)
-            gain = bracket(e, "difference_low", "difference_high", "+.2f")
-            print(f"{system:{width}}  {e['rate']:.2f} {bracket(e):18} "
-                  f"{e['difference']:+.2f} {gain:18} {e['p_improvement']:.4f}")
-        print(f"{e['utterances']} clips, {e['units']} units; intervals over {basis_of(e)}")
+            entry = {"system": system, "set": name, "language": language, "metric": metric}
+            entry |= score(groups[key], reference)
+            entries.append(entry)
+            print("{system:20} {rate:6.2f} [{low:.2f}, {high:.2f}] {difference:+7.2f} "
+                  "[{difference_low:+.2f}, {difference_high:+.2f}] {p_improvement:.4f}"
+                  .format(**entry))
+        print("{utterances} clips, {units} units; intervals over {resampled}".format(**entry))
     if out:
         data.write_json(Path(out) / "compare.json", entries)
         draw_rates(entries, Path(out) / "compare.png")
@@ -472,34 +399,20 @@ def read_systems(paths) -> dict[str, list[dict]]:
     names = [Path(path).absolute().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    systems = {name: {} for name in names}
+    systems = {}
     for name, path in zip(names, paths):
+        systems[name] = {}
         for row in read_hyps(path):
             if "text" in row:
-                text = " ".join(row["text"].split())  # as data.read_manifest has it
-                systems[name][row["id"], row["set"], text, row.get("language")] = row
+                clip = (row["id"], row["set"], row["text"], row.get("language"))
+                systems[name][clip] = row
     first = systems[names[0]]
     for name, rows in systems.items():
-        odd = sorted({clip for clip, *_ in first.keys() ^ rows.keys()})
-        if odd or not first:
-            raise ValueError(f"{paths[0]} and {name}: {len(odd)} clips are not in both with one "
-                             f"reference, such as {odd[:1]}")
+        odd = first.keys() ^ rows.keys()
+        if odd or not rows:
+            raise ValueError(f"{names[0]} and {name}: {len(odd)} clips are not in both with one "
+                             f"reference, such as {next(iter(odd), None)}")
     return {name: [rows[clip] for clip in first] for name, rows in systems.items()}
-
-
-def compare_rows(reference, rows) -> dict:
-    """Rate of one system, and what it gains on the reference system: a paired bootstrap.
-
-    Both hold the same clips in the same order.
-    """
-    gained = [a["errors"] - b["errors"] for a, b in zip(reference, rows, strict=True)]
-    difference, gains, _ = rate_of(gained, reference)
-    low, high = data.interval(gains)
-    known = gains[~np.isnan(gains)]
-    better = ((known > 0) + 0.5 * (known == 0)).sum() / max(1, len(known))  # a tie: for neither
-    return corpus_rate(rows) | {
-        "difference": difference, "difference_low": low, "difference_high": high,
-        "p_improvement": math.nan if math.isnan(low) else float(better)}
 
 
 def draw_rates(entries, path) -> None:
@@ -507,20 +420,18 @@ def draw_rates(entries, path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    panels = list(dict.fromkeys((e["set"], e["language"]) for e in entries))
+    panels = defaultdict(list)
+    for e in entries:
+        panels[f"{e['set']} {e['language']}"].append(e)
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels) + 1, 2.6),
                                    sharey=True, layout="constrained", squeeze=False)
-    for axis, (name, language) in zip(axes[0], panels):
-        chosen = [e for e in entries if (e["set"], e["language"]) == (name, language)]
-        for y, e in enumerate(chosen):
-            axis.plot([e["low"], e["high"]], [y, y], color="tab:gray")
-            axis.plot(e["rate"], y, "o", color="tab:blue")
-        axis.set(title=f"{name} {language}", xlabel=f"{e['metric']}, %", xlim=(0, None))
-        axis.set_yticks(range(len(chosen)), [e["system"] for e in chosen])
-        axis.spines[["top", "right"]].set_visible(False)
+    for axis, (title, chosen) in zip(axes[0], panels.items()):
+        names = [e["system"] for e in chosen]
+        axis.hlines(names, [e["low"] for e in chosen], [e["high"] for e in chosen], "tab:gray")
+        axis.plot([e["rate"] for e in chosen], names, "o")
+        axis.set(title=title, xlabel=f"{chosen[0]['metric']}, %", xlim=(0, None))
     axes[0][0].invert_yaxis()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 # -------------------------------------------------------------------------------- what is written
@@ -538,90 +449,54 @@ def write_manifest(path, rows) -> None:
 
 def write_teacher_manifest(rows, path) -> None:
     """Transcripts as references, for the TD stage. What is left out is counted by reason."""
-    kept, notes = [], Counter()
-    repeated = len({row["id"] for row in rows}) < len(rows)  # two sets may share one
+    kept = []
+    left_out = Counter()
+    several = len({row["set"] for row in rows}) > 1  # two sets may have an id in common
+    copied = ("id", "audio", "language", "start", "duration", "speaker", "channel")
     for row in rows:
-        reason = unfit_to_teach(row)
-        if reason:
-            notes[f"left out: {reason}"] += 1
+        if trouble(row):
+            left_out[trouble(row)] += 1
             continue
-        line = {key: row[key] for key in ("id", "audio", "language", "start", "duration", "speaker",
-                                          "channel") if key in row}
-        if repeated:
+        line = {key: row[key] for key in copied if key in row} | {"text": row["hyp"]}
+        if several:
             line["id"] = f"{row['set']}/{row['id']}"
-        kept.append(line | {"text": row["hyp"]})
-        notes["kept without a language"] += "language" not in row
+        kept.append(line)
     write_manifest(path, kept)
-    said = [f"; {n} {what}" for what, n in notes.most_common() if n]
+    said = [f", {n} {reason} left out" for reason, n in left_out.items()]
     print(f"{path}: {len(kept)} transcripts kept", *said, sep="")
-
-
-def unfit_to_teach(row) -> str | None:
-    """Why a transcript should not become a reference; None if it may."""
-    if "failed" in row:
-        return "failed to decode"
-    if not row["hyp"]:
-        return "empty"
-    if not row["stopped"]:
-        return "cut at --max_new_tokens"
-    return None
-
-
-def stamp(path) -> dict:
-    """Size and time of a file: a file that was written again has another."""
-    found = os.stat(path)
-    return {"bytes": found.st_size, "modified": str(np.datetime64(found.st_mtime_ns, "ns"))}
 
 
 def provenance() -> dict:
     """What scored the transcripts: metric, versions, commit (-dirty if changed since), command."""
     packages = ("torch", "torchaudio", "transformers", "numpy", "jiwer", "wetext", "kaldifst", "av")
-    describe = ["git", "-C", Path(__file__).resolve().parent,
-                "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = None
-    if shutil.which("git"):
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
-    return {"normaliser": data.METRIC, "commit": commit, "command": shlex.join(sys.argv),
-            "versions": {"python": platform.python_version()}
-                        | {name: version(name) for name in packages}}
-
-
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; media-src data:">
-<title>Recognition errors</title><style>
-:root { color-scheme: light dark }
-body { margin: 2rem auto; max-width: 64rem; font: 16px/1.5 system-ui, sans-serif }
-.pair { display: inline-flex; flex-direction: column; text-align: center; margin-right: .4rem }
-.pair span { padding: 0 .2rem; min-height: 1.5em; min-width: .6em }
-.equal { opacity: .6 }
-.substitute { background: #f806 }
-.delete { background: #f446; text-decoration: line-through }
-.insert { background: #48f6; text-decoration: underline }
-</style></head><body><h1>Clips with the most errors</h1><p>Reference above, transcript below.</p>
-"""
+    describe = "git describe --always --dirty --abbrev=40 --exclude='*'"
+    commit = subprocess.run(describe, shell=True, cwd=Path(__file__).resolve().parent,
+                            capture_output=True, text=True).stdout.strip()
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    return {"normaliser": data.METRIC, "versions": versions, "commit": commit or None,
+            "command": shlex.join(sys.argv)}
 
 
 def errors_page(rows) -> str:
-    """One page that loads and runs nothing: the worst clips, unit by unit, with a player each."""
+    """One page that loads and runs nothing: the worst clips, aligned, with a player each."""
     wrong = [row for row in rows if row.get("errors")]
     wrong.sort(key=lambda row: -row["errors"])
-    page = [PAGE]
+    page = ['<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Recognition errors'
+            "</title></head><body><h1>Clips with the most errors</h1>"]
     for row in wrong[:30]:
-        said = f"{row['set']} {row.get('language', '')} {row.get('speaker', '')}"
-        page.append(f"<h3>{escape(row['id'])}</h3><p>{escape(said)} {row['errors']} errors, "
-                    f"{row['units']} units {player(row)}</p>")
-        for kind, ref, hyp in data.align(row["text"], row["hyp"], row.get("language")):
-            page.append(f'<span class="pair {kind}"><span>{escape(ref)}</span>'
-                        f"<span>{escape(hyp)}</span></span>")
+        said = f"{row['errors']} errors, {row['units']} units, {row['set']}"
+        pair = [data.normalize(row[key], row.get("language")) for key in ("text", "hyp")]
+        aligned = jiwer.visualize_alignment(jiwer.process_words(*pair), show_measures=False,
+                                            skip_correct=False, line_width=100)
+        aligned = aligned.removeprefix("=== SENTENCE 1 ===")
+        page.append(f"<h3>{escape(row['id'])}</h3><p>{escape(said)} {player(row)}</p>"
+                    f"<pre>{escape(aligned)}</pre>")
     return "".join(page) + "</body></html>"
 
 
 def player(row) -> str:
     """The clip itself inside the page: 16 kHz, 16 bit, only the segment."""
-    if "audio" not in row:
-        return ""
-    u = data.Utterance(row["id"], row["audio"], start_sec=row.get("start", 0.0),
+    u = data.Utterance(row["id"], row.get("audio", ""), start_sec=row.get("start", 0.0),
                        duration_sec=row.get("duration"), channel=row.get("channel"))
     try:
         audio = data.load_audio(u, data.MAX_EVAL_SEC, for_training=False)
@@ -631,8 +506,8 @@ def player(row) -> str:
     with wave.open(file, "wb") as wav:
         wav.setparams((1, 2, data.SAMPLE_RATE, 0, "NONE", ""))
         wav.writeframes((audio.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
-    source = "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
-    return f'<audio controls preload="metadata" src="{source}"></audio>'
+    source = base64.b64encode(file.getvalue()).decode()
+    return f'<audio controls src="data:audio/wav;base64,{source}"></audio>'
 
 
 if __name__ == "__main__":

@@ -868,23 +868,23 @@ def load(name, device="cpu", dtype=None) -> ASR:
     """
     path = find_checkpoint(name)
     keys = data.read_json(path / "config.json")
-    model_type = keys.get("model_type")
-    make_config = {"arkasr": student_config, "qwen3_asr": qwen3_asr_config}.get(model_type)
-    if make_config:
-        try:
-            config = make_config(keys)
-        except Exception as error:  # ours name the key; transformers' do too
-            raise ValueError(f"{path}/config.json: {error}") from error
-    if model_type == "arkasr":
-        net = load_net(ArkasrForConditionalGeneration, path, config, dtype or torch.float32)
-        return assemble(net, load_tokenizer(path), device, small_files(path))
-    if model_type == "qwen3_asr":
-        key_mapping = QWEN3_ASR_KEYS if "thinker_config" in keys else None
-        net = load_net(Qwen3ASRForConditionalGeneration, path, config,
-                       dtype or inference_dtype(device), key_mapping)
-        return assemble(net, load_tokenizer(path), device)
-    raise ValueError(f"{path}/config.json: model_type {model_type!r} is not known; "
-                     "expected 'arkasr' or 'qwen3_asr'")
+    if keys.get("model_type") == "arkasr":
+        net_class = ArkasrForConditionalGeneration
+        make_config = student_config
+    elif keys.get("model_type") == "qwen3_asr":
+        net_class = Qwen3ASRForConditionalGeneration
+        make_config = qwen3_asr_config
+        dtype = dtype or inference_dtype(device)
+    else:
+        raise ValueError(f"{path}/config.json: model_type {keys.get('model_type')!r} is not known; "
+                         "expected 'arkasr' or 'qwen3_asr'")
+    try:
+        config = make_config(keys)
+    except Exception as error:  # ours name the key; transformers' do too
+        raise ValueError(f"{path}/config.json: {error}") from error
+    key_mapping = QWEN3_ASR_KEYS if "thinker_config" in keys else None
+    net = load_net(net_class, path, config, dtype or torch.float32, key_mapping)
+    return assemble(net, load_tokenizer(path), device, small_files(path))
 
 
 def inference_dtype(device):
@@ -1002,31 +1002,27 @@ def small_files(path) -> dict[str, bytes]:
 def save(asr: ASR, path) -> None:
     """A checkpoint directory in the published layout. A tied head is not stored.
 
-    It is written to a temporary folder first. A new directory then appears whole, by one rename. In
-    an existing one the files are replaced one by one, weights last: within a run only they change.
+    All is written to a temporary folder inside it first. Then the files take their places one by
+    one, weights last: a new directory is no checkpoint until it is whole, and in an existing one,
+    within a run, only the weights change.
     """
-    path = Path(path).absolute()
-    # Either folder is on the same file system as path.
-    temporary = path / ".tmp" if path.exists() else path.with_name(path.name + ".tmp")
+    path = Path(path)
+    temporary = path / ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights = {name: tensor.cpu() for name, tensor in asr.net.state_dict().items()}
     if asr.net.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     asr.net.save_pretrained(temporary, state_dict=weights)
+    asr.tokenizer.save_pretrained(temporary)
     stop_ids = asr.stop.nonzero()[:, 0].tolist()
     generation_config = {"eos_token_id": stop_ids, "pad_token_id": asr.pad_id}
     data.write_json(temporary / "generation_config.json", generation_config)
-    asr.tokenizer.save_pretrained(temporary)
     for name, content in asr.files.items():
         (temporary / name).write_bytes(content)
     for file in temporary.glob("*.safetensors"):  # made readable to their owner alone
         shutil.copymode(temporary / "config.json", file)
-    if not path.exists():
-        os.rename(temporary, path)
-        return
-    weights_last = sorted(temporary.iterdir(), key=lambda file: file.suffix == ".safetensors")
-    for file in weights_last:
+    for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".safetensors"):
         os.replace(file, path / file.name)
     temporary.rmdir()
 

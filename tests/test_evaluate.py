@@ -1,7 +1,6 @@
 """evaluate.py: transcripts and their resume, rates by hand, comparison, teacher data, the page."""
 
 import base64
-import itertools
 import json
 import math
 import multiprocessing
@@ -10,7 +9,6 @@ import re
 import socket
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,45 +64,42 @@ def test_rates_by_hand(spoken, capsys):
         ("c", "en", "", "hum"), ("d", "zh", "打开红灯", "打开了红灯。"),
         ("e", None, "明天有个 meeting", "明天有 Meetings"), ("f", "en", None, "who knows"),
         ("g", "en", "", "")])
-    keys = ("language", "metric", "rate", "substitutions", "deletions", "insertions", "errors",
-            "units", "utterances", "sentence_error")
+    keys = ("set", "language", "metric", "rate", "substitutions", "deletions", "insertions",
+            "errors", "units", "utterances", "sentence_error")
     assert [[e[key] for key in keys] for e in summary["results"]] == [
-        ["en", "WER", 80, 1, 1, 2, 4, 5, 4, 75], ["zh", "CER", 25, 0, 0, 1, 1, 4, 1, 100],
-        ["", "WER", 40, 1, 1, 0, 2, 5, 1, 100]]
-    assert [summary["pooled"][key] for key in ("rate", "errors", "units", "low", "high")] == [
-        50, 7, 14, *data.interval(100 * data.bootstrap([2, 1, 1, 1, 2, 0], [3, 2, 0, 4, 5, 0]))]
+        ["lines", "en", "WER", 80, 1, 1, 2, 4, 5, 4, 75],
+        ["lines", "zh", "CER", 25, 0, 0, 1, 1, 4, 1, 100],
+        ["lines", "", "WER", 40, 1, 1, 0, 2, 5, 1, 100],
+        ["all", "pooled", "pooled", 50, 2, 2, 3, 7, 14, 6, 500 / 6]]
     assert (summary["clips"], summary["without_text"]) == (7, 1)
     shown = capsys.readouterr().out
-    assert "lines zh: CER 25.00 % - over 1 utterances" in shown and "1 lines without" in shown
+    assert "lines zh: CER 25.00 % [nan, nan] over 1 utterances" in shown
+    assert "lines en: WER 80.00 % [" in shown and "1 lines without a text" in shown
 
 
-@pytest.mark.parametrize("speaker, resampled, blocks, warned", [
-    (lambda i: "s", "utterances", 40, False), (lambda i: i and f"s{i}", "utterances", 40, False),
-    (lambda i: f"s{i % 2}", "speakers", 2, True), (lambda i: f"s{i % 20}", "speakers", 20, False)])
-def test_what_is_resampled_is_said(spoken, capsys, speaker, resampled, blocks, warned):
+@pytest.mark.parametrize("speaker, resampled", [
+    (lambda i: "s", "40 utterances"), (lambda i: i and f"s{i}", "40 utterances"),
+    (lambda i: f"s{i % 2}", "2 speakers")])
+def test_what_is_resampled_is_said(spoken, capsys, speaker, resampled):
     lines = [(f"u{i}", "en", "the lamp", "the lamp" if i % 3 else "a lamp") for i in range(40)]
     summary, _ = spoken(lines, extra=lambda i: {"speaker": speaker(i) or None})
-    labels = [speaker(i) for i in range(40)] if resampled == "speakers" else None
+    labels = [speaker(i) for i in range(40)] if "speakers" in resampled else None
     draws = data.bootstrap([int(i % 3 == 0) for i in range(40)], [2] * 40, labels)
     entry, = summary["results"]
-    assert [entry[key] for key in ("low", "high", "resampled", "blocks")] == [
-        *data.interval(100 * draws), resampled, blocks]
-    shown = capsys.readouterr().out
-    assert f"{blocks} {resampled}" in shown and ("too few" in shown) is warned
+    assert [entry[key] for key in ("low", "high", "resampled")] == [
+        *data.interval(100 * draws), resampled]
+    assert resampled in capsys.readouterr().out
 
 
-def test_what_is_not_there_is_null_or_said(spoken, capsys):
+def test_what_is_not_there_is_null(spoken):
     """One clip has no interval, an empty reference no rate, a manifest without a text neither."""
     summary, _ = spoken([("a", "fr", "red lamp", "red lamps"), ("b", "es", "", "you")])
-    french, spanish = summary["results"]
+    french, spanish, pooled = summary["results"]
     assert (french["rate"], french["low"], french["high"]) == (50, None, None)
     assert (spanish["rate"], spanish["insertions"], spanish["units"]) == (None, 1, 0)
-    assert summary["pooled"]["rate"] == 100
-    assert spoken([("b", "es", "", "you"), ("c", "es", None, "x")])[0]["pooled"] is None
-    assert "NO LINE" not in capsys.readouterr().err
+    assert pooled["rate"] == 100
     summary, _ = spoken([("a", "en", None, "one"), ("b", "en", None, "two")])
     assert summary["results"] == [] and summary["without_text"] == 2
-    assert 'lines.jsonl: NO LINE HAS A "text"' in capsys.readouterr().err
 
 
 def words(checkpoints, manifests, out):
@@ -134,10 +129,9 @@ def whole(checkpoints, manifests, tmp_path_factory):
 
 
 def assert_same(out, whole):
-    """Equal hyps.jsonl, but for the time taken and where audio is relative to; no parts left."""
+    """Equal hyps.jsonl, but for where audio is relative to; no parts left."""
     ours, theirs = read_jsonl(out / "hyps.jsonl"), read_jsonl(whole / "hyps.jsonl")
     for row in ours + theirs:
-        assert row.pop("seconds") > 0
         row["audio"] = Path(row["audio"]).name
     assert ours == theirs and not list(out.glob("part*"))
 
@@ -155,12 +149,10 @@ def test_hyps_is_a_manifest_in_the_order_of_the_data(checkpoints, manifests, who
             assert os.path.samefile(u.audio, whole / row["audio"])
             result, = model.transcribe(asr, data.load_batch([u], (asr.n_mels,)), 8)
             assert {key: row[key] for key in result} == result
+            assert row["audio_sec"] == data.load_batch([u]).audio_sec
     assert not any(os.path.isabs(row["audio"]) for row in rows)
-    batch = data.load_batch(data.read_manifest(manifests), (asr.n_mels,))
-    assert sum(row["audio_sec"] for row in rows) == pytest.approx(batch.audio_sec)
-    for key in ("audio_sec", "seconds"):
-        english = sum(row[key] for row in rows[:12:2])
-        assert summary["results"][0][f"set_{key}"] == pytest.approx(english)
+    english = sum(row["audio_sec"] for row in rows[:12:2])
+    assert summary["results"][0]["set_audio_sec"] == pytest.approx(english)
 
 
 def test_a_broken_clip_counts_as_deleted_or_stops_the_run(
@@ -170,7 +162,7 @@ def test_a_broken_clip_counts_as_deleted_or_stops_the_run(
     assert rows[5]["deletions"] == rows[5]["units"] > 0
     assert (summary["failed"], summary["empty"]) == (1, 0)
     assert "no audio: unreadable" in (whole / "errors.html").read_text()
-    assert evaluate.unfit_to_teach(rows[5]) == "failed to decode"
+    assert evaluate.trouble(rows[5]) == "failed"
     flags = [flag for flag in words(checkpoints, manifests, tmp_path) if flag != "--keep_going"]
     with pytest.raises(data.AudioError, match="a.jsonl:6: u5"):
         run(*flags)
@@ -202,66 +194,69 @@ def run_on_two(main, args) -> None:
 @pytest.mark.parametrize("batches, processes", [(0, 1), (1, 1), (4, 2)])
 def test_resume_after_any_batch(
         checkpoints, manifests, whole, tmp_path, monkeypatch, capfd, batches, processes):
-    transcribe, calls, seen = model.transcribe, [], []
+    """The last batch is cut off in the middle of a line: it is decoded again as a whole."""
+    transcribe, seen, parts = model.transcribe, [], []
 
     def watched(asr, batch, *rest):
-        calls.append(1)
-        if len(calls) == batches + 1:
-            n_lines = len(read_jsonl(tmp_path / "part-0.jsonl"))
-            assert n_lines >= len(seen) + bool(seen), "on the disk before the next batch begins"
+        if len(seen) == batches and not parts:
+            parts.extend(tmp_path.glob("part-0-*.jsonl"))
+            n_lines = parts[0].read_bytes().count(b"\n")
+            assert n_lines == 3 * batches, "on the disk before the next batch begins"
             raise KeyboardInterrupt
-        seen.extend(batch.utterances)
+        seen.append([u.line for u in batch.utterances])
         return transcribe(asr, batch, *rest)
 
     monkeypatch.setattr(model, "transcribe", watched)
     flags = words(checkpoints, manifests, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run(*flags)
-    kept = (tmp_path / "part-0.jsonl").read_bytes()
-    (tmp_path / "part-0.jsonl").write_bytes(kept + b'{"set": "a", "id": "u1", "hyp": "half a')
-    (tmp_path / "part-7.jsonl").write_bytes(kept[:40])  # of another process, without a whole line
-    if batches:
-        with pytest.raises(FileExistsError, match="--resume"):
-            run(*flags)
+    parts[0].write_bytes(parts[0].read_bytes()[:-20])
+    with pytest.raises(FileExistsError, match="part.json.* with --resume"):
+        run(*flags)
     flags.append("--resume")
-    for changed, *other in (
-            ("decoding", "--max_new_tokens", 9), ("decoding", "--language", "en"),
-            ("decoding", "--temperature", 1), ("decoding", "--seed", 1),
-            ("data", "--data", manifests[0]), ("model", "--model", checkpoints / "teacher")):
-        with pytest.raises(ValueError, match=f"part-0.jsonl was made with another {changed}"):
+    for other in (("--max_new_tokens", 9), ("--language", "en"), ("--temperature", 1),
+                  ("--seed", 1), ("--data", manifests[0]), ("--model", checkpoints / "teacher")):
+        with pytest.raises(FileExistsError, match="its model, data and flags"):
             run(*flags, *other, "--as_manifest", tmp_path / "td.jsonl")
     if processes == 1:
         run(*flags)
-        assert len(seen) == 16, "each clip but the one that is gone, once"
+        again = seen.pop(batches) if batches else []
+        assert again == (seen[batches - 1] if batches else [])
+        assert sum(map(len, seen)) == 16, "each clip but the one that is gone, once"
     else:
         run_on_two(evaluate.main, evaluate.parse_args(list(map(str, flags))))
     assert_same(tmp_path, whole)
-    assert read_outputs(tmp_path)[0]["processes"] == processes
     assert capfd.readouterr().out.count("17 clips") == 1, "one process writes and prints"
 
 
-def test_clips_of_similar_length_go_together_and_share_their_time(spoken, monkeypatch):
-    """A clip of unknown length comes last. By this clock a batch takes six seconds."""
-    clock = itertools.count(0, 6)
-    monkeypatch.setattr(evaluate, "time", SimpleNamespace(time=lambda: next(clock)))
+def test_ranks_share_the_clips(checkpoints, manifests, tmp_path):
+    asr, utterances = model.load(checkpoints / "student"), data.read_manifest(manifests)
+    places = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        flags = map(str, words(checkpoints, manifests, tmp_path / str(rank)))
+        evaluate.transcribe_share(asr, utterances, evaluate.parse_args(list(flags)), rank, 2)
+        places += evaluate.read_parts(tmp_path / str(rank))
+    assert sorted(places) == list(range(17))
+
+
+def test_clips_of_similar_length_go_together(spoken, monkeypatch):
+    """A clip of unknown length comes last."""
     batches, load_batch = [], data.load_batch
     monkeypatch.setattr(data, "load_batch", lambda clips, *rest, **more: (
         batches.append([u.id for u in clips]) or load_batch(clips, *rest, **more)))
     durations = (0.3, 0.1, None, 0.25, 0.15)
-    _, rows = spoken([(str(sec), "en", None, "x") for sec in durations], "--batch", 2,
-                     extra=lambda i: {"duration": durations[i]})
-    assert [row["seconds"] for row in rows] == [3, 3, 6, 3, 3]
+    spoken([(str(sec), "en", None, "x") for sec in durations], "--batch", 2,
+           extra=lambda i: {"duration": durations[i]})
     assert batches == [["0.1", "0.15"], ["0.25", "0.3"], ["None"]]
 
 
 def test_summary_says_how_to_do_it_again(checkpoints, manifests, whole):
     summary, _ = read_outputs(whole)
-    found = (checkpoints / "student" / "model.safetensors").stat()
-    assert summary["weights"] == {"model.safetensors": {
-        "bytes": found.st_size, "modified": str(np.datetime64(found.st_mtime_ns, "ns"))}}
-    assert summary["data"] == {str(path): evaluate.stamp(path) for path in manifests}
-    assert summary["decoding"] == {"temperature": 0.0, "seed": 0, "max_new_tokens": 8,
-                                   "language": None, "batch": 3, "keep_going": True}
+    weights = checkpoints / "student" / "model.safetensors"
+    assert summary["files"].keys() == {str(weights), *map(str, manifests)}
+    assert summary["files"][str(weights)] == weights.stat().st_mtime
+    assert summary["max_new_tokens"] == 8 and summary["normaliser"] == data.METRIC
     assert summary["model"] == str(checkpoints / "student") and summary["device"] == "cpu"
     assert summary["versions"]["torch"] == version("torch") and summary["command"]
     assert summary["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", summary["commit"])
@@ -269,19 +264,18 @@ def test_summary_says_how_to_do_it_again(checkpoints, manifests, whole):
 
 def test_files_are_printed(corpus, checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(model, "transcribe", lambda asr, batch, *_: [
-        {"hyp": Path(u.audio).stem, "stopped": u.audio.endswith("dev-0.wav")}
+        {"hyp": f"{Path(u.audio).stem}, {u.language}", "stopped": u.audio.endswith("dev-0.wav")}
         for u in batch.utterances])
     write_wav(tmp_path / "long.wav", sound(np.random.default_rng(0), 40.2))
     a, b, long = corpus / "dev-0.wav", corpus / "dev-1.wav", tmp_path / "long.wav"
-    flags = ["--model", checkpoints / "student", "--device", "cpu", "--audio"]
+    flags = ["--model", checkpoints / "student", "--device", "cpu", "--language", "zh", "--audio"]
     run(*flags, b, a)
-    assert capsys.readouterr().out == f"{b}: dev-1 [cut at --max_new_tokens]\n{a}: dev-0\n"
-    run(*flags, a)
-    assert capsys.readouterr().out == "dev-0\n"
-    with pytest.raises(SystemExit, match="long.wav: too_long"):
+    said = f"{a}: dev-0, zh\n"
+    assert capsys.readouterr().out == f"{b}: dev-1, zh [cut at --max_new_tokens]\n{said}"
+    with pytest.raises(data.AudioError, match="long.wav: too_long"):
         run(*flags, long)
     run(*flags, long, a, "--keep_going")
-    assert capsys.readouterr().out == f"{a}: dev-0\n"
+    assert capsys.readouterr().out == said
 
 
 def test_teacher_data_is_what_fits(spoken, tmp_path, corpus, capsys):
@@ -300,9 +294,8 @@ def test_teacher_data_is_what_fits(spoken, tmp_path, corpus, capsys):
         ("from nothing", "words", "en")]
     assert read_jsonl(manifest)[1].items() >= segment.items()
     assert os.path.samefile(written[1].audio, corpus / "dev-1.wav")
-    assert sorted(capsys.readouterr().out.split("td.jsonl: ")[1].strip().split("; ")) == [
-        "1 kept without a language", "1 left out: cut at --max_new_tokens", "1 left out: empty",
-        "4 transcripts kept"]
+    assert "td.jsonl: 4 transcripts kept, 1 empty left out, 1 truncated left out\n" in (
+        capsys.readouterr().out)
 
 
 def test_sampled_transcripts_are_those_of_a_rollout_with_keyed_numbers(
@@ -339,21 +332,21 @@ def test_rescoring_gives_the_same_numbers(whole, tmp_path):
     """Counts that a file holds are not believed, keys that nothing reads do no harm."""
     first, rows = read_outputs(whole)
     stale, out = tmp_path / "stale.jsonl", tmp_path / "again"
-    data.write_jsonl(stale, [row | {"audio": str(whole / row["audio"]), "deletions": 99, "more": 1}
-                             for row in rows])
-    data.write_jsonl(out / "part-0.jsonl", [{}])  # of a run that was stopped
+    data.write_jsonl(stale, [row | {"audio": os.path.relpath(whole / row["audio"], tmp_path),
+                                    "deletions": 99, "more": 1, "speaker": None} for row in rows])
+    data.write_jsonl(out / "part-0-1.jsonl", [{}])  # of a run that was stopped
     run("--rescore", stale, "--out", out)
     again, rows_again = read_outputs(out)
-    for key in ("results", "pooled", "clips", "without_text", "failed"):
+    for key in ("results", "clips", "without_text", "failed"):
         assert again[key] == first[key]
-    assert list(again["rescored"]) == [str(stale)] and "model" not in again
+    assert list(again["files"]) == [str(stale)] and "model" not in again
     assert os.path.samefile(out / rows_again[0]["audio"], whole / rows[0]["audio"])
-    assert (out / "part-0.jsonl").exists()
+    assert (out / "part-0-1.jsonl").exists()
 
 
 @pytest.mark.parametrize("line, message", [
     (b'{"id": "u0", "hyp": "x"}', "id 'u0' occurs twice"),
-    (b'{"id": "b"}', "expected a string as 'hyp', found None"),
+    (b'{"id": "b"}', "expected a string as 'hyp'"),
     (b'{"id": "b", "hyp": "", "text": ["x"]}', "expected a string as 'text'"),
     (b"[1]", "expected a JSON object"), (b'{"id": "b", "hyp": "\xff"}', "expected a JSON object")])
 def test_a_line_that_can_not_be_scored_is_named(tmp_path, line, message):
@@ -371,8 +364,8 @@ def test_compare_by_hand(tmp_path, capsys):
     for name, numbers in errors.items():
         rows = [{"id": f"u{i}", "text": " ".join(right), "hyp": " ".join(["xxx"] * n + right[n:])}
                 for i, n in enumerate(numbers)]
-        if name == "b":  # neither the order nor space around a text is a matter
-            rows = [row | {"text": f" {row['text']} "} for row in rows[::-1]]
+        if name == "b":  # the order is no matter
+            rows = rows[::-1]
         data.write_jsonl(tmp_path / f"{name}.jsonl", rows)
     paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
     first, e, even = run("--compare", *paths)
@@ -411,8 +404,8 @@ def test_compare_pools_resamples_speakers_and_writes_what_it_prints(tmp_path, ca
         ["base", "t", "en", "WER", 35, 0], ["opd", "t", "en", "WER", 35, 100],
         ["base", "t", "zh", "CER", 35, 0], ["opd", "t", "zh", "CER", 35, 100],
         ["base", "all", "pooled", "pooled", 70, 0], ["opd", "all", "pooled", "pooled", 70, 100]]
-    assert {(e["resampled"], e["blocks"]) for e in entries} == {("speakers", 7)}
-    assert "7 speakers (too few" in capsys.readouterr().out
+    assert {e["resampled"] for e in entries} == {"7 speakers"}
+    assert "intervals over 7 speakers" in capsys.readouterr().out
     assert json.loads((out / "compare.json").read_text()) == entries
     assert (out / "compare.png").stat().st_size > 5000
     for path in paths:  # of one block there is no interval
@@ -429,7 +422,7 @@ def test_the_page_is_self_contained_and_escaped_and_its_players_hold_the_clips(
              ("u2", "en", "fine", "fine"), ("u3<b>", "en", "red lamp", "bed")]
     spoken(lines, extra=lambda i: {"speaker": attack, "start": 0.1, "duration": 0.2})
     page = (tmp_path / "out" / "errors.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "<b>" not in page and "default-src 'none'" in page
+    assert "<script" not in page and "<b>" not in page
     assert re.findall(r"<h3>(.*?)</h3>", page) == ["u0", "u3&lt;b&gt;", "u1"], "only the wrong ones"
     links = re.findall(r'(?:src|href)="(.*?)"', page)
     assert len(links) == 3 and all(link.startswith("data:audio/wav;base64,") for link in links)
@@ -438,14 +431,16 @@ def test_the_page_is_self_contained_and_escaped_and_its_players_hold_the_clips(
         data.Utterance("u", str(tmp_path / "played.wav")),
         data.Utterance("u", str(corpus / "dev-1.wav"), start_sec=0.1, duration_sec=0.2)))
     assert np.abs(played - original).max() < 1.5 / 32767 and len(played) == 3200
-    assert '<span class="pair delete"><span>红</span><span></span>' in page
+    assert "REF: 打 开 红 灯\nHYP: 打 开 * 灯\n" in page
     row = evaluate.count_errors({"id": "u", "set": "t", "hyp": "x", "text": "a b"})
     assert evaluate.errors_page([row] * 40).count("<h3>") == 30
 
 
 @pytest.mark.parametrize("line, message", [
-    ("--model m", "one of these"), ("--data d --rescore h --out o", "one of these"),
-    ("--model m --data d", "--data needs --out"), ("--compare a a", "two or more"),
+    ("--model m", "is required"), ("--data d --rescore h --out o", "not allowed with"),
+    ("--model m --data d", "--data needs --out"), ("--audio a", "--audio needs --model"),
+    ("--rescore h", "--rescore needs --out"),
+    ("--model m --data d --out o --as_manifest ./d", "would write over"),
     ("--model m --rescore h --out o", "--rescore does not read --model"),
     ("--model m --audio a --as_manifest t", "--audio does not read --as_manifest"),
     ("--model m --data d --out o --temperature 1", "go with --as_manifest"),
@@ -458,7 +453,7 @@ def test_flags_that_do_not_go_together(line, message, capsys):
 
 def test_outputs_that_can_not_be_written_are_named_before_any_work(tmp_path):
     (tmp_path / "taken").write_text("a file")
-    for line in ("--data d --model m", "--rescore h", "--compare a b"):
+    for line in ("--data d --model m", "--rescore h"):
         with pytest.raises(OSError, match="taken/x"):
             run(*line.split(), "--out", tmp_path / "taken" / "x")
     with pytest.raises(OSError, match=f"{tmp_path}: "):

@@ -139,17 +139,13 @@ def optimal_counts(ref, hyp):
 
 @pytest.mark.parametrize("language, alphabet, glue", [
     ("en", "lamp cup red blue".split(), " "), ("zh", list("灯桌子窗"), ""), (None, list("灯桌子窗"), "")])
-def test_edit_counts_are_optimal_and_spelled_out(language, alphabet, glue):
+def test_edit_counts_are_optimal(language, alphabet, glue):
     rng = random.Random(8)
     for _ in range(200):
         ref, hyp = (rng.choices(alphabet, k=rng.randint(0, 8)) for _ in range(2))
         counts = data.edit_counts(glue.join(ref), glue.join(hyp), language)
         assert tuple(counts[:3]) in optimal_counts(tuple(ref), tuple(hyp))
         assert counts.units == len(ref) and counts.errors == sum(counts[:3])
-        pairs = data.align(glue.join(ref), glue.join(hyp), language)
-        assert [r for _, r, _ in pairs if r] == ref and [h for _, _, h in pairs if h] == hyp
-        kinds = [kind for kind, _, _ in pairs]
-        assert tuple(map(kinds.count, ("substitute", "delete", "insert"))) == counts[:3]
 
 
 def test_both_sides_are_normalised():
@@ -159,7 +155,6 @@ def test_both_sides_are_normalised():
     assert data.edit_counts("a c", "a b c", "en") == (0, 0, 1, 2)
     assert data.edit_counts("", "a b", "en") == (0, 0, 2, 0)
     assert data.edit_counts("", "", "en") == (0, 0, 0, 0)
-    assert data.align("灯", "灯桌", "zh") == [("equal", "灯", "灯"), ("insert", "", "桌")]
 
 
 # ---------------------------------------------------------------------------- intervals

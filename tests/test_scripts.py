@@ -95,7 +95,7 @@ ZERO_IS_FINE = {"lr", "temperature", "ctc", "seed", "warmup", "workers"}
 @every_script
 def test_values_out_of_range_are_refused(name, capsys):
     numbers = [flag for flag, action in flags(name).items() if callable(action.type)]
-    assert len(numbers) >= 2
+    assert numbers
     for flag in numbers:
         def parse(value):
             return SCRIPTS[name].parse_args([*ENOUGH[name].split(), f"--{flag}={value}"])
