@@ -24,10 +24,10 @@ INF = math.inf
 # ---------------------------------------------------------------------------------------- oracles
 # Floats, loops and sets; no tensor operation.
 
-def probabilities(scores, tau=1.0):
-    """softmax(scores / tau) of a {token: score}; a score of -inf has probability 0."""
+def probabilities(scores):
+    """softmax of a {token: score}; a score of -inf has probability 0."""
     highest = max(scores.values())
-    weights = {v: math.exp((z - highest) / tau) if z > -INF else 0.0 for v, z in scores.items()}
+    weights = {v: math.exp(z - highest) if z > -INF else 0.0 for v, z in scores.items()}
     return {v: w / sum(weights.values()) for v, w in weights.items()}
 
 
@@ -42,19 +42,19 @@ def top(scores, k):
     return set(sorted(finite, key=lambda v: -scores[v])[:k])
 
 
-def divergence_of_row(row_s, row_t, divergence, support, top_k, tau):
+def divergence_of_row(row_s, row_t, divergence, support, top_k):
     """D_t of one position: two lists of logits -> nats."""
     s, t = dict(enumerate(row_s)), dict(enumerate(row_t))
     tokens = set(s)
     if support == "union":
         tokens = top(s, top_k) | top(t, top_k)
-    p_s = probabilities({v: s[v] for v in sorted(tokens)}, tau)
-    p_t = probabilities({v: t[v] for v in sorted(tokens)}, tau)
-    return tau ** 2 * (kl(p_s, p_t) if divergence == "reverse" else kl(p_t, p_s))
+    p_s = probabilities({v: s[v] for v in sorted(tokens)})
+    p_t = probabilities({v: t[v] for v in sorted(tokens)})
+    return kl(p_s, p_t) if divergence == "reverse" else kl(p_t, p_s)
 
 
-def paper_eq_1(rows_s, rows_t, k, tau):
-    """Section 3.3, sentence by sentence."""
+def paper_eq_1(rows_s, rows_t, k):
+    """Section 3.3, sentence by sentence, at the public code's temperature of 1."""
     losses = []
     for z_s, z_t in zip(rows_s, rows_t):
         teachers = top(dict(enumerate(z_t)), k)  # "the teacher contributes its top-k tokens"
@@ -62,9 +62,9 @@ def paper_eq_1(rows_s, rows_t, k, tau):
         union = teachers | students              # "the union of these token ids"
         if len(union) < 2:                       # "positions with at least two valid tokens"
             continue
-        p_t = probabilities({v: z_t[v] for v in union}, tau)
-        p_s = probabilities({v: z_s[v] for v in union}, tau)
-        losses.append(tau ** 2 * sum(p_t[v] * math.log(p_t[v] / p_s[v]) for v in union))
+        p_t = probabilities({v: z_t[v] for v in union})
+        p_s = probabilities({v: z_s[v] for v in union})
+        losses.append(sum(p_t[v] * math.log(p_t[v] / p_s[v]) for v in union))
     return sum(losses) / len(losses)
 
 
@@ -90,19 +90,19 @@ def value_and_gradient(function, z_s, *rest):
 
 KLS = {"reverse": distill.reverse_kl, "forward": distill.forward_kl}
 SUPPORTS = [("full", 1), ("union", 1), ("union", 3), ("union", 99)]
-GRID = list(itertools.product(KLS, SUPPORTS, [1.0, 2.0], [(), (0, 4, 10)]))
+GRID = list(itertools.product(KLS, SUPPORTS, [(), (0, 4, 10)]))
 
 
-@pytest.mark.parametrize("divergence, support_of_k, tau, blocked", GRID)
-def test_value_and_gradient_equal_the_loops(divergence, support_of_k, tau, blocked):
+@pytest.mark.parametrize("divergence, support_of_k, blocked", GRID)
+def test_value_and_gradient_equal_the_loops(divergence, support_of_k, blocked):
     """The value by the formula, the gradient by finite differences of the formula."""
     z_s, z_t = random_logits(n=4, seed=1, blocked=blocked)
-    settings = (divergence, *support_of_k, tau)
+    settings = (divergence, *support_of_k)
     ours, gradient = value_and_gradient(distill.token_divergence, z_s, z_t, None, *settings)
     rows_t = z_t.tolist()
     slow = [divergence_of_row(s, t, *settings) for s, t in zip(z_s.tolist(), rows_t)]
     assert ours.tolist() == pytest.approx(slow, rel=1e-12, abs=1e-13)
-    if settings[1:] == ("full", 1, 1.0):
+    if support_of_k == ("full", 1):
         assert torch.equal(KLS[divergence](z_s, z_t), ours)
     free = torch.isfinite(z_s)  # only finite logits can be nudged
     assert torch.isfinite(gradient).all()
@@ -127,17 +127,16 @@ def test_probabilities_that_underflow_are_zero_and_not_nan(name):
     assert d.item() == pytest.approx(KLS[name](z_s.double(), z_t.double()).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("tau", [1.0, 2.0])
 @pytest.mark.parametrize("k", [1, 4])
-def test_forward_on_the_union_is_equation_1_of_the_paper(k, tau):
+def test_forward_on_the_union_is_equation_1_of_the_paper(k):
     """Positions of one token, which the paper leaves out, count with 0 here."""
     z_s, z_t = random_logits(n=7, v=23, seed=3, blocked=(0, 22))
     z_s[0], z_t[0] = z_s[1], z_s[1] + 1.0  # k = 1: a union of one token
-    ours = distill.token_divergence(z_s, z_t, None, "forward", "union", k, tau)
+    ours = distill.token_divergence(z_s, z_t, None, "forward", "union", k)
     counted = [len(top(dict(enumerate(s)), k) | top(dict(enumerate(t)), k)) > 1
                for s, t in zip(z_s.tolist(), z_t.tolist())]
     assert all(counted) == (k == 4)
-    expected = paper_eq_1(z_s.tolist(), z_t.tolist(), k, tau)
+    expected = paper_eq_1(z_s.tolist(), z_t.tolist(), k)
     assert ours.sum().item() / sum(counted) == pytest.approx(expected, rel=1e-12)
     assert k == 4 or ours[0] == 0
 
@@ -169,7 +168,7 @@ def test_sampled_kl_of_one_token_by_the_formula():
         minus_a.append(math.log(p_s[i]) - math.log(p_t[i]))
     minus_a = torch.tensor(minus_a, dtype=torch.float64)
     d, gradient = value_and_gradient(
-        distill.token_divergence, z_s, z_t, y, "reverse", "sampled", 32, 1.0)
+        distill.token_divergence, z_s, z_t, y, "reverse", "sampled", 32)
     torch.testing.assert_close(d, minus_a)
     expected = minus_a[:, None] * (F.one_hot(y, 11) - z_s.softmax(-1))
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
@@ -187,9 +186,9 @@ def test_a_sampled_id_of_probability_zero_says_nothing():
 
 # ----------------------------------------------------------------------- heads and loss in chunks
 
-REVERSE = {"divergence": "reverse", "support": "full", "top_k": 1, "tau": 1.0}
+REVERSE = {"divergence": "reverse", "support": "full", "top_k": 1}
 SAMPLED = REVERSE | {"support": "sampled"}
-PAPER = {"divergence": "forward", "support": "union", "top_k": 2, "tau": 2.0}
+PAPER = {"divergence": "forward", "support": "union", "top_k": 2}
 # Ids 1 and 4 of the student's 7 have no counterpart; 0 and 5 both mean the teacher's 7.
 TO_TEACHER = torch.tensor([7, -1, 0, 3, -1, 7, 8])
 SHARED = [0, 2, 3, 5, 6]

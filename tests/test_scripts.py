@@ -125,7 +125,6 @@ def test_values_out_of_range_are_refused(name, capsys):
     ("distill", "--states reference --temperature 0.5"),
     ("distill", "--support sampled --divergence forward"),
     ("distill", "--support sampled --temperature 0"),
-    ("distill", "--support sampled --tau 2"),
     ("distill", "--support sampled --states reference"),
     ("distill", "--divergence jeffreys"),
     ("distill", "--step 3"),  # no abbreviations: a later flag would change what they mean

@@ -217,8 +217,7 @@ def test_the_loss_of_distill_is_the_mean_divergence_on_own_words(
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"support": "sampled"},
-    {"divergence": "forward", "support": "union", "top_k": 4, "tau": 2.0}])
+    {}, {"support": "sampled"}, {"divergence": "forward", "support": "union", "top_k": 4}])
 def test_a_step_of_distill_is_one_shot_autograd(
         run, subset, checkpoints, student, foreign_teacher, settings):
     """Rollout, teacher, student and chunked loss as the script runs them, against all rows at once
@@ -241,7 +240,7 @@ def test_a_step_of_distill_is_one_shot_autograd(
     z_s = logits_of(student, batch, ids, read)[:, shared]
     z_t = logits_of(foreign_teacher, batch, ids_t, read)[:, [pairs[i] for i in shared]].detach()
     y = torch.tensor([shared.index(token) for token in ids[read].tolist()])
-    defaults = {"divergence": "reverse", "support": "full", "top_k": 32, "tau": 1.0}
+    defaults = {"divergence": "reverse", "support": "full", "top_k": 32}
     loss = distill.token_divergence(z_s, z_t, y, **defaults | settings).mean()
     loss.backward()
     assert record["tokens"] == len(y)
