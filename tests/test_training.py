@@ -259,6 +259,9 @@ def test_the_ctc_loss_adds_its_weight_to_the_gradient(run, subset):
         twice, once = found[0.6][name] - none, found[0.3][name] - none
         torch.testing.assert_close(twice, 2 * once, rtol=1e-3, atol=1e-5)
     assert (found[0.3][conv] - found[0.0][conv]).abs().max() > 1e-3
+    # Of two equal steps the mean is that of one.
+    two, = metrics(run("sft", "two", data=pool, ctc=0.6, steps=2, log_every=2, lr=1e-30))
+    assert [two[key] for key in ("loss", "ctc")] == pytest.approx([record["loss"], record["ctc"]])
 
 
 @both
