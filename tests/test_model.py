@@ -6,7 +6,6 @@
 import copy
 import dataclasses
 import math
-import re
 
 import numpy as np
 import pytest
@@ -42,11 +41,6 @@ def encoded(asr, batch):
     return asr.net.audio_encoder(torch.from_numpy(batch.mel[128]), torch.from_numpy(batch.n_frames))
 
 
-def alone(batch, i):
-    """Row i as a batch of its own, without padding."""
-    return batch.rows(i, i + 1)
-
-
 def some_responses(asr, n_rows, seed=0, longest=9):
     """Random ids of unequal length that end in EOS, padded on the right -> ids, mask (B, R)."""
     rng = np.random.default_rng(seed)
@@ -56,14 +50,11 @@ def some_responses(asr, n_rows, seed=0, longest=9):
     return data.pad_rows(rows, asr.pad_id)
 
 
-def hidden_of(asr, batch, ids, mask):
-    """response_hidden behind the prompts of `batch` -> (n, width)."""
-    prompt = model.encode_audio(asr, batch)
-    return model.response_hidden(asr.body, prompt.embeds, prompt.mask, ids, mask)
-
-
 def logits_of(asr, batch, ids, mask):
-    return model.logits(hidden_of(asr, batch, ids, mask), asr.head.weight)
+    """(n, V) logits that predict the responses to `batch`."""
+    prompt = model.encode_audio(asr, batch)
+    hidden = model.response_hidden(asr.body, prompt.embeds, prompt.mask, ids, mask)
+    return model.logits(hidden, asr.head.weight)
 
 
 def rows_of(ids, mask):
@@ -83,7 +74,7 @@ def ids_where(mask):
 @torch.no_grad()
 def prompt_embeds(asr, batch, i):
     """(P, width) prompt of row i, put together by hand from the published string. Oracle."""
-    audio, n = encoded(asr, alone(batch, i))
+    audio, n = encoded(asr, batch.rows(i, i + 1))
     assert audio.shape[1] == n.item()
     before, after = ["<|user|>", "<|begin_of_audio|>"], ["<|end_of_audio|>"]
     ids = asr.tokenizer.convert_tokens_to_ids
@@ -150,17 +141,15 @@ def glmasr_twin(encoder, heads, lm_width):
 
 
 @pytest.mark.parametrize("n_frames", [3, 8, 9, 101, 110, 3000])
-@pytest.mark.parametrize("size", ["student", "wider"])
 @torch.no_grad()
-def test_encoder_is_glmasrs(student, size, n_frames):
-    heads, lm_width, encoder = 2, 32, student.net.audio_encoder
-    if size == "wider":
-        torch.manual_seed(3)
-        heads, lm_width = 3, 20
-        encoder = model.AudioEncoder(128, 72, 3, heads, 200, lm_width)
-        for p in encoder.parameters():
-            p.add_(torch.randn_like(p) * 0.15)
-    twin, projector = glmasr_twin(encoder, heads, lm_width)
+def test_encoder_is_glmasrs_and_copies_out_alone(n_frames):
+    alone = copied_out(model.rope_angles, model.rotate, model.SelfAttention, model.EncoderLayer,
+                       model.valid_frames, model.WhisperEncoder, model.AudioEncoder)
+    torch.manual_seed(3)
+    encoder = alone.AudioEncoder(128, 72, 3, heads=3, ffn=200, lm_width=20)
+    for p in encoder.parameters():
+        p.add_(torch.randn_like(p) * 0.15)
+    twin, projector = glmasr_twin(encoder, heads=3, lm_width=20)
     mel = torch.from_numpy(mel_batch([n_frames]).mel[128])
     n_tokens = max((n_frames + 1) // 2 // 4, 1)
     states = twin(mel).last_hidden_state  # (1, T', d)
@@ -168,52 +157,21 @@ def test_encoder_is_glmasrs(student, size, n_frames):
     states = F.pad(states, (0, 0, 0, max(0, 4 - states.shape[1])))[:, :4 * n_tokens]
     expected = projector(states.reshape(n_tokens, -1))
     audio, n = encoder(mel, torch.tensor([n_frames]))
-    assert (audio.shape, n.item()) == ((1, n_tokens, lm_width), n_tokens)
+    assert (audio.shape, n.item()) == ((1, n_tokens, 20), n_tokens)
     assert expected.std() > 0.1
     close(audio[0], expected)
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, [120, 5], [1, 6], [11, 12, 13, 14, 15, 16, 17]])
+@pytest.mark.parametrize("lengths", [LENGTHS, [1, 6], [11, 12, 13, 14, 15, 16, 17]])
 @torch.no_grad()
 def test_encoder_row_does_not_depend_on_its_neighbours(student, lengths):
     batch = mel_batch(lengths)
     audio, n = encoded(student, batch)
     assert audio.shape[1] == n.max()
     for i in range(len(lengths)):
-        expected, n_alone = encoded(student, alone(batch, i))
+        expected, n_alone = encoded(student, batch.rows(i, i + 1))
         assert n[i] == n_alone.item() == expected.shape[1] == max((lengths[i] + 1) // 2 // 4, 1)
         close(audio[i, :n[i]], expected[0])
-
-
-def test_encoder_reads_every_own_frame_and_no_other(student):
-    batch = mel_batch([120, 64])
-    mel = torch.from_numpy(batch.mel[128]).requires_grad_()
-    audio, n = student.net.audio_encoder(mel, torch.from_numpy(batch.n_frames))
-    audio[1, :n[1]].square().sum().backward()
-    seen = mel.grad.abs().sum(1) > 0  # (B, T)
-    assert not seen[0].any()
-    assert seen[1, :64].all()
-    # Column 64 lies under conv1's last window; it is zero in every batch, as for the clip alone.
-    assert not seen[1, 65:].any()
-
-
-def test_audio_tokens_of_one_ten_and_thirty_seconds(student):
-    n_frames = torch.tensor([100, 1000, 3000])
-    assert student.net.audio_encoder.n_tokens(n_frames).tolist() == [12, 125, 375]
-
-
-@torch.no_grad()
-def test_encoder_copies_out_alone(student):
-    copy_of = copied_out(model.rope_angles, model.rotate, model.SelfAttention, model.EncoderLayer,
-                         model.valid_frames, model.WhisperEncoder, model.AudioEncoder)
-    sizes = student.net.config.whisper_config
-    copied = copy_of.AudioEncoder(
-        128, sizes["d_model"], sizes["encoder_layers"], sizes["encoder_attention_heads"],
-        sizes["encoder_ffn_dim"], student.net.config.hidden_size)
-    copied.load_state_dict(student.net.audio_encoder.state_dict())
-    batch = mel_batch()
-    audio, _ = copied(torch.from_numpy(batch.mel[128]), torch.from_numpy(batch.n_frames))
-    assert torch.equal(audio, encoded(student, batch)[0])
 
 
 # ----------------------------------------------------------------------- prompt and teacher forcing
@@ -228,22 +186,6 @@ def test_prompt_is_the_published_string_with_audio_in_place(student):
         assert prompt.mask[i].tolist() == [False] * n_padding + [True] * len(expected)
         close(prompt.embeds[i, prompt.mask[i]], expected)
         close(prompt.audio[i, :prompt.n_audio[i]], expected[2:2 + prompt.n_audio[i]])
-
-
-@torch.no_grad()
-def test_prompts_are_the_same_in_parts_and_from_kept_frames(student):
-    """Parts are of unequal width; Whisper's frames of a part make its prompts again."""
-    batch = mel_batch(sorted(LENGTHS))
-    whole = model.encode_audio(student, batch)
-    in_parts = model.encode_audio(student, batch, micro_batch=3)
-    assert torch.equal(in_parts.mask, whole.mask)
-    close(in_parts.embeds, whole.embeds)
-    for i in range(0, 8, 3):
-        part = batch.rows(i, i + 3)
-        kept = model.encode_audio(student, part, frames=in_parts.frames[i:i + 3])
-        fresh = model.encode_audio(student, part)
-        assert torch.equal(kept.mask, fresh.mask)
-        close(kept.embeds, fresh.embeds)
 
 
 @torch.no_grad()
@@ -273,39 +215,12 @@ def test_causal_mask_entry_by_entry():
                 assert mask[b, 0, query, key] == (key == query or (key < query and row[key]))
 
 
-def test_a_batch_and_its_gradient_are_those_of_its_rows(student):
-    net = copy.deepcopy(student.net)
-    asr = dataclasses.replace(student, net=net)
-    batch = mel_batch()
-    ids, mask = some_responses(asr, len(LENGTHS))
-
-    def run(batch, ids, mask):
-        net.zero_grad()
-        hidden = hidden_of(asr, batch, ids, mask)
-        z = model.logits(hidden, asr.head.weight)
-        F.cross_entropy(z, ids[mask], reduction="sum").backward()
-        return hidden.detach(), {k: p.grad.clone() for k, p in net.named_parameters()}
-
-    hidden, whole = run(batch, ids, mask)
-    lengths = mask.sum(1).tolist()
-    rows = []
-    for i, n in enumerate(lengths):
-        rows.append(run(alone(batch, i), ids[i:i + 1, :n], mask[i:i + 1, :n]))
-    for together, (by_itself, _) in zip(hidden.split(lengths), rows):
-        close(together, by_itself)
-    for k, g in whole.items():  # NaN of a masked row would show here too
-        expected = sum(gradients[k] for _, gradients in rows)
-        torch.testing.assert_close(g, expected, rtol=1e-3, atol=1e-4 * g.abs().max().item(), msg=k)
-        assert g.abs().max() > 0, k  # every weight takes part
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_logits_and_their_gradients_are_exact_under_autocast(autocast):
+def test_logits_and_their_gradients_are_exact_under_autocast():
     """Values of bf16, so that the sums alone could be rounded: by 3e-3 in bf16, by 2e-7 in fp32."""
     torch.manual_seed(0)
     hidden = torch.randn(5, 64).bfloat16().requires_grad_()
     weight = torch.randn(300, 64).bfloat16().float().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16):
         z = model.logits(hidden, weight)
     grad_z = torch.randn(5, 300)
     z.backward(grad_z)
@@ -319,28 +234,6 @@ def test_logits_and_their_gradients_are_exact_under_autocast(autocast):
 
 
 # ----------------------------------------------------------------------------------------- drawing
-
-def chi_square_is_plausible(counts, expected):
-    """Pearson's test far out in the tail; it wants expected counts above 5, so rare ids are put
-    together."""
-    common = expected > 5
-    chi2 = ((counts - expected)[common] ** 2 / expected[common]).sum()
-    freedom = int(common.sum())
-    assert freedom > 10
-    return chi2 < freedom + 3.3 * math.sqrt(2 * freedom)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_draws_have_the_softmax_frequencies(temperature):
-    z = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 1.5
-    z[[0, 7, 8, 39]] = -math.inf
-    u = torch.from_numpy(np.random.default_rng(0).random(20_000, dtype=np.float32))
-    expected = 20_000 * (z.double() / temperature).softmax(-1)
-    ids = model.draw_token(z.expand(len(u), -1), temperature, u)
-    counts = torch.bincount(ids, minlength=40)
-    assert chi_square_is_plausible(counts, expected)
-    assert counts[expected == 0].sum() == 0
-
 
 @pytest.mark.parametrize("u", [0.0, 1e-9, 1 - 2 ** -24, 1.0])  # 1.0: what 1 - 2^-30 rounds to
 def test_draws_at_the_ends_of_the_interval_have_a_probability(u):
@@ -364,17 +257,16 @@ def test_draws_invert_the_distribution_function():
 # -------------------------------------------------------------------------------------- generation
 
 @torch.no_grad()
-def written_alone(asr, lm, batch, i, limit, temperature=0.0, uniforms=None):
+def written_alone(asr, lm, batch, i, temperature, uniforms):
     """Row i of a batch: every token from the whole prefix again, no cache, no other row. Oracle."""
     prompt = prompt_embeds(asr, batch, i)
     written = []
-    while len(written) < limit and not (written and asr.stop[written[-1]]):
+    for uniform in uniforms[i]:
         z = next_logits(lm, prompt, written).double().masked_fill(asr.blocked, -math.inf)
-        if temperature == 0:
-            written.append(int(z.argmax()))
-        else:
-            cdf = (z / temperature).softmax(-1).cumsum(-1)
-            written.append(int((cdf <= uniforms[i, len(written)]).sum()))  # column t draws token t
+        cdf = (z / temperature).softmax(-1).cumsum(-1)
+        written.append(int((cdf <= uniform).sum()))
+        if asr.stop[written[-1]]:
+            break
     return written
 
 
@@ -394,54 +286,42 @@ def test_greedy_is_transformers_generate(student, teacher):
     assert any(stopped) and not all(stopped)  # both ways to end were seen
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
 @pytest.mark.parametrize("case", ["all but one stop at once", "all stop at once", "one by one"])
-def test_every_row_is_the_inverse_cdf_of_the_lm_token_by_token(student, monkeypatch, temperature,
-                                                               case):
+def test_every_row_is_the_inverse_cdf_of_the_lm_token_by_token(student, monkeypatch, case):
     """Whatever its neighbours. More ids are made to end a transcript, so that rows stop and leave
     the batch where the case wants them to."""
-    limit = 16
     batch = mel_batch(LENGTHS, seed=9)
     rows = range(len(LENGTHS))
     lm = plain_qwen2(student)
-    uniforms = data.keyed_uniforms(5, 0, [u.id for u in batch.utterances], limit)
+    uniforms = data.keyed_uniforms(5, 0, [u.id for u in batch.utterances], 16)
     endless = dataclasses.replace(student, stop=torch.zeros_like(student.stop))
-    free = [written_alone(endless, lm, batch, i, limit, temperature, uniforms) for i in rows]
-    firsts = [row[0] for row in free]
+    free = [written_alone(endless, lm, batch, i, 0.7, uniforms) for i in rows]
+    stops = {row[0] for row in free}
     if case == "one by one":
-        places = ((1, 1), (4, 2), (6, 3), (0, 5), (3, 7), (5, 9))
-        stops = {student.eos_id, *(free[i][t] for i, t in places)}
-    elif case == "all stop at once":
-        stops = set(firsts)
-    else:
-        lasting = next(i for i in rows if not set(free[i]) & {firsts[j] for j in rows if j != i})
-        stops = {firsts[j] for j in rows if j != lasting}
+        stops = {free[i][t] for i, t in ((1, 1), (4, 2), (6, 3), (0, 5), (3, 7), (5, 9))}
+    elif case == "all but one stop at once":
+        for i in rows:
+            stops = {free[j][0] for j in rows if j != i}
+            if not stops & set(free[i]):
+                break
     stop = torch.zeros_like(student.stop)
     stop[list(stops)] = True
     asr = dataclasses.replace(student, stop=stop, blocked=student.blocked & ~stop)
 
     kept = []  # rows that go on, whenever others leave
-    select = model.DynamicCache.batch_select_indices
-
-    def keep_count(cache, left):
-        kept.append(len(left))
-        select(cache, left)
-
-    monkeypatch.setattr(model.DynamicCache, "batch_select_indices", keep_count)
-    ids, mask = roll_out(asr, batch, limit, temperature, uniforms)
-    expected = [written_alone(asr, lm, batch, i, limit, temperature, uniforms) for i in rows]
+    select = DynamicCache.batch_select_indices
+    monkeypatch.setattr(DynamicCache, "batch_select_indices",
+                        lambda cache, left: kept.append(len(left)) or select(cache, left))
+    ids, mask = roll_out(asr, batch, 16, 0.7, uniforms)
+    expected = [written_alone(asr, lm, batch, i, 0.7, uniforms) for i in rows]
     assert rows_of(ids, mask) == expected
-    lengths = sorted(map(len, expected))
     # From column 0 without holes, padding behind, and no column that all rows leave empty.
-    assert torch.equal(mask, torch.arange(lengths[-1]) < mask.sum(1)[:, None])
+    assert torch.equal(mask, torch.arange(max(map(len, expected))) < mask.sum(1)[:, None])
     assert (ids[~mask] == asr.pad_id).all()
-    if case == "all stop at once":
-        assert ids.shape == (8, 1) and kept == []
-    elif case == "all but one stop at once":
-        assert lengths == [1] * 7 + [limit] and kept == [1]
-    else:
-        assert len(set(lengths)) >= 4
+    if case == "one by one":
         assert len(kept) >= 2, "rows should leave the batch more than once"
+    else:
+        assert kept == {"all stop at once": [], "all but one stop at once": [1]}[case]
 
 
 def test_sampling_without_uniforms_is_refused(student):
@@ -452,15 +332,12 @@ def test_sampling_without_uniforms_is_refused(student):
 def test_transcripts_are_greedy_texts_in_the_order_of_the_batch(student, batch):
     results = model.transcribe(student, batch, 40)
     for i, result in enumerate(results):
-        (ids,), (mask,) = roll_out(student, alone(batch, i), 40)
+        (ids,), (mask,) = roll_out(student, batch.rows(i, i + 1), 40)
         written = ids[mask].tolist()
         text = [token for token in written if token != student.eos_id]
         assert result == {"hyp": student.tokenizer.decode(text).strip(), "n_tokens": len(written),
                           "stopped": student.eos_id in written}
     assert {result["stopped"] for result in results} == {True, False}
-    turned = data.Batch(batch.utterances[::-1], {128: batch.mel[128][::-1].copy()},
-                        batch.n_frames[::-1].copy(), [])
-    assert model.transcribe(student, turned, 40) == results[::-1]
     assert model.transcribe(student, batch.rows(0, 0), 12) == []
 
 
@@ -519,11 +396,9 @@ HARD_TEXTS = [
     *(f"say {token} twice {token}{token}" for token in model.SPECIAL)]
 
 
-def test_any_text_survives_the_tokenizer_and_injects_nothing(student, checkpoints):
-    loaded = model.load(checkpoints / "student")
+def test_any_text_survives_the_tokenizer_and_injects_nothing(student):
     for text in HARD_TEXTS:
         ids = student.encode_text(text)
-        assert ids == loaded.encode_text(text)
         assert ids[-1] == student.eos_id
         assert not student.blocked[ids].any() and not student.stop[ids[:-1]].any()
         row = torch.tensor([ids + [60, 61]])  # behind the mask: not read
@@ -538,24 +413,14 @@ def test_a_trained_tokenizer_repeats_and_knows_the_prompt(tokenizer):
     assert not set(model.SPECIAL) - tokenizer.get_vocab().keys()
 
 
-def test_special_tokens_and_the_padded_tail_are_blocked(student):
-    vocabulary = student.tokenizer.get_vocab()
-    tail = set(range(len(vocabulary), len(student.blocked)))
-    assert len(tail) > 0
-    special = {vocabulary[t] for t in model.SPECIAL if t != model.EOS}
-    assert set(ids_where(student.blocked)) == special | tail
-    assert ids_where(student.stop) == [student.eos_id]
-
-
-@pytest.mark.parametrize("token", [model.EOS, "<|assistant|>"])
-def test_a_token_that_is_missing_or_beyond_the_embeddings_is_named(student, token):
-    vocabulary = student.tokenizer.get_vocab()
-    for i in (None, 5000, len(student.blocked)):
-        with pytest.raises(ValueError, match=re.escape(token)):
-            tokenizer = copy.copy(student.tokenizer)
-            changed = vocabulary | {token: i}
-            tokenizer.get_vocab = lambda: changed
-            model.assemble(student.net, tokenizer, "cpu")
+@pytest.mark.parametrize("i", [None, 384])
+def test_a_token_that_is_missing_or_beyond_the_embeddings_is_named(student, i):
+    vocabulary = student.tokenizer.get_vocab() | {"<|assistant|>": i}
+    tokenizer = copy.copy(student.tokenizer)
+    tokenizer.get_vocab = lambda: vocabulary
+    assert len(student.blocked) == 384
+    with pytest.raises(ValueError, match=r"<\|assistant\|>.*384 embeddings"):
+        model.assemble(student.net, tokenizer, "cpu")
 
 
 def test_heads_must_divide_the_width(tokenizer):
@@ -564,11 +429,6 @@ def test_heads_must_divide_the_width(tokenizer):
 
 
 # -------------------------------------------------------------------------------- two vocabularies
-
-def test_vocabulary_map_of_one_tokenizer_is_the_identity(student, teacher):
-    expected = torch.where(student.blocked, -1, torch.arange(len(student.blocked)))
-    assert torch.equal(model.vocabulary_map(student, teacher), expected)
-
 
 def test_vocabulary_map_joins_equal_token_strings(student, foreign_teacher):
     for a, b in ((student, foreign_teacher), (foreign_teacher, student)):
@@ -587,39 +447,13 @@ def test_every_stop_id_means_the_teachers_end_and_blocked_ids_mean_nothing(stude
     ours.stop[other] = True
     ours.blocked[other] = False
     ours.blocked[a] = True
-    theirs = dataclasses.replace(teacher, eos_id=teacher.pad_id, stop=torch.zeros_like(teacher.stop),
-                                 blocked=teacher.blocked.clone())
+    theirs = dataclasses.replace(teacher, eos_id=teacher.pad_id, blocked=teacher.blocked.clone(),
+                                 stop=torch.zeros_like(teacher.stop))
     theirs.stop[teacher.pad_id] = True
     theirs.blocked[b] = True
     to_teacher = model.vocabulary_map(ours, theirs)
     assert to_teacher[student.eos_id] == to_teacher[other] == teacher.pad_id
     assert to_teacher[a] == to_teacher[b] == -1
     assert (to_teacher >= 0).sum() == (~student.blocked).sum() - 2 + 1
-
-
-def test_a_model_with_two_stop_ids_maps_to_itself(student):
-    """Each keeps its own probability: KL(model || itself) is 0 where it ends, too."""
-    two = dataclasses.replace(student, stop=student.stop.clone(), blocked=student.blocked.clone())
-    two.stop[student.pad_id] = True
-    two.blocked[student.pad_id] = False
-    to_itself = model.vocabulary_map(two, two)
-    usable = ~two.blocked
-    assert torch.equal(to_itself[usable], torch.arange(len(usable))[usable])
-    assert (to_itself[~usable] == -1).all()
-
-
-def test_map_logits_shares_what_two_ids_mean():
-    z = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
-    to_teacher = [3, -1, 0, 11, 3, -1, 7, 1, -1, 3]
-    expected = [[row[j].item() - math.log(to_teacher.count(j)) if j >= 0 else -math.inf
-                 for j in to_teacher] for row in z]
-    found = model.map_logits(z, torch.tensor(to_teacher))
-    torch.testing.assert_close(found, torch.tensor(expected))
-
-
-def test_readable_prefix_ends_before_the_first_unknown_id():
-    to_teacher = torch.tensor([4, 0, -1, 7])
-    ids = torch.tensor([[0, 1, 3, 1], [0, 2, 3, 1], [2, 0, 0, 0], [3, 3, 2, 2]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
-    expected = [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
-    assert model.readable_prefix(ids, mask, to_teacher).int().tolist() == expected
+    ends = ours.stop.nonzero()[:, 0]  # of a teacher that has them too, each means itself
+    assert torch.equal(model.vocabulary_map(ours, ours)[ends], ends)
