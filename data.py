@@ -1,14 +1,13 @@
 """What speech and text *are* in this project: manifests, audio, log-mel, batches, and the metric.
 
 In reading order:
-  1. manifest   JSON Lines, one utterance a line                   read_manifest, write_jsonl
+  1. manifest   JSON Lines, one utterance per line                 read_manifest, write_jsonl
   2. audio      file or segment -> 16 kHz mono float32             load_audio
-  3. features   Whisper's log-mel, 100 frames a second             log_mel
+  3. features   Whisper's log-mel, 100 frames per second           log_mel
   4. batches    a pure function of (seed, step): resume is free    load_batch, Plan, Steps, loader
   5. metric     normalised text, edit counts, bootstrap interval   normalize, edit_counts, bootstrap
-  6. corpora    manifests for corpora that lie on disk             python data.py NAME ROOT OUT
+  6. corpora    manifests for corpora on your disk                 python data.py NAME ROOT OUT
   7. demo       a bilingual corpus spoken by espeak-ng             python data.py demo --out DIR
-                                                                   --seed N --pool N
 NAME is librispeech, aishell1, wenetspeech or folder; ROOT holds the corpus, OUT the manifests.
 
 A line of a manifest (paths are relative to the manifest's folder):
@@ -16,7 +15,7 @@ A line of a manifest (paths are relative to the manifest's folder):
 Optional: "start" and "duration" or "end" in seconds (a segment of a longer file), "speaker", and
 "channel", from 0 (else the average of all). Read too: NeMo's audio_filepath, offset, lang, and
 open-audio-opd's begin_time, end_time (-1: whole file). Other keys are ignored. An id that is
-missing is the audio's path without its suffix, and "@" and the start of a segment.
+missing is the audio's path without its suffix, then "@" and the start if it is a segment.
 
 Differs from the paper (numbers go on from model.py):
   [dev 8] A clip under half a second is heard with silence after it, by student and teacher alike.
@@ -35,7 +34,6 @@ import random
 import re
 import reprlib
 import sys
-import tempfile
 import threading
 import unicodedata
 import warnings
@@ -43,7 +41,7 @@ import wave
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -58,11 +56,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz, mono: what every model here expects
-HOP = 160             # samples between mel frames: 100 frames a second
+HOP = 160             # samples between mel frames: 100 frames per second
 MIN_SEC = 0.1         # a clip is at least this long
 SHORT_SEC = 0.5       # a shorter one is padded with silence to this length
-MAX_SEC = 30.0        # and a clip has at most this in training, as for the published student
-MAX_EVAL_SEC = 40.0   # or this in evaluation: LibriSpeech's test sets have clips of 35 s
+MAX_SEC = 30.0        # the longest clip in training, as for the published student
+MAX_EVAL_SEC = 40.0   # the longest in evaluation: LibriSpeech's test sets have clips of 35 s
 
 
 # ------------------------------------------------------------------------------------ 1. manifest
@@ -84,10 +82,9 @@ class Utterance:
 def read_manifest(paths, need=(), language=None) -> "Manifest":
     """The utterances of one or more JSON Lines manifests, in the order of the lines.
 
-    need: fields that no line may lack, of "text" (it may be "": nothing is said there) and
-    "language". language: of the lines that name none. Raises ValueError, naming file, line and
-    value, for a line that can't be used, an id that stands twice in a file, a manifest without an
-    utterance; and saying how many lines lack what is needed.
+    need: what every line must have, of "text" (it may be "") and "language". language: of lines
+    that name none. Raises ValueError, naming file, line and value, for a line that can't be used
+    and an id that is twice in a file; and for a file without an utterance.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -99,7 +96,7 @@ class Manifest(Sequence):
 
     As objects, the 100,000 h that the paper trains on would take 36 GB in every process.
     """
-    def __init__(self, paths, need=(), language=None):
+    def __init__(self, paths, need, language):
         self.paths = paths
         # A ".." in a manifest behind a link leads from where the link leads.
         self.folders = [os.path.realpath(os.path.dirname(path)) for path in paths]
@@ -107,38 +104,23 @@ class Manifest(Sequence):
         self.languages = {}     # language or None: the first utterance with it
         places = array("q")     # of each utterance: which path, number of its line, offset in bytes
         durations = array("f")  # seconds, NaN where the line has none
-        lacking = {}            # field: [lines without it, the first of them]
         for k, path in enumerate(paths):
-            seen = {}  # id: number of its line
+            numbers = {}  # id: number of its line
             offset = 0
             lines = progress(None, path, "line", rows=open(path, "rb"))
             for number, line in enumerate(lines, start=1):
-                u = self.parse(line, k, number)
-                if u and u.id in seen:
-                    raise ValueError(f"{u.line}: id {u.id!r} already stands on line {seen[u.id]}")
-                if u:
-                    seen[u.id] = number
+                if line.strip():
+                    u = parse_line(line, self.folders[k], f"{path}:{number}", self.language, need)
+                    if numbers.setdefault(u.id, number) != number:
+                        raise ValueError(f"{u.line}: line {numbers[u.id]} has the id {u.id!r} too")
                     self.languages.setdefault(u.language, u)
                     places.extend((k, number, offset))
                     durations.append(math.nan if u.duration_sec is None else u.duration_sec)
-                for field in need:
-                    if u and getattr(u, field) is None:
-                        first = f"{u.line}, with the keys {list(json.loads(line))}"
-                        lacking.setdefault(field, [0, first])[0] += 1
                 offset += len(line)
-            if not seen:
+            if not numbers:
                 raise ValueError(f"{path}: the manifest has no utterance")
-        for field, (count, first) in lacking.items():
-            raise ValueError(f"{count} of {len(durations)} lines have no {field!r}, which is "
-                             f"needed; the first is {first}")
         self.places = np.array(places).reshape(-1, 3)
         self.durations = np.array(durations)
-
-    def parse(self, line, k, number):
-        u = parse_line(line, self.folders[k], f"{self.paths[k]}:{number}")
-        if u and not u.language and self.language:
-            u = replace(u, language=self.language)
-        return u
 
     def __len__(self):
         return len(self.durations)
@@ -149,75 +131,60 @@ class Manifest(Sequence):
         k, number, offset = self.places[i].tolist()
         with open(self.paths[k], "rb") as file:
             file.seek(offset)
-            return self.parse(file.readline(), k, number)
+            line = file.readline()
+        return parse_line(line, self.folders[k], f"{self.paths[k]}:{number}", self.language)
 
 
-NUMBER = (int, float)
-MANIFEST_KEYS = {  # the keys that are read, and the types of their values
-    "id": str, "audio": str, "text": str, "language": str, "speaker": str, "channel": int,
-    "start": NUMBER, "duration": NUMBER, "end": NUMBER,
-    "audio_filepath": str, "offset": NUMBER, "lang": str,  # as NeMo spells them
-    "begin_time": NUMBER, "end_time": NUMBER}              # open-audio-opd's; negative: the file's
+TYPES = {"id": str, "audio": str, "text": str, "language": str, "speaker": str, "channel": int,
+         "start": (int, float), "duration": (int, float), "end": (int, float)}
+OTHER_NAMES = {"audio_filepath": "audio", "offset": "start", "lang": "language",  # NeMo's
+               "begin_time": "start", "end_time": "end"}                          # open-audio-opd's
 
 
-def parse_line(line, folder, where) -> Utterance | None:
-    """A manifest's line, bytes, with paths relative to `folder` -> its utterance; None if blank."""
-    try:
-        line = line.decode("utf-8-sig")  # -sig: editors of Windows put a mark before the first line
-        if not line.strip():
-            return None
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: expected UTF-8: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}): {line[:80]!r}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {line[:80]!r}")
+def parse_line(line, folder, where, language=None, need=()) -> Utterance:
+    """A manifest's line, bytes, with paths relative to `folder` -> its utterance."""
+    row = json_object(line, where)
+    fields = {}
     for key, value in row.items():
-        if key in MANIFEST_KEYS and value is not None and not is_valid(key, value):
+        name = OTHER_NAMES.get(key, key)
+        whole_file = key in ("begin_time", "end_time") and value == -1
+        if name not in TYPES or value is None or whole_file:
+            continue
+        if not is_valid(name, value):
             raise ValueError(f"{where}: {key!r} has the wrong type or value: {reprlib.repr(value)}")
-    audio = row.get("audio") or row.get("audio_filepath")
-    if not audio:
-        raise ValueError(f"{where}: no 'audio'; the keys are {reprlib.repr(sorted(row))}")
-    text = row.get("text")
-    language = row.get("language") or row.get("lang") or ""
-    start, duration = segment_of(row, where)
+        fields[name] = value
+    fields["audio"] = fields.get("audio") or None
+    fields["language"] = fields.get("language", "").strip().lower() or language
+    for name in ("audio", *need):
+        if fields.get(name) is None:
+            raise ValueError(f"{where}: no {name!r}; the keys are {str(sorted(row))[:300]}")
+    text = fields.get("text")
+    start = fields.get("start", 0)
+    duration = fields["end"] - start if "end" in fields else fields.get("duration")
+    if duration is not None:
+        difference = abs(duration - fields.get("duration", duration))  # "end" against "duration"
+        if duration <= 0 or difference > 0.02:
+            times = {key: fields[key] for key in ("start", "duration", "end") if key in fields}
+            raise ValueError(f"{where}: no segment has these times: {times}")
+    segment = f"@{start!r}" if start else ""
     return Utterance(
-        id=row.get("id") or os.path.splitext(audio)[0] + (f"@{start!r}" if start else ""),
-        audio=audio_path(folder, audio),
+        id=fields.get("id") or os.path.splitext(fields["audio"])[0] + segment,
+        audio=audio_path(folder, fields["audio"]),
         text=None if text is None else " ".join(text.split()),
-        language=language.strip().lower() or None,
+        language=fields["language"],
         start_sec=float(start),
         duration_sec=None if duration is None else float(duration),
-        speaker=row.get("speaker"),
-        channel=row.get("channel"),
+        speaker=fields.get("speaker"),
+        channel=fields.get("channel"),
         line=where)
 
 
-def is_valid(key, value) -> bool:
-    if not isinstance(value, MANIFEST_KEYS[key]) or isinstance(value, bool):
+def is_valid(name, value) -> bool:
+    if not isinstance(value, TYPES[name]) or isinstance(value, bool):
         return False
     if isinstance(value, str):
         return not re.search("[\ud800-\udfff]", value)  # half a character, which no file can hold
-    return abs(value) < 1e9 and (key != "channel" or value >= 0)  # False for nan and infinity
-
-
-def segment_of(row, where):
-    """Start in seconds, and duration in seconds or None: to the end of the file."""
-    start = row.get("start") or row.get("offset") or 0
-    duration = row.get("duration")
-    end = row.get("end")
-    if row.get("begin_time") is not None and row["begin_time"] >= 0:
-        start = row["begin_time"]
-    if row.get("end_time") is not None and row["end_time"] >= 0:
-        end = row["end_time"]
-    if end is not None:
-        if duration is not None and abs(start + duration - end) > 0.02:
-            raise ValueError(f"{where}: start {start} s, duration {duration} s, but end {end} s")
-        duration = end - start
-    if start < 0 or duration is not None and duration <= 0:
-        raise ValueError(f"{where}: segment start {start} s, duration {duration} s")
-    return start, duration
+    return 0 <= value < 1e9  # not nan
 
 
 def audio_path(folder, audio) -> str:
@@ -245,26 +212,22 @@ def write_json(path, value) -> None:
 
 def read_json(path) -> dict:
     """The object that a file holds. Raises ValueError naming the file and what it holds instead."""
-    raw = Path(path).read_bytes()
+    return json_object(Path(path).read_bytes(), path)
+
+
+def json_object(raw, where) -> dict:
     try:
-        value = json.loads(raw)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):  # a git-lfs pointer, say, or nothing
-        raise ValueError(f"{path}: expected a JSON object, found {raw[:60]!r}")
-    return value
+        return {**json.loads(raw.decode("utf-8-sig"))}  # -sig: Windows may put a mark in front
+    except (ValueError, TypeError) as error:  # a git-lfs pointer, say; TypeError: a list
+        raise ValueError(f"{where}: expected a JSON object, found {raw[:60]!r}: {error}") from None
 
 
 def check_writable(*files) -> None:
     """Raises OSError, naming the file, if files that long work will end in can't be written."""
     for file in map(Path, files):
-        if file.is_dir():
-            raise IsADirectoryError(f"{file}: a file is to be written here, and there is a folder")
         folder = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:  # it names its own file: not what the user knows
-            raise OSError(error.errno, error.strerror, str(file)) from None
+        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise OSError(f"{file}: no file can be written here")
 
 
 def progress(total, name, unit, rank=0, initial=0, rows=None) -> tqdm:
@@ -278,24 +241,24 @@ def progress(total, name, unit, rank=0, initial=0, rows=None) -> tqdm:
 class AudioError(ValueError):
     """A clip that can't be used. `reason` is a short constant that rejections are counted by."""
     def __init__(self, utterance, reason, detail):
-        u = utterance
-        super().__init__(f"{u.line}: {u.id}: {u.audio}: {reason}: {detail}")
+        place = f"{utterance.line}: {utterance.id}: {utterance.audio}"
+        super().__init__(f"{place}: {reason}: {detail}")
         self.reason = reason
 
 
-# What opening and decoding raise; IndexError: no audio in the file.
+# What decoding raises; IndexError: the file has no audio.
 UNREADABLE = (av.FFmpegError, OSError, ValueError, IndexError)
 
 
 def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
     """One clip: what FFmpeg reads (wav, flac, mp3, opus, m4a, ...) -> (n,) float32 at 16 kHz.
 
-    Nothing is cut to fit. Raises AudioError, naming the line: unreadable, past_end, too_short,
-    too_long, no_channel, not_finite; and silent, unless the text says so: it must not be learned
-    from. for_training=False: that only warns, since evaluation hears all that can be decoded.
+    Nothing is cut to fit. Raises AudioError, naming the line: unreadable (a cut-off file too, but
+    for Ogg and webm, which look whole), past_end, too_short, too_long, no_channel, not_finite; and
+    silent, unless the text is "". for_training=False: silence only warns; evaluation hears it.
     """
     u = utterance
-    wanted_sec = max_sec + 1.0 if u.duration_sec is None else min(u.duration_sec, max_sec + 1.0)
+    wanted_sec = min(u.duration_sec or math.inf, max_sec + 1.0)
     try:
         channels = decode(u.audio, u.start_sec, wanted_sec)  # (C, n)
     except UNREADABLE as error:
@@ -316,25 +279,22 @@ def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
         error = AudioError(u, "silent", "no sample is above 0.0001 of full scale, an offset aside")
         if for_training:
             raise error
-        warnings.warn(str(error))  # shown once a clip
+        warnings.warn(str(error))  # shown once per clip
     return audio
 
 
 def decode(path, start_sec, seconds) -> np.ndarray:
     """`seconds` of a file from start_sec on, or less at its end: -> (C, n) float32 at 16 kHz."""
     samples = av.AudioFifo()  # at the file's own rate and format: cut first, resampled once
-    first_sec = None          # where they begin
+    run_up = None             # samples before start_sec
     for begin_sec, frame in decoded_frames(path, start_sec):
-        if first_sec is None:
-            first_sec = begin_sec
+        rate = frame.sample_rate
+        if run_up is None:
+            run_up = round((start_sec - begin_sec) * rate)
         frame.pts = None      # else AudioFifo would compare it with its own count
         samples.write(frame)
-        rate = frame.sample_rate
-        if samples.samples >= (start_sec - first_sec + seconds) * rate:
+        if samples.samples >= run_up + seconds * rate:
             break
-    run_up = round((start_sec - first_sec) * rate)  # samples
-    if run_up < -0.01 * rate:
-        raise ValueError(f"can't be sought in: {start_sec} s asked for, {first_sec} s found")
     if run_up > 0:
         samples.read(run_up, partial=True)
     clip = samples.read(round(seconds * rate), partial=True)
@@ -346,24 +306,23 @@ def decode(path, start_sec, seconds) -> np.ndarray:
 
 
 def decoded_frames(path, start_sec=0.0):
-    """Yields (second that it begins at, frame of FFmpeg) from a second before start_sec on.
+    """Yields (second that it begins at, FFmpeg's frame) from a second before start_sec to the end.
 
-    To the end of the file. Raises one of UNREADABLE, at a hole or an end before the header's too.
+    Raises one of UNREADABLE; also at a hole, and at an end that comes before the header's.
     """
-    check_whole(path)
     # Without the option a wav takes 5 ms to open instead of one.
     with av.open(path, options={"max_probe_packets": "1"}) as container:
+        if container.format.name == "wav":
+            check_wav(path)
         stream = container.streams.audio[0]
-        tick = stream.time_base          # seconds
-        origin = stream.start_time or 0  # ticks: an mp3 does not begin at 0
-        promised_sec = float((stream.duration or 0) * tick)  # by the header
-        if not promised_sec and len(container.streams) == 1:  # else it may be a picture's
-            promised_sec = (container.duration or 0) / av.time_base
-        # A second early: lossy codecs need a run-up. In webm, times behind a seek are 20 ms off.
-        seek = 1.0 < start_sec < promised_sec and container.format.name != "matroska,webm"
-        if seek:
-            container.seek(origin + round((start_sec - 1.0) / tick), stream=stream)
-        next_sec = None  # where the next frame should begin
+        tick_sec = stream.time_base
+        promised_sec = float((stream.duration or 0) * tick_sec)  # 0: unknown, as in webm
+        first_sec = None  # an mp3 does not begin at 0
+        if 1.0 < start_sec < promised_sec:
+            first_sec = float((stream.start_time or 0) * tick_sec)
+            early_sec = first_sec + start_sec - 1.0  # lossy codecs need a run-up
+            container.seek(round(early_sec / tick_sec), stream=stream)
+        end_sec = None    # of the frame before
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
@@ -372,45 +331,31 @@ def decoded_frames(path, start_sec=0.0):
                     raise
                 continue  # padding or a tag behind the last frame
             for frame in frames:
-                if frame.pts is None:
-                    raise ValueError("a frame without a time: joined, or a hole")
-                if next_sec is None and not seek:
-                    origin = frame.pts
-                begin_sec = float((frame.pts - origin) * tick)
-                if next_sec is not None and abs(begin_sec - next_sec) > 0.1:
-                    raise ValueError(f"{begin_sec} s follows {next_sec} s: joined, or a hole")
-                next_sec = begin_sec + frame.samples / frame.sample_rate
-                yield begin_sec, frame
-        if next_sec is None or next_sec < promised_sec - 0.05:
-            raise ValueError(f"cut off: {promised_sec:.2f} s by its header, {next_sec} s found")
+                at_sec = frame.time
+                if at_sec is None or end_sec is not None and abs(at_sec - end_sec) > 0.1:
+                    raise ValueError(f"joined files, or a hole: {at_sec} s comes after {end_sec} s")
+                if first_sec is None:
+                    first_sec = at_sec
+                end_sec = at_sec + frame.samples / frame.sample_rate
+                yield at_sec - first_sec, frame
+        if end_sec is None or end_sec - first_sec < promised_sec - 0.05:
+            raise ValueError(f"cut off: {promised_sec:.2f} s by its header, it ends at {end_sec} s")
 
 
-def check_whole(path) -> None:
-    """Raises ValueError for a wav or ogg that is cut off or joined: FFmpeg says nothing."""
+def check_wav(path) -> None:
+    """Raises ValueError for a wav that is shorter, or far longer, than its header says."""
     with open(path, "rb") as file:
-        head = file.read(2 ** 16)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 2 ** 16))  # a page of Ogg has at most 65,307 bytes
-        tail = file.read()
-        if head[:4] == b"RIFF":
-            at = 12
-            while head[at:at + 4] not in (b"data", b""):  # a chunk: name, size, content, padding
-                length = int.from_bytes(head[at + 4:at + 8], "little")
-                at += 8 + length + length % 2
-            promised = int.from_bytes(head[at + 4:at + 8], "little")
-            found = size - at - 8
-            file.seek(at + 8 + promised + promised % 2)
-            name = file.read(4).strip()  # of another chunk, or more samples
-            more = found > promised + 4096 and (name == b"RIFF" or not name.isalnum())
-            # What writes to a pipe leaves 0 there, or the largest number.
-            if 0 < promised < 0x7FFF0000 and (found < promised or more):
-                raise ValueError(f"{promised} bytes of samples by the header, {found} found")
-    if head[:4] == b"OggS":
-        page = tail[tail.rfind(b"OggS"):]  # 27 bytes, sizes of its parts, parts
-        if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]]):
-            raise ValueError("cut off inside a page of Ogg")
-        if page[14:18] != head[14:18]:     # serial number of the stream
-            raise ValueError("several Ogg files joined: join samples, not files")
+        file.seek(12)
+        name = None
+        size = 0
+        while name not in (b"data", b""):  # chunks: name, size, content padded to an even length
+            file.seek(size + size % 2, os.SEEK_CUR)
+            name = file.read(4)
+            size = int.from_bytes(file.read(4), "little")
+        found = os.path.getsize(path) - file.tell()
+    # What writes to a pipe leaves 0 as the size, or the largest number. Other chunks may follow.
+    if 0 < size < 0x7FFF0000 and not size <= found <= size + 2 ** 16:
+        raise ValueError(f"{size} bytes of samples by the header, {found} found")
 
 
 # ------------------------------------------------------------------------------------ 3. features
@@ -436,8 +381,8 @@ def mel_transform(n_mels):
 class Batch:
     """Clips that go through a model together, shortest first.
 
-    Arrays of numpy leave a loader's worker by a pipe; tensors would by shared memory, and where
-    that is full (Docker gives 64 MB) a run hangs.
+    A worker sends arrays of numpy through a pipe. It would send tensors through shared memory, and
+    where that is full (Docker gives 64 MB) a run hangs.
     """
     utterances: list[Utterance]
     mel: dict[int, np.ndarray]            # n_mels: (B, n_mels, T) float32, zeros behind a row's end
@@ -465,7 +410,7 @@ class Batch:
 
 def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
                for_training=True) -> Batch:
-    """Clips decoded, sorted by length, as features, padded; n_mels: what the models of a run want.
+    """Decodes clips, sorts them by length, pads their features; n_mels: of all models of a run.
 
     keep_going: a clip that can't be used goes to `rejected`; else its AudioError is raised.
     """
@@ -503,33 +448,33 @@ def pad_rows(rows, pad_id, device=None, side="right") -> tuple[torch.Tensor, tor
 class Plan:
     """Which utterances make up optimiser step s: a pure function of (seed, s), so resume is free.
 
-    An epoch is a seeded shuffle cut into batches; the last one may be smaller. They stay random:
-    with batches of one length, hence of one kind of sentence, a model trained from scratch was
-    measured to stay on its first plateau more than twice as long.
+    An epoch is a seeded shuffle cut into batches; the last one may be smaller. With clips of one
+    length in each batch, a model from scratch was measured to stay on its first plateau more than
+    twice as long.
     """
     def __init__(self, n_utterances, global_batch, seed):
         self.n_utterances = n_utterances
         self.global_batch = global_batch
         self.seed = seed
         self.steps_per_epoch = math.ceil(n_utterances / global_batch)
-        self.epoch = None  # whose order is kept: the next step asks for the same one
-        self.order = None  # (n_utterances,) uint32
 
     def __getitem__(self, step) -> list[int]:
         """Indices of the utterances of one step."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            numbers = np.arange(self.n_utterances, dtype=np.uint32)
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(numbers)
-            self.epoch = epoch
-        return self.order[batch * self.global_batch:(batch + 1) * self.global_batch].tolist()
+        order = shuffled(self.n_utterances, self.seed, epoch)
+        return order[batch * self.global_batch:(batch + 1) * self.global_batch].tolist()
+
+
+@lru_cache(maxsize=1)  # the next step asks for the same one
+def shuffled(n, seed, epoch) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(n, dtype=np.uint32))
 
 
 @dataclass
 class Steps(torch.utils.data.Dataset):
-    """Item s = this rank's batch of optimiser step s: its share of the utterances, maybe none.
+    """Item s = this rank's share of optimiser step s, maybe none of it.
 
-    Together the ranks have all of them, so any number of processes makes the same update.
+    Together the ranks have all of it: any number of processes makes the same update.
     """
     utterances: Sequence[Utterance]
     plan: Plan
@@ -547,13 +492,11 @@ def loader(dataset, items, workers):
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=items, num_workers=workers,
         prefetch_factor=2 if workers else None, worker_init_fn=start_worker,
-        timeout=1800 if workers else 0)  # seconds: a file system that hangs must not hang the run
+        timeout=1800 if workers else 0)  # seconds: a file system that hangs ends the run
 
 
 def start_worker(_number):
-    # Ctrl-C and torchrun signal every process of a group. What that means is the trainer's
-    # decision: at SIGTERM it saves first, and needs its loader until then.
-    os.setsid()
+    os.setsid()  # Ctrl-C and torchrun signal a whole group; the trainer may go on and save first
 
     def end_with_trainer():  # DataLoader's own watch does not end one that waits for a full pipe
         multiprocessing.parent_process().join()
@@ -561,16 +504,10 @@ def start_worker(_number):
     threading.Thread(target=end_with_trainer, daemon=True).start()
 
 
-def check_decodable(utterances) -> None:
-    """Raises AudioError for a clip that can't be evaluated, before long work would end there."""
-    for utterance in utterances:
-        load_audio(utterance, MAX_EVAL_SEC, for_training=False)
-
-
 def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
     """Uniforms in [0, 1) by (seed, step, id, column) alone: -> (len(ids), count) float32.
 
-    A rollout drawn with them is the same in any batch, on any number of ranks, and after a resume
+    A rollout drawn with them is the same in any batch, on any number of ranks, after a resume
     (but for a draw within rounding of the border between two tokens).
     """
     uniforms = np.zeros((len(ids), count), dtype=np.float32)
@@ -590,12 +527,14 @@ CHINESE = set("zh zho chi cmn cn yue wuu nan hak gan hsn chinese mandarin canton
               "国语 粤语".split())
 ENGLISH = {"en", "eng", "english"}
 TURKIC = set("tr tur turkish az aze azerbaijani".split())  # I is the capital of ı, İ of i
+BY_CHARACTER = set("ja jpn japanese ko kor korean th tha thai lo lao km khm khmer my mya burmese"
+                   .split())
 # For [...]: Thai and Lao; Burmese; Khmer; CJK and kana; more Burmese; hangul; more CJK.
 ONE_CHARACTER = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uaa60-\uaa7f\uac00-\ud7af"
                  "\uf900-\ufaff\U00020000-\U0003ffff")
 UNIT = re.compile(rf"[{ONE_CHARACTER}]|[^\s{ONE_CHARACTER}]+")
 APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4`", "'"))
-# Soft hyphen, zero width, joiners, direction, variation of emoji: they part no words.
+# Soft hyphen, zero width, joiners, direction, variation of emoji: they separate no words.
 INVISIBLE = re.compile("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
 
 
@@ -628,8 +567,7 @@ def normalize(text: str, language: str | None) -> str:
 def rate_name(language: str | None) -> str:
     """"CER" or "WER": what an error rate is called. The units are those of `normalize` in both."""
     parts = label_parts(language)
-    by_character = "ja jpn japanese ko kor korean th tha thai lo lao km khm khmer my mya burmese"
-    return "CER" if CHINESE & set(parts) or parts[0] in by_character.split() else "WER"
+    return "CER" if CHINESE & set(parts) or parts[0] in BY_CHARACTER else "WER"
 
 
 def label_parts(language) -> list[str]:
@@ -643,16 +581,7 @@ def words(text: str) -> str:
     return re.sub(r"(?<!\w)'|'(?!\w)|(?<!\d)\.|\.(?!\d)", " ", "".join(kept))
 
 
-# What wetext would misread -> what it reads as it is said; for text in NFKC and lower case.
-BEFORE_WETEXT = [(re.compile(pattern), replacement) for pattern, replacement in [
-    (r"(?<=\d),(?=\d{3}(?!\d))", ""),           # 1,000: it stops at the comma
-    ("\u2044", "/"),                             # NFKC writes ½ with this slash
-    (r"(?<=[\d%])\s*[–—−~]\s*(?=\d)", "-"),     # it knows one of the dashes
-    (r"%\s*-\s*(?=\d)", "%到"),                 # the 30 of 20%-30% is not negative
-    (r"(?<=[a-z])-(?=\d)", " "),                 # nor is the 19 of covid-19
-    (r"约(?=\d)", "约 "),                       # 约1/4 becomes 四分之约一
-]]
-# What it reads in capitals only: currencies, A$, o2o.
+# What wetext reads in capitals only: currencies, A$, o2o.
 CAPITALS = re.compile(r"(?<![a-z])(?:(?:cny|rmb|hkd|usd|eur|gbp|jpy)(?=\s?\d)|[a-z](?=\$\d)"
                       r"|[a-z]2[a-z](?![a-z]))")
 SAID_ALIKE = str.maketrans("两幺〇", "二一零")
@@ -661,10 +590,15 @@ SAID_ALIKE = str.maketrans("两幺〇", "二一零")
 def mandarin(text: str) -> str:
     """Numbers, dates, times, amounts, units -> simplified hanzi as they are said, by wetext.
 
-    What is said in two ways is folded: 两 is 二, 幺 is 一, 〇 is 零, 百分之一百 is 百分之百.
+    For text in NFKC and lower case. What is said in two ways is folded: 两 is 二, 幺 is 一, 〇 is 零,
+    百分之一百 is 百分之百.
     """
-    for pattern, replacement in BEFORE_WETEXT:
-        text = pattern.sub(replacement, text)
+    text = text.replace("\u2044", "/")                             # NFKC writes ½ with this slash
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)            # 1,000: it stops at the comma
+    text = re.sub(r"(?<=[\d%])\s*[–—−~]\s*(?=\d)", "-", text)     # it knows one of the dashes
+    text = re.sub(r"%\s*-\s*(?=\d)", "%到", text)  # the 30 of 20%-30% is not negative
+    text = re.sub(r"(?<=[a-z])-(?=\d)", " ", text)  # nor is the 19 of covid-19
+    text = re.sub(r"约(?=\d)", "约 ", text)         # 约1/4 becomes 四分之约一
     text = CAPITALS.sub(lambda match: match[0].upper(), text)
     text = normalizer("zh")(text).lower().translate(SAID_ALIKE)
     return re.sub("百分之一百(?![零一二三四五六七八九])", "百分之百", text)
@@ -704,8 +638,8 @@ def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0) -> np.n
     """Rates sum(numerators) / sum(denominators) of corpora drawn anew: (n,) -> (draws,).
 
     (n, K) -> (draws, K): K systems on the same draws, so a difference of columns is paired. Drawn
-    are utterances (Bisani & Ney, ICASSP 2004) or whole `blocks`, one label an utterance: those of a
-    speaker share a voice. nan: draws without a unit, and all if there is only one block.
+    are utterances (Bisani & Ney, ICASSP 2004) or whole `blocks`, each utterance's label: a speaker,
+    say. nan: draws without a unit, and all if there is only one block.
     """
     both = np.array([numerators, denominators], dtype=np.float64)  # (2, n) or (2, n, K)
     if blocks is not None:
@@ -740,9 +674,8 @@ def interval(rates):
 
 # ------------------------------------------------------------------------------------- 6. corpora
 
-# A corpus is a generator of (name of a manifest, row). "audio" is an absolute path; "text" is None
-# where a promised transcript is missing; a whole file has no "duration". A row with "left_out":
-# REASON goes into no manifest.
+# A corpus is a generator of (name of a manifest, row): "audio" is an absolute path; "text" is ""
+# where a promised transcript is missing; "left_out" is why the row goes into no manifest.
 
 AUDIO_SUFFIXES = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .mp4 .webm .mka .mkv .wma .amr "
                      ".aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph".split())
@@ -752,31 +685,35 @@ WENETSPEECH = {"L": "train", "M": "train_m", "S": "train_s",  # subset: name of 
 
 def librispeech(root):
     """SUBSET/SPEAKER/CHAPTER/*.flac somewhere below ROOT, SPEAKER-CHAPTER.trans.txt beside them."""
-    texts = {}
-    for path in sorted(root.rglob("*.trans.txt")):
-        texts |= read_transcripts(path, " ")
-    yield from transcribed(sorted(root.rglob("*.flac")), texts, -4, "en")
+    yield from transcribed(root, "*.trans.txt", "*.flac", place=-4, glue=" ", language="en")
 
 
 def aishell1(root):
-    """data_aishell/{transcript/aishell_transcript_v0.8.txt,wav/SPLIT/SPEAKER/*.wav} in ROOT."""
-    home = root / "data_aishell" if (root / "data_aishell").is_dir() else root
-    texts = read_transcripts(home / "transcript" / "aishell_transcript_v0.8.txt", "")
-    yield from transcribed(sorted(home.glob("wav/*/*/*.wav")), texts, -3, "zh")
+    """wav/SPLIT/SPEAKER/*.wav and aishell_transcript_v0.8.txt somewhere below ROOT."""
+    yield from transcribed(root, "aishell_transcript*.txt", "*.wav", place=-3, glue="",
+                           language="zh")
 
 
-def transcribed(audios, texts, place, language):
-    """Rows of audio files and of transcripts without one. place: of the split's name in a path."""
-    for path in audios:
-        yield path.parts[place], {
-            "id": path.stem, "audio": str(path), "text": texts.pop(path.stem, None),
-            "language": language, "speaker": path.parts[place + 1]}
+def transcribed(root, transcripts, audios, place, glue, language):
+    """Rows of audio files, whose transcripts are lines of an id and words, joined by `glue`.
+
+    place: of the split's name in a path, before the speaker's.
+    """
+    texts = {}
+    for path in sorted(root.rglob(transcripts)):
+        for line in filter(str.strip, read_text(path).splitlines()):
+            name, *words = line.split()
+            texts[name] = glue.join(words)
+    for path in sorted(root.rglob(audios)):
+        split = path.parts[place]
+        yield split, {"id": path.stem, "audio": str(path), "text": texts.pop(path.stem, ""),
+                      "language": language, "speaker": path.parts[place + 1]}
     for name in texts:
         yield "transcripts", {"audio": name}  # which is no file
 
 
 def wenetspeech(root):
-    """WenetSpeech.json in ROOT, and the .opus files at the paths it names.
+    """WenetSpeech.json in ROOT, and the .opus files that it names.
 
     Manifests of segments: train (L), train_m, train_s (parts of L), dev, test_net, test_meeting.
     """
@@ -784,10 +721,11 @@ def wenetspeech(root):
     audio = None
     try:  # object by object: as a whole, its 6 GB take tens in memory
         for audio in ijson.items(path.open("rb"), "audios.item", use_float=True):
+            file = str(root / audio["path"])
             for segment in audio["segments"]:
                 start = segment["begin_time"]
-                row = {"id": segment["sid"], "audio": str(root / audio["path"]),
-                       "text": segment["text"], "language": "zh", "start": start,
+                row = {"id": segment["sid"], "audio": file, "text": segment["text"] or "",
+                       "language": "zh", "start": start,
                        "duration": round(segment["end_time"] - start, 4)}
                 names = [WENETSPEECH[s] for s in segment["subsets"] if s in WENETSPEECH]
                 for name in names:
@@ -804,30 +742,22 @@ def folder(root, language=None):
 
     An id is the path below ROOT with - for /. Hidden files and links to folders are not entered.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
-    files = []
-    for home, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(home, name) for name in names if not name.startswith(".")]
-    audios = sorted(path for path in files if path.suffix.lower() in AUDIO_SUFFIXES)
+    found = sorted(path for path in root.rglob("*") if not path.is_dir())
+    files = [path for path in found if "/." not in f"/{path.relative_to(root)}"]
+    audios = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
     used = set(audios) | {path.with_suffix(".txt") for path in audios}
-    for path in sorted(set(files) - used):
-        yield root.name, {"audio": str(path), "left_out": f"not read: *{path.suffix}"}
+    for path in files:
+        if path not in used:
+            yield root.name, {"audio": str(path), "left_out": f"*{path.suffix} is not read"}
     for path in audios:
         row = {"id": "-".join(path.relative_to(root).with_suffix("").parts), "audio": str(path)}
         transcript = path.with_suffix(".txt")
-        if transcript.exists() and read_text(transcript).strip():
-            row["text"] = read_text(transcript).strip()
+        text = read_text(transcript).strip() if transcript.exists() else ""
+        if text:
+            row["text"] = text
         if language:
             row["language"] = language
         yield root.name, row
-
-
-def read_transcripts(path, glue) -> dict[str, str]:
-    """Lines of an id and words -> {id: words joined by `glue`}."""
-    lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
-    return {name: glue.join(rest) for name, *rest in lines}
 
 
 def read_text(path) -> str:
@@ -843,79 +773,83 @@ CORPORA = {function.__name__: function for function in (librispeech, aishell1, w
 def write_corpus(rows, out) -> None:
     """Writes (manifest's name, row) pairs as OUT/NAME.jsonl; prints what is in each and what isn't.
 
-    Raises ValueError, and writes none, where an id stands twice or no utterance is left.
+    Raises ValueError, and writes none, where two rows have one id or no row is left.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # a path relative to a link would lead elsewhere
     out.mkdir(parents=True, exist_ok=True)
-    home = os.path.realpath(out)  # a path relative to a link would lead elsewhere
-    files = {}                    # name of a manifest: temporary file
-    counts = defaultdict(lambda: Counter(utterances=0))  # name: {what: rows}
-    first = {}                    # (name, what): audio of the first one left out
+    files = {}                         # name of a manifest: temporary file
+    audios = defaultdict(dict)         # name: {id: audio} of what is in it
+    seen = Counter()                   # name: rows
+    hours = Counter()                  # name: hours in it
+    remarks = Counter()                # (name, remark): rows
+    first = {}                         # (name, remark): audio of the first of these rows
     for name, row in progress(None, "corpus", "clip", rows=rows):
-        reason = why_left_out(row)
+        seen[name] += 1
+        reason = row.get("left_out") or why_left_out(row)
         if reason:
-            what = f"left out: {reason}"
-            counts[name][what] += 1
-            first.setdefault((name, what), f" (first: {row['audio']})")
-            continue
-        if name not in files:
-            files[name] = open(out / f"{name}.jsonl.tmp", "w", encoding="utf-8")
-        row = row | {"audio": os.path.relpath(row["audio"], home)}
-        files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-        counts[name].update({"utterances": 1, "hours": row["duration"] / 3600,
-                             "without text": "text" not in row,
-                             f"over {MAX_SEC:.0f} s, not trained on": row["duration"] > MAX_SEC})
-    for name, count in sorted(counts.items()):
-        said = [f"{round(n, 2)} {what}{first.get((name, what), '')}" for what, n in count.items()]
-        print(f"{out / name}.jsonl: {', '.join(said)}")
+            said = [f"left out, {reason}"]
+        else:
+            if row["id"] in audios[name]:
+                raise ValueError(f"{audios[name][row['id']]} and {row['audio']} have one id, "
+                                 f"{row['id']!r}")
+            if name not in files:
+                files[name] = open(out / f"{name}.jsonl.tmp", "w", encoding="utf-8")
+            audios[name][row["id"]] = row["audio"]
+            hours[name] += row["duration"] / 3600
+            relative = row | {"audio": os.path.relpath(row["audio"], out)}
+            files[name].write(json.dumps(relative, ensure_ascii=False) + "\n")
+            said = []
+            if "text" not in row:
+                said.append("without text")
+            if row["duration"] > MAX_SEC:
+                said.append(f"over {MAX_SEC} s, not trained on")
+        for remark in said:
+            remarks[name, remark] += 1
+            first.setdefault((name, remark), row["audio"])
+    for (name, remark), n in remarks.items():
+        print(f"{name}: {n} {remark}; the first is {first[name, remark]}")
     if not files:
         raise ValueError("no utterance is left")
-    for file in files.values():
-        file.close()
-        read_manifest(file.name)  # raises ValueError where an id stands twice
     for name, file in files.items():
+        file.close()
         os.replace(file.name, out / f"{name}.jsonl")
+        print(f"{out / name}.jsonl: {len(audios[name])} utterances, {hours[name]:.2f} hours; "
+              f"{seen[name] - len(audios[name])} left out")
 
 
 def why_left_out(row) -> str | None:
     """None for a row that can be used. Adds the duration of a whole file, which is decoded once."""
-    if "left_out" in row:
-        return row["left_out"]
     if not os.path.isfile(row["audio"]):  # a link to a file that was not fetched, too
         return "no audio file"
-    if "text" in row and not (row["text"] or "").strip():
+    if "text" in row and not row["text"].strip():
         return "no transcript"
     try:
         if "duration" not in row:
-            ends = (begin_sec + frame.samples / frame.sample_rate
-                    for begin_sec, frame in decoded_frames(row["audio"]))
-            row["duration"] = round(max(ends), 4)
+            for begin_sec, frame in decoded_frames(row["audio"]):
+                row["duration"] = round(begin_sec + frame.samples / frame.sample_rate, 4)
     except UNREADABLE:
         return "unreadable"
-    if row.get("start", 0) < 0 or row["duration"] <= 0:
-        return "bad times"
-    return None
+    return "bad times" if row.get("start", 0) < 0 or row["duration"] <= 0 else None
 
 
 # --------------------------------------------------------------------------------- 7. demo corpus
 
-# Clips of each split, half of them English, half Mandarin. Made in this order, so that what the
-# others hold does not depend on the size of the pool.
+# Clips of each split, half of them English, half Mandarin.
 SIZES = {"test": 500, "dev": 100, "train": 700, "teacher": 4500, "pool": 500}
 # Whose sentences a split may not repeat: dev's and test's occur nowhere else, and the teacher's
 # corpus has none of train's.
 AVOIDS = {"test": [], "dev": ["test"], "train": ["test", "dev"],
           "teacher": ["test", "dev", "train"], "pool": ["test", "dev"]}
 
-# Variants that an independent recogniser understood, drawn randomly. victor, f2, f3 and f5 are left
-# out: they read uninitialised memory, so the same text would not give the same bytes twice.
+# Voices that a recogniser understood. victor, f2, f3 and f5 are left out: they read uninitialised
+# memory, so the same text would not give the same bytes twice.
 POOL = "gustave m3 Annie Storm zac m1 benjamin steph klatt6 belinda m6 travis ian".split()
 UNSEEN = "m5 quincy Mike max edward michel".split()
-FURTHER = ("caleb adam iven4 Denis david m7 f4 m8 Michael m2 klatt2 grandma").split()
+FURTHER = "caleb adam iven4 Denis david m7 f4 m8 Michael m2 klatt2 grandma".split()
 CAST = {"test": UNSEEN, "dev": UNSEEN, "train": POOL[:6], "teacher": POOL + FURTHER, "pool": POOL}
 
-# Small closed vocabularies, many combinations: enough to need the audio, few enough for a model of
-# half a million parameters. Of each language: patterns, and words for their slots.
+# Of each language: patterns, and words for their slots. So few that half a million parameters can
+# learn them, and enough combinations that the audio is needed.
 GRAMMAR = {
     "en": (["{verb} the {colour} {thing}", "{number} {thing}s {where}",
             "{name} has {number} {thing}s", "the {colour} {thing} is {where}",
@@ -930,15 +864,15 @@ GRAMMAR = {
            {"verb": "拿来 找到 打开 修理 洗净 藏好", "colour": "红色 绿色 黄色 黑色 白色 紫色",
             "thing": "台灯 桌子 窗户 篮子 铅笔 书包", "number": "两 三 五 七 八 九",
             "name": "小明 李华 王芳 张伟", "where": "桥下 厨房 河边 车站", "when": "今天 明天 今晚"})}
-VOICES = {"en": ["en-us"], "zh": ["cmn"]}  # espeak-ng's names of the languages
-EXTRA_SPEED = {"en": 0, "zh": 40}          # words a minute
+# Of each language: espeak-ng's names of it, the slowest speech in words per minute.
+VOICES = {"en": (["en-us"], 180), "zh": (["cmn"], 220)}
 
 
 def make_demo(out, seed=0, sizes=SIZES) -> None:
     """Writes OUT/{train,teacher,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn.
 
-    Few voices: train. More, for distillation: pool; still more: teacher, without a sentence
-    of train. Voices and sentences of dev and test stand in none of them.
+    Few voices: train. More: pool, for distillation. Still more: teacher, without a sentence of
+    train. Voices and sentences of dev and test are in none of these.
     """
     out = Path(out)
     (out / "wav").mkdir(parents=True, exist_ok=True)
@@ -949,9 +883,7 @@ def make_demo(out, seed=0, sizes=SIZES) -> None:
     for split in sizes:
         rows = [row for pair in zip(english[split], mandarin[split]) for row in pair]
         write_jsonl(out / f"{split}.jsonl", rows)
-        minutes = sum(row["duration"] for row in rows) / 60
-        voices = {row["speaker"] for row in rows}
-        print(f"{split:7} {len(rows):5} clips  {minutes:5.1f} min  {len(voices):3} voices")
+        print(f"{out / split}.jsonl: {len(rows)} clips")
 
 
 def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
@@ -961,12 +893,11 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
     resample = torchaudio.transforms.Resample(rate, SAMPLE_RATE)
     rng = random.Random(f"demo/{seed}/{language}")
     patterns, slots = GRAMMAR[language]
-    sentences = {}  # of each split
+    names, slowest = VOICES[language]
     rows = {}
     bar = progress(sum(sizes.values()) // 2, f"demo corpus, {language}", "clip")
     for split, size in sizes.items():
-        taken = set().union(*(sentences[other] for other in AVOIDS[split]))
-        sentences[split] = set()
+        taken = {row["text"] for other in AVOIDS[split] for row in rows[other]}
         rows[split] = []
         while len(rows[split]) < size // 2:
             pattern = rng.choice(patterns)
@@ -974,9 +905,8 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
             text = pattern.format(**filled)
             if text in taken:
                 continue
-            sentences[split].add(text)
-            voice = f"{rng.choice(VOICES[language])}+{rng.choice(CAST[split])}"
-            speed = rng.randint(180, 225) + EXTRA_SPEED[language]
+            voice = f"{rng.choice(names)}+{rng.choice(CAST[split])}"
+            speed = rng.randint(slowest, slowest + 45)
             speech = say(text, voice, speed, pitch=rng.randint(35, 65))
             audio = add_noise(resample(torch.from_numpy(speech)).numpy(), rng)
             name = f"{split}-{language}-{len(rows[split]):05d}"
@@ -984,9 +914,9 @@ def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
                 file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # one channel, two bytes
                 in_32_bits = np.rint(audio * 2.0 ** 31).astype(np.int64)
                 file.writeframes((in_32_bits >> 16).astype("<i2").tobytes())
-            duration = round(len(audio) / SAMPLE_RATE, 4)
             rows[split].append({"id": name, "audio": f"wav/{name}.wav", "text": text,
-                                "language": language, "duration": duration, "speaker": voice})
+                                "language": language,
+                                "duration": round(len(audio) / SAMPLE_RATE, 4), "speaker": voice})
             bar.update()
     bar.close()
     return rows
@@ -1006,7 +936,7 @@ def add_noise(audio, rng) -> np.ndarray:
 def start_espeak():
     """espeak-ng by ctypes, one engine per process: -> rate in Hz, a function that says a text.
 
-    That takes a voice, words a minute and a pitch from 0 to 100 -> (n,) float32 in [-1, 1].
+    That takes a voice, words per minute and a pitch from 0 to 100 -> (n,) float32 in [-1, 1].
     """
     import espeakng_loader  # only the demo needs it
     lib = ctypes.CDLL(espeakng_loader.get_library_path())
@@ -1039,7 +969,7 @@ def start_espeak():
 # -------------------------------------------------------------------------------- the command line
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A script's docstring as it stands, and the default of each flag. For all scripts."""
+    """A script's docstring, line by line, and the default of each flag. For all scripts."""
 
 
 def at_least(low):
@@ -1060,23 +990,19 @@ def parse_args(argv=None):
     demo = commands.add_parser("demo", description=make_demo.__doc__, formatter_class=HelpFormatter)
     demo.add_argument("--out", default="runs/data", help="folder for manifests and audio")
     demo.add_argument("--seed", type=at_least(0), default=0, help="of sentences, voices and noise")
-    demo.add_argument("--pool", type=at_least(2), default=SIZES["pool"], help="clips in the pool")
     for name, corpus in CORPORA.items():
         command = commands.add_parser(name, description=corpus.__doc__,
                                       formatter_class=HelpFormatter)
-        command.add_argument("root", metavar="ROOT", help="where the corpus lies")
+        command.add_argument("root", metavar="ROOT", help="the corpus")
         command.add_argument("out", metavar="OUT", help="folder for the manifests")
     command.add_argument("--language", help="code for every line: en, zh, ...")  # of folder
-    args = parser.parse_args(argv)
-    if args.corpus == "demo" and args.pool % 2:
-        parser.error(f"argument --pool: expected an even number, not {args.pool}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(args) -> None:
-    """Makes the demo corpus, or manifests for a corpus that lies on disk."""
+    """Makes the demo corpus, or manifests for a corpus on disk."""
     if args.corpus == "demo":
-        make_demo(args.out, args.seed, SIZES | {"pool": args.pool})
+        make_demo(args.out, args.seed)
         return
     corpus = CORPORA[args.corpus]
     options = {"language": args.language} if corpus is folder else {}

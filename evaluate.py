@@ -269,12 +269,9 @@ def read_hyps(path) -> list[dict]:
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
+        found = data.json_object(line, f"{path}:{number}")
         row = {"set": "test", "stopped": True}
-        try:
-            found = dict(json.loads(line.decode("utf-8-sig")))
-            row |= {key: value for key, value in found.items() if value is not None}
-        except (TypeError, ValueError):
-            raise ValueError(f"{path}:{number}: expected a JSON object: {line[:60]!r}") from None
+        row |= {key: value for key, value in found.items() if value is not None}
         for key in {"id", "hyp"} | row.keys() & {"set", "text", "language", "speaker", "audio"}:
             if not isinstance(row.get(key), str):
                 raise ValueError(f"{path}:{number}: expected a string as {key!r}: {line[:60]!r}")

@@ -1303,7 +1303,8 @@ def read_dev(paths, rank, world) -> dict[str, data.Manifest]:
     for path in paths or []:
         name = Path(path).stem if Path(path).stem not in dev else str(path)
         dev[name] = data.read_manifest(path, need=("text",))
-        data.check_decodable(dev[name][rank::world])
+        for utterance in dev[name][rank::world]:
+            data.load_audio(utterance, data.MAX_EVAL_SEC, for_training=False)
     return dev
 
 

@@ -366,8 +366,9 @@ def check(args) -> None:
         values = np.concatenate([of_clip for of_clip, _ in measured])       # (states, S)
         means.append(dict(zip(STATISTICS, values.mean(0))))
     rollout, reference, other = means
-    hyp_s, rate_s = decode(student, clips, args)
-    hyp_t, rate_t = decode(teacher, clips, args)
+    hyp_s, errors_s, units = decode(student, clips, args)
+    hyp_t, errors_t, _ = decode(teacher, clips, args)
+    gain = 100 * data.bootstrap(errors_s - errors_t, units)                 # (draws,)
     model.finish()
 
     u = clips[0]
@@ -376,7 +377,8 @@ def check(args) -> None:
           f"  reference           {u.text}\n"
           f"  student             {hyp_s}\n"
           f"  teacher             {hyp_t}\n"
-          f"errors                student {rate_s:.1f} %, teacher {rate_t:.1f} %\n"
+          f"errors                student {100 * errors_s.sum() / units.sum():.1f} %, "
+          f"teacher {100 * errors_t.sum() / units.sum():.1f} %\n"
           f"at rollouts           {100 * rollout['top1']:.1f} % equal first choices, KL(student || "
           f"teacher) {rollout['kl_reverse']:.3f} nats per token (the demo begins at 80 %, 1.7)\n"
           f"log p_T per token     {reference['logp_t']:.3f} nats of references, "
@@ -385,11 +387,14 @@ def check(args) -> None:
         raise SystemExit("The two do not fit, or the teacher does not know this audio: to it, "
                          "references are not even one nat per token likelier than other clips' "
                          "references. Wrong checkpoint, language or transcripts?")
-    print("The two fit. There is something to learn if the teacher makes fewer errors.")
+    low, high = data.interval(gain)
+    found = "is something to learn" if low > 0 else "may be nothing to learn"
+    print(f"The two fit. There {found}: the teacher makes {low:.1f} to {high:.1f} points fewer "
+          "errors.")
 
 
-def decode(asr, clips, args) -> tuple[str, float]:
-    """The first clip's greedy transcript; errors in percent of the units of all clips."""
+def decode(asr, clips, args) -> tuple[str, np.ndarray, np.ndarray]:
+    """The first clip's greedy transcript; each clip's errors and units, (clips,)."""
     hyps = {}
     for i in range(0, len(clips), args.batch):
         batch = data.load_batch(clips[i:i + args.batch], (asr.n_mels,), max_sec=data.MAX_EVAL_SEC,
@@ -397,8 +402,8 @@ def decode(asr, clips, args) -> tuple[str, float]:
         results = model.transcribe(asr, batch, args.max_new_tokens)
         hyps |= {u.line: result["hyp"] for u, result in zip(batch.utterances, results)}
     counts = [data.edit_counts(u.text, hyps[u.line], u.language) for u in clips]
-    units = sum(c.units for c in counts)
-    return hyps[clips[0].line], 100 * sum(c.errors for c in counts) / max(1, units)
+    errors = np.array([c.errors for c in counts])
+    return hyps[clips[0].line], errors, np.array([c.units for c in counts])
 
 
 if __name__ == "__main__":

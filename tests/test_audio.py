@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import wave
 from fractions import Fraction
 
 import av
@@ -14,20 +13,11 @@ import torch
 from transformers import WhisperFeatureExtractor
 
 import data
-from conftest import sound
+from conftest import sound, write_wav
 
 RATE = 16_000
 CODECS = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame", "opus": "libopus",
-          "ogg": "libopus", "m4a": "aac", "webm": "libopus", "aiff": "pcm_s16be", "au": "pcm_s16be"}
-
-
-def write_wav(path, audio, rate=RATE):
-    """(n,) or (n, C) in [-1, 1] -> 16 bits, without any library of sound."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1 if audio.ndim == 1 else audio.shape[1], 2, rate, 0, "NONE", ""))
-        file.writeframes(np.rint(audio * 32767).astype("<i2").tobytes())
-    return path
+          "m4a": "aac", "webm": "libopus", "aiff": "pcm_s16be"}
 
 
 def encode(path, audio, codec=None, rate=RATE, **options):
@@ -69,7 +59,7 @@ def reason(u, **options):
 
 @pytest.mark.parametrize("extension, codec, tolerance", [
     ("wav", "pcm_s16le", 1e-4), ("wav", "pcm_f32le", 0), ("wav", "pcm_s24le", 1e-6),
-    ("wav", "pcm_mulaw", 0.02), ("flac", None, 1e-4), ("aiff", None, 1e-4), ("au", None, 1e-4),
+    ("wav", "pcm_mulaw", 0.02), ("flac", None, 1e-4), ("aiff", None, 1e-4),
     ("mp3", None, None), ("opus", None, None), ("m4a", None, None), ("webm", None, None)])
 def test_a_file_is_read_as_it_was_written(tmp_path, extension, codec, tolerance):
     x = sound(np.random.default_rng(1), 1.0)
@@ -108,7 +98,7 @@ def test_a_segment_of_a_long_file_does_not_decode_the_rest(tmp_path, monkeypatch
     assert 8.8 < seen[0] < 9.1 and 10.9 < seen[-1] < 11.1  # a run-up of one second
 
 
-@pytest.mark.parametrize("rate", [8_000, 11_025, 16_001, 22_050, 44_100, 44_101, 48_000])
+@pytest.mark.parametrize("rate", [8_000, 16_001, 44_100, 48_000])
 def test_resampling_keeps_pitch_phase_and_length(tmp_path, rate):
     def tone(seconds):  # the same sound at any rate
         return 0.5 * np.sin(2 * np.pi * 440 * seconds + 0.3)
@@ -171,38 +161,37 @@ def test_silence_is_heard_in_evaluation_and_where_nothing_is_said(tmp_path):
     assert len(data.load_audio(dataclasses.replace(u, text=""))) == RATE
     with pytest.warns(UserWarning, match="m.jsonl:7.*silent"):
         assert len(data.load_audio(u, for_training=False)) == RATE
-    with pytest.warns(UserWarning, match="silent"):
-        data.check_decodable([u])
-    with pytest.raises(data.AudioError, match="too_long"):
-        data.check_decodable([clip(tmp_path / "b.wav", np.zeros(41 * RATE))])
 
 
 @pytest.mark.parametrize("name, content", [
     ("missing.wav", None), ("empty.wav", b""), ("text.wav", b"not audio at all" * 99),
-    ("headerless.raw", b"\0\1" * 9000), ("stub.wav", b"RIFF"), ("stub.ogg", b"OggS")])
+    ("headerless.raw", b"\0\1" * 9000), ("stub.wav", b"RIFF")])
 def test_what_is_no_audio_is_unreadable(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert reason(clip(tmp_path / name)) == "unreadable"
 
 
-@pytest.mark.parametrize("extension", ["wav", "flac", "mp3", "opus", "m4a", "webm", "aiff", "au"])
-def test_a_file_that_is_cut_off_is_unreadable(tmp_path, extension):
+@pytest.mark.parametrize("extension, codec", [
+    ("wav", None), ("wav", "pcm_s24le"), ("wav", "pcm_f32le"), ("flac", None), ("mp3", None),
+    ("m4a", None), ("aiff", None)])
+def test_a_file_that_is_cut_off_is_unreadable(tmp_path, extension, codec):
     # Half the sound under the whole transcript: a model would learn to invent the rest.
-    u = clip(tmp_path / f"a.{extension}", np.tile(sound(np.random.default_rng(5), 1.0), 5))
-    raw = (tmp_path / f"a.{extension}").read_bytes()
-    (tmp_path / f"a.{extension}").write_bytes(raw[:len(raw) * 6 // 10])
+    path = tmp_path / f"a.{extension}"
+    u = clip(path, np.tile(sound(np.random.default_rng(5), 1.0), 5), codec=codec)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:len(raw) * 6 // 10])
     assert reason(u) == "unreadable"
     assert reason(dataclasses.replace(u, duration_sec=5.0)) in ("unreadable", "past_end")
 
 
 @pytest.mark.parametrize("extension", ["wav", "flac", "mp3", "opus", "webm"])
 def test_files_joined_are_read_whole_or_refused(tmp_path, extension):
-    u = clip(tmp_path / f"a.{extension}", sound(np.random.default_rng(5), 2.0))
     path = tmp_path / f"a.{extension}"
+    u = clip(path, sound(np.random.default_rng(5), 3.0))
     path.write_bytes(path.read_bytes() * 2)
     try:
-        assert len(data.load_audio(u)) == pytest.approx(4 * RATE, rel=0.05)
+        assert len(data.load_audio(u)) == pytest.approx(6 * RATE, rel=0.05)
     except data.AudioError as error:
         assert error.reason == "unreadable"
 
@@ -219,41 +208,42 @@ def test_a_hole_in_a_file_is_unreadable(tmp_path):
     assert reason(u) == "unreadable"
 
 
+@pytest.fixture
+def rewritten(tmp_path):
+    """Writes 3 s as a wav and changes its bytes -> what was written, the clip."""
+    def rewrite(change):
+        x = sound(np.random.default_rng(5), 3.0)
+        write_wav(tmp_path / "a.wav", x)
+        (tmp_path / "a.wav").write_bytes(change((tmp_path / "a.wav").read_bytes()))
+        return x, clip(tmp_path / "a.wav")
+    return rewrite
+
+
 @pytest.mark.parametrize("size", [0x7FFFF000, 0x7FFFFFFF, 0x80000000 - 36, 2 ** 32 - 1, 0])
-def test_a_wav_that_was_written_to_a_pipe_is_whole(tmp_path, size):
-    x = sound(np.random.default_rng(5), 2.0)
-    raw = bytearray(write_wav(tmp_path / "a.wav", x).read_bytes())
-    raw[40:44] = size.to_bytes(4, "little")
-    (tmp_path / "a.wav").write_bytes(raw)
-    np.testing.assert_allclose(data.load_audio(clip(tmp_path / "a.wav")), x, atol=1e-4)
-    tail = data.load_audio(clip(tmp_path / "a.wav", start=1.5))
+def test_a_wav_that_was_written_to_a_pipe_is_whole(rewritten, size):
+    x, u = rewritten(lambda raw: raw[:40] + size.to_bytes(4, "little") + raw[44:])
+    np.testing.assert_allclose(data.load_audio(u), x, atol=1e-4)
+    tail = data.load_audio(dataclasses.replace(u, start_sec=1.5))
     np.testing.assert_allclose(tail, x[24_000:], atol=1e-4)
 
 
-def test_a_wav_whose_header_was_never_brought_up_to_date_is_unreadable(tmp_path):
-    write_wav(tmp_path / "a.wav", sound(np.random.default_rng(5), 1.0))
-    raw = bytearray((tmp_path / "a.wav").read_bytes())
-    raw[40:44] = (4096).to_bytes(4, "little")
-    (tmp_path / "a.wav").write_bytes(raw)
-    with pytest.raises(data.AudioError, match="4096 bytes of samples by the header, 32000 found"):
-        data.load_audio(clip(tmp_path / "a.wav"))
+def test_a_wav_whose_header_was_never_brought_up_to_date_is_unreadable(rewritten):
+    _, u = rewritten(lambda raw: raw[:40] + (4096).to_bytes(4, "little") + raw[44:])
+    with pytest.raises(data.AudioError, match="4096 bytes of samples by the header, 96000 found"):
+        data.load_audio(u)
 
 
-def test_other_chunks_may_stand_around_the_samples_of_a_wav(tmp_path):
-    x = sound(np.random.default_rng(5), 0.5)
-    raw = write_wav(tmp_path / "a.wav", x).read_bytes()
+def test_a_wav_may_hold_other_chunks(rewritten):
     note = b"LIST" + (5).to_bytes(4, "little") + b"data!\0"  # odd: one byte of padding
     large = b"id3 " + (8000).to_bytes(4, "little") + bytes(8000)
-    (tmp_path / "a.wav").write_bytes(raw[:36] + note + raw[36:] + large)
-    np.testing.assert_allclose(data.load_audio(clip(tmp_path / "a.wav")), x, atol=1e-4)
-    (tmp_path / "a.wav").write_bytes((raw[:36] + note + raw[36:])[:-2000])
-    assert reason(clip(tmp_path / "a.wav")) == "unreadable"
+    x, u = rewritten(lambda raw: raw[:36] + note + raw[36:] + large)
+    np.testing.assert_allclose(data.load_audio(u), x, atol=1e-4)
+    _, u = rewritten(lambda raw: raw[:36] + note + raw[36:-10])
+    assert reason(u) == "unreadable"
 
 
-def test_what_stands_behind_an_mp3_is_not_heard(tmp_path):
-    x = sound(np.random.default_rng(5), 2.0)
-    u = clip(tmp_path / "a.mp3", x)
-    whole = data.load_audio(u)
+def test_what_follows_an_mp3_is_not_heard(tmp_path):
+    whole = data.load_audio(clip(tmp_path / "a.mp3", sound(np.random.default_rng(5), 2.0)))
     for behind in (b"TAG".ljust(128, b"\0"), b"junk \xff\xfb " * 30):
         (tmp_path / "b.mp3").write_bytes((tmp_path / "a.mp3").read_bytes() + behind)
         audio = data.load_audio(clip(tmp_path / "b.mp3"))
@@ -262,32 +252,13 @@ def test_what_stands_behind_an_mp3_is_not_heard(tmp_path):
 
 
 def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
-    x = sound(np.random.default_rng(5), 2.0)
-    clip(tmp_path / "a.flac", x)
-    raw = bytearray((tmp_path / "a.flac").read_bytes())
-    raw[21] &= 0xF0
-    raw[22:26] = bytes(4)
-    (tmp_path / "a.flac").write_bytes(raw)
-    np.testing.assert_allclose(data.load_audio(clip(tmp_path / "a.flac")), x, atol=1e-4)
-    part = data.load_audio(clip(tmp_path / "a.flac", start=1.3, duration=0.4))
-    np.testing.assert_allclose(part, x[20_800:27_200], atol=1e-4)
-
-
-def test_a_video_is_as_long_as_its_sound(tmp_path):
-    x = sound(np.random.default_rng(5), 1.0)
-    with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        pictures = container.add_stream("mpeg4", rate=10)
-        pictures.width = pictures.height = 16
-        pictures.pix_fmt = "yuv420p"
-        speech = container.add_stream("pcm_s16le", rate=RATE, layout="mono")
-        for _ in range(12):  # 1.2 s
-            picture = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")
-            container.mux(pictures.encode(picture))
-        container.mux(pictures.encode(None))
-        frame = av.AudioFrame.from_ndarray(np.int16(x * 32767)[None], "s16", "mono")
-        frame.sample_rate = RATE
-        container.mux(speech.encode(frame))
-    np.testing.assert_allclose(data.load_audio(clip(tmp_path / "a.mkv")), x, atol=1e-4)
+    u = clip(tmp_path / "a.flac", sound(np.random.default_rng(5), 3.0))
+    whole = data.load_audio(u)
+    raw = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "a.flac").write_bytes(raw[:21] + bytes([raw[21] & 0xF0, 0, 0, 0, 0]) + raw[26:])
+    np.testing.assert_array_equal(data.load_audio(u), whole)
+    part = data.load_audio(dataclasses.replace(u, start_sec=1.3, duration_sec=0.4))
+    np.testing.assert_array_equal(part, whole[20_800:27_200])
 
 
 # ---------------------------------------------------------------------------- log-mel
@@ -295,7 +266,7 @@ def test_a_video_is_as_long_as_its_sound(tmp_path):
 def feature_clips():
     rng = np.random.default_rng(6)
     sweep, noise = sound(rng, 3.21), 0.1 * rng.standard_normal(5 * RATE).astype(np.float32)
-    return {"sweep": sweep, "noise": noise, "0.1 s": sweep[:1600], "odd length": sweep[:16_159],
+    return {"noise": noise, "0.1 s": sweep[:1600], "odd length": sweep[:16_159],
             "near silence": noise[:RATE] * 1e-5, "zeros": np.zeros(RATE, np.float32),
             "floor at 80 dB": np.concatenate([1e-3 * noise[:RATE], sweep])}
 

@@ -8,6 +8,7 @@ importers (test_corpora.py).
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import signal
@@ -21,14 +22,13 @@ import pytest
 import torch
 
 import data
-from conftest import sound
-from test_audio import RATE, write_wav
+from conftest import sound, write_wav
+from test_audio import RATE
 
 ROOT = Path(data.__file__).parent
 
 
 def write_lines(path, *lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)
              for line in lines]
     path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
@@ -57,7 +57,6 @@ def test_the_fields_of_a_line(tmp_path):
     ({"audio": "a.wav", "begin_time": 1.5, "end_time": 3.5}, 1.5, 2.0),     # open-audio-opd
     ({"audio": "a.wav", "begin_time": -1, "end_time": -1}, 0.0, None),      # -1: whole file
     ({"audio": "a.wav", "begin_time": 1.5, "end_time": -1}, 1.5, None),
-    ({"audio": "a.wav", "begin_time": -1, "end_time": 3.5}, 0.0, 3.5),
     ({"audio": "a.wav", "begin_time": 0, "end_time": 3.5}, 0.0, 3.5),
     ({"audio": "a.wav", "start": 1.5, "end": 3.5}, 1.5, 2.0),
     ({"audio": "a.wav", "start": 1.5, "end": 3.5, "duration": 2.0}, 1.5, 2.0),
@@ -70,22 +69,21 @@ def test_other_spellings_of_a_line(tmp_path, row, start, duration):
 
 
 @pytest.mark.parametrize("line, names", [
-    ('{"audio": "a.wav"', "{\"audio\": \"a.wav\""), ('["a.wav"]', "a.wav"), ('{"id": "x"}', "'id'"),
-    ('{"audio": ""}', "'audio'"), ('{"audio": 3}', "3"), ('{"audio": "a.wav", "id": 17}', "17"),
-    ('{"audio": "a.wav", "text": ["hi"]}', "hi"), ('{"audio": "a.wav", "language": 1}', "1"),
+    ('{"audio": "a.wav"', "{\"audio\": \"a.wav\""), ('["a.wav"]', "a.wav"), ("[]", "[]"),
+    ('{"id": "x"}', "'id'"), ('{"audio": ""}', "'audio'"), ('{"audio": 3}', "3"),
+    ('{"audio": "a.wav", "id": 17}', "17"), ('{"audio": "a.wav", "text": ["hi"]}', "hi"),
     ('{"audio": "a.wav", "duration": "2.5"}', "2.5"),
     ('{"audio": "a.wav", "duration": true}', "True"),
     ('{"audio": "a.wav", "duration": NaN}', "nan"), ('{"audio": "a.wav", "duration": 0}', "0"),
     ('{"audio": "a.wav", "duration": -2.25}', "-2.25"),
-    ('{"audio": "a.wav", "end": Infinity}', "inf"),
-    ('{"audio": "a.wav", "start": -1.25}', "-1.25"), ('{"audio": "a.wav", "offset": NaN}', "nan"),
-    ('{"audio": "a.wav", "begin_time": 4, "end_time": 3}', "-1"),
-    ('{"audio": "a.wav", "begin_time": 0, "end_time": 0}', "duration 0"),
-    ('{"audio": "a.wav", "start": 1, "end": 1}', "duration 0"),
-    ('{"audio": "a.wav", "start": 1, "end": 3, "duration": 1.97}', "but end 3"),
+    ('{"audio": "a.wav", "end": Infinity}', "inf"), ('{"audio": "a.wav", "offset": -1}', "-1"),
+    ('{"audio": "a.wav", "begin_time": 4, "end_time": 3}', "'end': 3"),
+    ('{"audio": "a.wav", "start": 1, "end": 1}', "'end': 1"),
+    ('{"audio": "a.wav", "start": 1, "end": 3, "duration": 1.97}', "'duration': 1.97"),
     ('{"audio": "a.wav", "channel": -1}', "-1"), ('{"audio": "a.wav", "channel": 0.5}', "0.5"),
     ('{"audio": "a.wav", "text": "good \\ud83d"}', "'text'"), ('{"wav": "a.wav"}', "'wav'"),
-    ('{"audio": {"path": "a.wav", "array": [' + "0.125, " * 999 + '1]}}', "'audio'")])
+    ('{"audio": {"path": "a.wav", "array": [' + "0.125, " * 999 + '1]}}', "'audio'"),
+    ('{"audio": "a.wav", "id": "first"}', "line 1 has the id 'first'")])
 def test_errors_name_line_and_value(tmp_path, line, names):
     path = write_lines(tmp_path / "m.jsonl", {"id": "first", "audio": "z.wav"}, "", line)
     with pytest.raises(ValueError) as error:
@@ -94,39 +92,23 @@ def test_errors_name_line_and_value(tmp_path, line, names):
     assert len(str(error.value)) < 500
 
 
-def test_an_id_stands_once_in_a_file(tmp_path):
-    one = write_lines(tmp_path / "one.jsonl", {"id": "a", "audio": "x.wav"},
-                      {"id": "b", "audio": "y.wav"})
-    two = write_lines(tmp_path / "two.jsonl", {"id": "a", "audio": "z.wav"})
-    assert len(data.read_manifest([one, two])) == 3
-    twice = write_lines(tmp_path / "twice.jsonl", {"id": "c", "audio": "1.wav"},
-                        {"id": "a", "audio": "2.wav"}, {"id": "c", "audio": "3.wav"})
-    with pytest.raises(ValueError) as error:
-        data.read_manifest([one, twice])
-    assert str(error.value) == f"{twice}:3: id 'c' already stands on line 1"
-
-
-def test_what_is_needed_and_missing_is_counted_and_said(tmp_path):
+def test_what_is_needed_and_missing_is_said(tmp_path):
     full = {"audio": "a.wav", "text": "", "language": "en"}
     path = write_lines(tmp_path / "m.jsonl", full, "",
-                       {"audio": "b.wav", "answer": "hi", "lang": "en"},
-                       {"audio": "c.wav", "text": None, "language": "en"})
-    assert len(data.read_manifest(path, need=["language"])) == 3
-    with pytest.raises(ValueError) as error:
+                       {"audio": "b.wav", "answer": "hi", "lang": "en"})
+    assert len(data.read_manifest(path, need=["language"])) == 2
+    with pytest.raises(ValueError, match=f"{path}:3: no 'text'; the keys are .*'answer'"):
         data.read_manifest(path, need=("text", "language"))
-    assert "2 of 3 lines have no 'text'" in str(error.value)
-    assert f"{path}:3" in str(error.value) and "'answer'" in str(error.value)
     write_lines(path, full, {"audio": "b.wav", "text": "hi", "language": " "})
-    with pytest.raises(ValueError, match="1 of 2 lines have no 'language'"):
+    with pytest.raises(ValueError, match=f"{path}:2: no 'language'"):
         data.read_manifest(path, need=("text", "language"))
 
 
-@pytest.mark.parametrize("encoding", ["gbk", "utf-16", "latin-1"])
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
 def test_a_manifest_in_another_encoding_is_refused(tmp_path, encoding):
-    text = "naïve" if encoding == "latin-1" else "打开红色台灯"
-    line = json.dumps({"audio": "a.wav", "text": text}, ensure_ascii=False)
+    line = json.dumps({"audio": "a.wav", "text": "打开红色台灯"}, ensure_ascii=False)
     (tmp_path / "m.jsonl").write_bytes(line.encode(encoding))
-    with pytest.raises(ValueError, match="m.jsonl:1: expected UTF-8"):
+    with pytest.raises(ValueError, match="m.jsonl:1: .* 'utf-8' codec can't decode"):
         data.read_manifest(tmp_path / "m.jsonl")
 
 
@@ -139,21 +121,16 @@ def test_a_language_is_given_to_lines_that_name_none(tmp_path):
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_text(tmp_path):
-    lines = b'\xef\xbb\xbf{"audio": "a.wav"}\r\n\r\n\n{"audio": "b.wav"}\n\n{"audio": "c.wav"}'
-    (tmp_path / "m.jsonl").write_bytes(lines)
-    assert [(u.id, u.line[-2:]) for u in data.read_manifest(tmp_path / "m.jsonl")] == [
-        ("a", ":1"), ("b", ":4"), ("c", ":6")]
-
-
-def test_a_manifest_without_an_utterance_is_refused(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"audio": "a.wav"}\r\n\r\n\n{"audio": "b.wav"}')
+    assert [(u.id, u.line[-2:]) for u in data.read_manifest(path)] == [("a", ":1"), ("b", ":4")]
     empty = write_lines(tmp_path / "empty.jsonl", "")
-    full = write_lines(tmp_path / "full.jsonl", {"audio": "a.wav"})
-    for paths in (empty, [full, empty], [empty, full]):
-        with pytest.raises(ValueError, match="empty.jsonl: the manifest has no utterance"):
-            data.read_manifest(paths)
+    with pytest.raises(ValueError, match="empty.jsonl: the manifest has no utterance"):
+        data.read_manifest([path, empty])
 
 
 def test_two_points_lead_from_where_a_link_leads(tmp_path, monkeypatch):
+    (tmp_path / "disk/lists").mkdir(parents=True)
     write_lines(tmp_path / "disk/lists/m.jsonl", {"audio": "../a.wav"}, {"audio": "b.wav"})
     (tmp_path / "lists").symlink_to("disk/lists")
     monkeypatch.chdir(tmp_path / "lists")
@@ -167,6 +144,7 @@ def test_a_manifest_is_a_sequence_that_travels_to_other_processes(tmp_path):
             for i in range(10)]
     paths = [write_lines(tmp_path / "a.jsonl", *rows[:4]),
              write_lines(tmp_path / "b.jsonl", *rows[4:])]
+    assert len(data.read_manifest([*paths, paths[0]])) == 14  # an id is twice, in two files
     manifest = data.read_manifest(paths)
     assert len(manifest) == 10 and [u.id for u in manifest] == list("0123456789")
     assert [manifest[i].id for i in (-1, 4, np.int64(3))] == ["9", "4", "3"]
@@ -186,43 +164,33 @@ def test_what_is_written_can_be_read(tmp_path):
     text = "你好 a\u2028b \U0001f600 \"quoted\""
     path = tmp_path / "new" / "m.jsonl"
     data.write_jsonl(path, [{"id": "a", "audio": "a.wav", "text": text}])
-    assert json.loads(path.read_text(encoding="utf-8"))["text"] == text
-    assert len(data.read_manifest(path)) == 1
+    assert data.read_json(path)["text"] == text and len(data.read_manifest(path)) == 1
     with pytest.raises(TypeError):
         data.write_jsonl(path, [{"id": object()}])
-    assert json.loads(path.read_text(encoding="utf-8"))["id"] == "a"  # the old file is still there
+    assert data.read_json(path)["id"] == "a"  # the old file is still there
+    data.write_json(path, {"rate": math.nan, "text": "你"})
+    assert data.read_json(path) == {"rate": None, "text": "你"}
 
 
 @pytest.mark.parametrize("raw, found", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs"), (b"", "empty|b''"),
-    (b"[1]", r"\[1\]"), (b'{"a": ', "a"), (b"\x80\x02}", "x80")])
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs"), (b"", "b''"),
+    (b"[1]", r"\[1\]"), (b"\x80\x02}", "x80")])
 def test_json_of_another_kind_is_named(tmp_path, raw, found):
     (tmp_path / "config.json").write_bytes(raw)
-    with pytest.raises(ValueError, match=f"config.json: expected a JSON object, found .*({found})"):
+    with pytest.raises(ValueError, match=f"config.json: expected a JSON object, found .*{found}"):
         data.read_json(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    assert data.read_json(tmp_path / "config.json") == {"a": 1}
 
 
 def test_what_can_not_be_written_is_named_before_long_work(tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("a file")
     data.check_writable(tmp_path / "a.json", tmp_path / "taken", tmp_path / "new/deep/b.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["taken"]  # nothing was made
-    for bad in (tmp_path / "taken/x.json", tmp_path, "/proc/x.json"):
+    for bad in (tmp_path / "taken/x.json", tmp_path):
         with pytest.raises(OSError, match=str(bad)):
             data.check_writable(tmp_path / "a.json", bad)
-
-
-def test_a_flag_is_at_least(capsys):
-    parser = data.argparse.ArgumentParser()
-    parser.add_argument("--n", type=data.at_least(1))
-    parser.add_argument("--x", type=data.at_least(0.0))
-    args = parser.parse_args(["--n", "1", "--x", "0"])
-    assert (args.n, args.x) == (1, 0.0) and parser.parse_args(["--x", "1e-4"]).x == 1e-4
-    for bad in ("--n=0", "--n=-3", "--n=1.5", "--n=x", "--x=-0.1", "--x=nan", "--x=inf"):
-        with pytest.raises(SystemExit):
-            parser.parse_args([bad])
-        assert bad[:3] in (shown := capsys.readouterr().err) and f"'{bad[4:]}'" in shown
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path or mode != os.W_OK)
+    with pytest.raises(OSError, match="new/x.json"):
+        data.check_writable(tmp_path / "new/x.json")
 
 
 # ---------------------------------------------------------------------------- batches
@@ -245,34 +213,28 @@ def test_a_row_is_its_clips_features_and_zeros(clips, tmp_path):
     silent = data.Utterance("s", str(tmp_path / "s.wav"), line="m.jsonl:7")
     gone = data.Utterance("gone", str(tmp_path / "gone.wav"), line="m.jsonl:9")
     batch = data.load_batch([clips[0], silent, *clips[3:7], gone], n_mels=(80, 128))
-    audios = {u.id: data.load_audio(u) for u in clips[:7]}
-    lengths = [len(audios[u.id]) for u in batch.utterances]
-    assert lengths == sorted(lengths) and len(batch) == 5
-    assert {u.id for u in batch.utterances} == {"u0", "u3", "u4", "u5", "u6"}
-    for n_mels in (80, 128):
-        mel = batch.mel[n_mels]
-        assert mel.shape == (5, n_mels, batch.n_frames.max()) and mel.dtype == np.float32
-        for u, row, n in zip(batch.utterances, mel, batch.n_frames):
-            audio = audios[u.id]
-            audio = np.concatenate([audio, np.zeros(max(0, 8000 - len(audio)), np.float32)])
-            assert n == len(audio) // 160
-            np.testing.assert_array_equal(row[:, :n], data.log_mel(audio, n_mels).numpy())
-            assert (row[:, n:] == 0).all()
+    assert sorted(u.id for u in batch.utterances) == ["u0", "u3", "u4", "u5", "u6"]
+    lengths = []
+    for k, (u, n) in enumerate(zip(batch.utterances, batch.n_frames)):
+        audio = data.load_audio(u)
+        lengths.append(len(audio))
+        audio = np.concatenate([audio, np.zeros(max(0, 8000 - len(audio)), np.float32)])
+        assert n == len(audio) // 160
+        for n_mels, mel in batch.mel.items():
+            assert mel.shape == (5, n_mels, batch.n_frames.max()) and mel.dtype == np.float32
+            np.testing.assert_array_equal(mel[k, :, :n], data.log_mel(audio, n_mels).numpy())
+            assert (mel[k, :, n:] == 0).all()
+    assert lengths == sorted(lengths) and sorted(batch.mel) == [80, 128]
     assert batch.n_frames.dtype == np.int64 and batch.n_frames.min() == 50  # half a second, padded
     assert batch.audio_sec == pytest.approx(batch.n_frames.sum() / 100)
-    why = {name: reason for name, reason, _ in batch.rejected}
-    assert why == {"s": "silent", "gone": "unreadable"}
+    assert [rejected[:2] for rejected in batch.rejected] == [
+        ("s", "silent"), ("gone", "unreadable")]
     assert "m.jsonl:9" in batch.rejected[1][2]
     with pytest.raises(data.AudioError, match="m.jsonl:7"):
         data.load_batch([clips[0], silent], keep_going=False)
     with pytest.warns(UserWarning, match="silent"):
         assert len(data.load_batch([silent], for_training=False)) == 1
     assert data.load_batch([clips[2]], max_sec=0.5).rejected[0][1] == "too_long"
-
-
-def test_clips_of_one_length_keep_their_order(clips):
-    twins = [data.Utterance(str(i), clips[4].audio) for i in range(5)]
-    assert [u.id for u in data.load_batch(twins).utterances] == list("01234")
 
 
 def test_a_batch_without_a_clip_is_a_batch():
@@ -286,12 +248,10 @@ def test_parts_of_a_batch_are_cropped_to_their_own_longest_row(clips):
     parts = batch.split(5)
     assert [len(part) for part in parts] == [5, 5, 3]
     assert [u for part in parts for u in part.utterances] == batch.utterances
-    assert np.concatenate([part.n_frames for part in parts]).tolist() == batch.n_frames.tolist()
     for k, part in enumerate(parts):
-        longest = part.n_frames.max()
-        assert part.mel[128].shape == (len(part), 128, longest) and part.rejected == []
-        np.testing.assert_array_equal(part.mel[128], batch.mel[128][5 * k:5 * k + 5, :, :longest])
-    assert batch.rows(2, 4).utterances == batch.utterances[2:4]
+        rows = slice(5 * k, 5 * k + 5)
+        np.testing.assert_array_equal(part.n_frames, batch.n_frames[rows])
+        np.testing.assert_array_equal(part.mel[128], batch.mel[128][rows, :, :part.n_frames.max()])
 
 
 def test_rows_of_ids_are_padded_on_one_side():
@@ -304,38 +264,27 @@ def test_rows_of_ids_are_padded_on_one_side():
 
 # ---------------------------------------------------------------------------- plan
 
-@pytest.mark.parametrize("n, size", [(1000, 16), (24, 5), (3, 8), (7, 7), (65, 2)])
-def test_every_utterance_comes_once_an_epoch(n, size):
-    plan = data.Plan(n, size, seed=3)
+@pytest.mark.parametrize("n, size", [(24, 5), (3, 8), (7, 7)])
+def test_a_step_is_a_function_of_seed_and_number(n, size):
+    plan = data.Plan(n, size, 3)
     assert plan.steps_per_epoch == -(-n // size)
-    for epoch in range(3):
-        batches = [plan[epoch * plan.steps_per_epoch + s] for s in range(plan.steps_per_epoch)]
-        assert sorted(i for batch in batches for i in batch) == list(range(n))
-        assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
-
-
-def test_a_step_is_a_function_of_seed_and_number():
-    plan = data.Plan(200, 8, 3)
-    forward = [plan[s] for s in range(75)]
-    for s in (74, 30, 51, 0, 74, 26):  # any order, a fresh object each
-        assert data.Plan(200, 8, 3)[s] == forward[s] == plan[s]
-    assert forward[:25] != forward[25:50]
-    assert forward[:25] != [data.Plan(200, 8, 4)[s] for s in range(25)]
-    # The numbers that old training runs saw: another recipe would change every study.
-    order = np.random.default_rng([3, 1]).permutation(np.arange(200, dtype=np.uint32))
-    assert forward[25:28] == order[:24].reshape(3, 8).tolist()
+    for epoch in (2, 0, 1):  # in any order
+        # The numbers that old training runs saw: another recipe would change every study.
+        order = np.random.default_rng([3, epoch]).permutation(np.arange(n, dtype=np.uint32))
+        for i in range(plan.steps_per_epoch):
+            step = epoch * plan.steps_per_epoch + i
+            assert plan[step] == order[i * size:(i + 1) * size].tolist()
+            assert data.Plan(n, size, 4)[step] != plan[step] or n < 24
 
 
 def test_ranks_share_out_each_step(clips):
     plan = data.Plan(len(clips), 4, 0)
     for step in (0, 3, 4):  # step 3 has one row left: a rank without a clip takes part all the same
-        whole = data.Steps(clips, plan)[step]
-        parts = [data.Steps(clips, plan, rank, 2, (80,))[step] for rank in range(2)]
-        assert [len(part) for part in parts] == [(len(whole) + 1) // 2, len(whole) // 2]
-        assert sorted(u.id for part in parts for u in part.utterances) == sorted(
-            u.id for u in whole.utterances)
-        assert parts[0].utterances[0].id in {clips[i].id for i in plan[step][0::2]}
-        assert list(parts[0].mel) == [80]
+        for rank in range(2):
+            part = data.Steps(clips, plan, rank, 2, (80,))[step]
+            mine = {clips[i].id for i in plan[step][rank::2]}
+            assert {u.id for u in part.utterances} == mine and len(part) == len(mine)
+            assert list(part.mel) == [80]
 
 
 # ---------------------------------------------------------------------------- the loader
@@ -428,7 +377,7 @@ def test_the_demo_is_the_one_that_readme_reports(tmp_path):
     code = "import data, json, sys; data.make_demo(sys.argv[1], 0, json.loads(sys.argv[2]))"
     done = subprocess.run([sys.executable, "-c", code, tmp_path, json.dumps(SMALL)], cwd=ROOT,
                           check=True, capture_output=True, text=True)
-    assert "teacher     6 clips    0.1 min" in done.stdout
+    assert "teacher.jsonl: 6 clips" in done.stdout
     lines = b"".join((tmp_path / f"{split}.jsonl").read_bytes() for split in SMALL)
     # Its sentences, voices and lengths.
     assert hashlib.sha256(lines).hexdigest().startswith("3bbb3a5f5f73b20e")
@@ -442,12 +391,10 @@ def test_the_demo_is_the_one_that_readme_reports(tmp_path):
 
 def test_voices_of_test_and_dev_are_heard_nowhere_else():
     cast = {split: set(voices) for split, voices in data.CAST.items()}
-    assert {split: len(voices) for split, voices in cast.items()} == {
-        "test": 6, "dev": 6, "train": 6, "teacher": 25, "pool": 13}
-    assert cast["test"] == cast["dev"]
-    assert not cast["test"] & (cast["train"] | cast["teacher"] | cast["pool"])
-    assert cast["train"] < cast["pool"] < cast["teacher"]
-    assert not {"victor", "f2", "f3", "f5"} & set().union(*cast.values())
+    assert [len(cast[split]) for split in data.SIZES] == [6, 6, 6, 25, 13]
+    assert cast["train"] < cast["pool"] < cast["teacher"] and cast["test"] == cast["dev"]
+    assert not cast["test"] & cast["teacher"]
+    assert not {"victor", "f2", "f3", "f5"} & (cast["test"] | cast["teacher"])
 
 
 def test_sentences_of_the_demo_stay_apart_when_they_run_short(tmp_path, monkeypatch):
@@ -459,8 +406,6 @@ def test_sentences_of_the_demo_stay_apart_when_they_run_short(tmp_path, monkeypa
     (tmp_path / "wav").mkdir()
     sizes = {"test": 16, "dev": 16, "train": 20, "teacher": 100, "pool": 100}
     rows = data.speak_language("en", tmp_path, 0, sizes)
-    more = data.speak_language("en", tmp_path, 0, sizes | {"pool": 120})  # changes the pool alone
-    assert more.pop("pool")[:50] == rows["pool"] and more.items() < rows.items()
     assert {split: 2 * len(rows[split]) for split in rows} == sizes
     samples = np.frombuffer((tmp_path / "wav/dev-en-00000.wav").read_bytes()[44:], "<i2")
     np.testing.assert_array_equal(samples, np.floor(speech * 32768.0))

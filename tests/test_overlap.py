@@ -232,7 +232,7 @@ def test_students_side_by_side_on_two_processes_are_what_each_is_alone_on_one(fo
 
 
 def test_reference_states_want_text(folder, corpus, teacher):
-    with pytest.raises(ValueError, match="text.*set.jsonl:5"):
+    with pytest.raises(ValueError, match="set.jsonl:5: no 'text'"):
         run(folder, "reference", "--states", "reference")
     result = run(folder, "reference", "--states", "reference", "--data", corpus / "dev.jsonl")
     dev = data.read_manifest(corpus / "dev.jsonl")
@@ -291,9 +291,15 @@ def test_check_stops_a_teacher_that_does_not_know_the_audio(
         assert said in table
 
 
-@pytest.mark.parametrize("margin", [0.99, 1.01])
-def test_check_wants_one_nat_per_token(folder, monkeypatch, capsys, margin):
+@pytest.mark.parametrize("margin, teachers, said", [
+    (0.99, 0, None), (1.01, 0, "is something to learn: the teacher makes 75.0 to 75.0"),
+    (1.01, 3, "may be nothing to learn: the teacher makes 0.0 to 0.0")])
+def test_check_wants_one_nat_per_token_and_a_better_teacher(
+        folder, monkeypatch, capsys, margin, teachers, said):
     ways = []
+    errors = iter((3, teachers))
+    monkeypatch.setattr(overlap, "decode", lambda asr, clips, args: (
+        "hyp", np.full(len(clips), next(errors)), np.full(len(clips), 4)))
 
     def measure(*words):
         ways.append(words[4].states)
@@ -306,7 +312,7 @@ def test_check_wants_one_nat_per_token(folder, monkeypatch, capsys, margin):
             overlap.main(flags(folder, "--check"))
         return
     overlap.main(flags(folder, "--check"))
-    assert "The two fit." in capsys.readouterr().out
+    assert f"The two fit. There {said} points fewer errors." in capsys.readouterr().out
 
 
 def test_check_wants_two_transcripts_and_ends_on_two_processes(folder, corpus, tmp_path):
