@@ -601,8 +601,9 @@ def test_labels_and_outputs_are_checked_before_the_first_step(
     assert not (tmp_path / "run").exists()
     with pytest.raises(OSError, match="taken"):
         run(script, "taken/x")
+    shutil.copytree(checkpoints / "student", tmp_path / "old")
     with pytest.raises(FileExistsError, match="holds a checkpoint"):
-        run(script, out=checkpoints / "student")
+        run(script, "old")
 
 
 def test_distill_reads_transcripts_only_where_it_is_told_to(run, subset, student):
