@@ -585,7 +585,7 @@ def test_gradients_that_are_not_finite_stop_the_run_and_name_the_clips(
 
 @both
 def test_labels_and_outputs_are_checked_before_the_first_step(
-        run, subset, corpus, tmp_path, script):
+        run, subset, corpus, checkpoints, tmp_path, script):
     untold = subset(3, name="untold", text=None)
     write_wav(tmp_path / "long.wav", np.full(41 * 16_000, 0.1))
     long = tmp_path / "long.jsonl"
@@ -601,6 +601,9 @@ def test_labels_and_outputs_are_checked_before_the_first_step(
     assert not (tmp_path / "run").exists()
     with pytest.raises(OSError, match="taken"):
         run(script, "taken/x")
+    shutil.copytree(checkpoints / "student", tmp_path / "old")
+    with pytest.raises(FileExistsError, match="holds a checkpoint"):
+        run(script, "old")
 
 
 def test_distill_reads_transcripts_only_where_it_is_told_to(run, subset, student):
