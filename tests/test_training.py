@@ -618,6 +618,10 @@ def test_distill_reads_transcripts_only_where_it_is_told_to(run, subset, student
     ids, mask, _ = distill.roll_out_share(student, batch, 0, args)
     expected = student.tokenizer.encode("something else") + [student.eos_id]
     assert [row[m].tolist() for row, m in zip(ids, mask)] == [expected] * 6
+    brief = subset(5, BRIEF, "brief")
+    record, = metrics(run("distill", data=brief, batch=5, steps=1, states="reference"))
+    assert record["tokens"] == sum(len(student.encode_text(text)) for text in BRIEF)
+    assert record["empty"] == 1 / 5  # one text is
 
 
 def test_rollouts_are_drawn_anew_at_every_step_and_by_temperature_and_seed(run, subset):
