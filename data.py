@@ -532,6 +532,7 @@ BY_CHARACTER = set("ja jpn japanese ko kor korean th tha thai lo lao km khm khme
 # For [...]: Thai and Lao; Burmese; Khmer; CJK and kana; more Burmese; hangul; more CJK.
 ONE_CHARACTER = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uaa60-\uaa7f\uac00-\ud7af"
                  "\uf900-\ufaff\U00020000-\U0003ffff")
+# A run of anything else is one unit, of Latin letters and digits in Chinese text, too. [dev 9]
 UNIT = re.compile(rf"[{ONE_CHARACTER}]|[^\s{ONE_CHARACTER}]+")
 APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4`", "'"))
 # Soft hyphen, zero width, joiners, direction, variation of emoji: they separate no words.
@@ -560,7 +561,7 @@ def normalize(text: str, language: str | None) -> str:
         text = normalizer("en")(text)
     else:
         text = words(text)
-    # [dev 9] Whisper's normaliser leaves a symbol of its numbers where it was alone, as in "...".
+    # Whisper's normaliser leaves a symbol of its numbers where it was alone, as in "...".
     return " ".join(unit for unit in UNIT.findall(text) if unit.strip(".%$¢€£"))
 
 
@@ -995,7 +996,7 @@ def parse_args(argv=None):
                                       formatter_class=HelpFormatter)
         command.add_argument("root", metavar="ROOT", help="the corpus")
         command.add_argument("out", metavar="OUT", help="folder for the manifests")
-    command.add_argument("--language", help="code for every line: en, zh, ...")  # of folder
+    commands.choices["folder"].add_argument("--language", help="code for every line: en, zh, ...")
     return parser.parse_args(argv)
 
 

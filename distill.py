@@ -15,20 +15,19 @@ transcripts of --data are not read: all that is learnt comes from the teacher. (
 --states reference takes its states from them.)
 
   symbol     variable   shape    meaning
-  y          ids, mask  (B, R)   rollouts with their EOS, right-padded; True on emitted tokens
-             scored     (B, R)   True on those that the teacher can score; packed: y (n,)
-  z_S, z_T   z_s, z_t   (n, V)   logits that predict each token, both in the student's vocabulary;
-                                 z = head(hidden), made in (4), a chunk of rows at a time
+             ids, mask  (B, R)   B rollouts with their EOS, right-padded to R; True on emitted tokens
+             scored     (B, R)   True on those that the teacher can score
+  y          y          (n,)     the n scored tokens of a micro-batch, packed
+  z_S, z_T   z_s, z_t   (n, V)   logits that predict each token, both in the student's V ids;
+                                 z = head(hidden), made in (4) for a chunk of C rows at a time
   log p      logp_               log-probabilities in nats
-  N          N          ()       emitted tokens that the teacher can score, EOS included: of the
-                                 whole step, all ranks and micro-batches
-             n                   those of one micro-batch of b rollouts, the longest r; C: of a
-                                 chunk
+  N          N          ()       scored tokens of the whole step: all ranks and micro-batches
 
 Differs from the paper (arXiv 2605.28139):
   [dev 1] Reverse KL over the full vocabulary. Eq. 1 is forward KL, KL(p_T || p_S), on the union of
           both top-k sets: --divergence forward --support union --top_k 32 --temperature 0
-          (Where the union has fewer than two tokens, Eq. 1 leaves the position out; here D_t = 0.)
+          (Where the union has fewer than two tokens, Eq. 1 leaves the position out; here D_t = 0.
+          The teacher's top k are taken among the ids that both vocabularies have.)
   [dev 2] Rollouts are sampled at temperature 1, the distribution that the loss is an expectation
           over; the paper decodes greedily.
   [dev 3] The teacher is given the student's token ids, mapped through equal token strings, not text
@@ -75,6 +74,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data
 import model
 from data import at_least
+from model import map_logits
 
 
 def parse_args(argv=None):
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     # rollout
     add("--states", default="rollout", choices=["rollout", "reference"],
         help="learn at the student's rollouts, or (a control) at the transcripts of --data")
-    add("--temperature", type=at_least(0.0), default=1.0, help="of the sampling; 0 is greedy")
+    add("--temperature", type=at_least(0.0), default=1.0, help="of the rollouts; 0 is greedy")
     add("--max_new_tokens", type=at_least(1), default=64, help="longest rollout, tokens")
     # objective
     add("--divergence", default="reverse", choices=["reverse", "forward"],
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     # optimisation
     add("--steps", type=at_least(1), default=600, help="optimiser updates")
     add("--batch", type=at_least(1), default=16, help="utterances per step, over all processes")
-    add("--micro_batch", type=at_least(1), default=16, help="clips per pass: affects only memory")
+    add("--micro_batch", type=at_least(1), default=16, help="clips per backward: same update")
     add("--lr", type=at_least(0.0), default=1e-3, help="peak learning rate")
     add("--warmup", type=at_least(0), default=20, help="updates of linear warm-up")
     add("--freeze", choices=["encoder"], help="train adapter and LM alone")
@@ -138,8 +138,8 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------------------------- the objective
-# Pure functions of tensors. -inf marks ids that are ruled out, in the same places in z_s
-# and z_t. Pass logits or log-probabilities (a constant per row apart), but never one of each.
+# Pure functions of tensors. -inf marks ids that are ruled out, in the same places in z_s and z_t.
+# Each function normalises both sides itself: log-probabilities will do, too.
 
 def reverse_kl(z_s, z_t):
     """KL(p_S || p_T) of each row: logits (n, V) twice -> (n,) nats.
@@ -216,9 +216,10 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, 
 
     So nothing of size (n, V) ever exists. hidden_s (n, width), hidden_t (n, width_t), y (n,):
     emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary; to_teacher (V,):
-    see model.vocabulary_map; token_kl: (z_s, z_t, y) -> D_t, such as token_divergence. A chunk's
-    rows are detached: its backward adds to the gradient of the head's weight, and stops at the
-    rows. The caller continues from there (to copy this out, take model.map_logits along):
+    the teacher's id of each student id, -1: none; token_kl: (z_s, z_t, y) -> D_t, such as
+    token_divergence; N: tokens of the whole step. A chunk's rows are detached: its backward adds to
+    the gradient of the head's weight, and stops at the rows. The caller continues from there (to
+    copy this out, take map_logits along):
 
         loss, grad_rows = loss_in_chunks(hidden_s, ...)
         hidden_s.backward(grad_rows)
@@ -231,7 +232,7 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, 
         leaf = hidden_s[i:i + chunk].detach().requires_grad_()              # (C, width)
         z_s = head_s(leaf).masked_fill(ruled_out, -math.inf)                # (C, V)
         with torch.no_grad():
-            z_t = model.map_logits(head_t(hidden_t[i:i + chunk]), to_teacher)  # (C, V)
+            z_t = map_logits(head_t(hidden_t[i:i + chunk]), to_teacher)     # (C, V)
         chunk_loss = token_kl(z_s, z_t, y[i:i + chunk]).sum() / N           # ()
         chunk_loss.backward()
         grad_rows[i:i + chunk] = leaf.grad
@@ -245,9 +246,9 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, 
 def roll_out_share(student, batch, step, args):
     """The rollouts of this rank's share, in one batch: ids (B, R), mask (B, R), Whisper's frames.
 
-    One batch: a GPU should need as long per token for 12 rows as for 120. The encoder takes
-    --micro_batch clips at a time, which bounds its memory. The frames are None unless --freeze
-    allows (3) to use them again.
+    One batch: a token takes a GPU hardly longer for 120 rows than for 12 (a guess). The encoder
+    takes --micro_batch clips at a time, which bounds its memory. The frames are None unless
+    --freeze encoder allows (3) to use them again.
     """
     if not len(batch):  # nothing could be used; the rank still takes part in the collectives
         ids = torch.zeros(0, 1, dtype=torch.long, device=student.device)
@@ -269,11 +270,11 @@ def main(args):
         return demo(args)
     rank, world, device = model.setup(args)
     torch.manual_seed(args.seed)
-    state = model.find_state(args)
+    resumed = model.find_state(args)
     need = ("text",) if args.states == "reference" else ()
     pool = data.read_manifest(args.data, need, args.language)
-    dev = model.read_dev(args.dev, rank, world)
-    student = model.load_student(state or args.student, device)
+    dev = model.read_dev(args.dev, rank, world, args.language)
+    student = model.load_student(resumed or args.student, device)
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, pool)
     to_teacher = model.vocabulary_map(student, teacher)                     # (V,) -1: none
@@ -285,10 +286,10 @@ def main(args):
     trained = model.trainable(student, args.freeze, args.recompute)
     parameters = list(trained.values())
     optimizer = model.make_optimizer(parameters, args.lr)
-    run = model.Run(args, student, trained, optimizer, dev, state, rank)
+    run = model.Run(args, student, trained, optimizer, dev, resumed, rank)
     plan = data.Plan(len(pool), args.batch, args.seed)
-    share = data.Steps(pool, plan, rank, world, (student.n_mels, teacher.n_mels))
-    batches = iter(data.loader(share, range(run.start, args.steps), args.workers))
+    steps = data.Steps(pool, plan, rank, world, (student.n_mels, teacher.n_mels))
+    batches = iter(data.loader(steps, range(run.start, args.steps), args.workers))
     if rank == 0:
         shared = int((to_teacher >= 0).sum())
         print(f"{shared} of {len(student.tokenizer)} student ids are in the teacher's vocabulary; "
@@ -319,29 +320,29 @@ def main(args):
             rows = slice(i, i + args.micro_batch)
             part = batch.rows(i, i + args.micro_batch)
             longest = max(1, int(scored[rows].sum(1).max()))                # r
-            y = ids[rows, :longest]                                         # (b, r)
-            is_scored = scored[rows, :longest]                              # (b, r)
+            ids_s = ids[rows, :longest]                                     # (b, r)
+            is_scored = scored[rows, :longest]                              # (b, r), n are True
+            y = ids_s[is_scored]                                            # (n,)
 
             # ---- (2) teacher   hidden_t[t] at (x, y_<t); z_T[t] = head_t(hidden_t[t]), in (4)
             #      The same ids, in its numbering, on the same audio.                        [dev 3]
             with torch.no_grad():
                 prompt_t = model.encode_audio(teacher, part)
-                y_t = to_teacher[y].clamp(min=0)  # unscored positions: any id will do
+                ids_t = to_teacher[ids_s].clamp(min=0)  # unscored positions: any id will do
                 hidden_t = model.response_hidden(                           # (n, width_t)
-                    teacher.body, prompt_t.embeds, prompt_t.mask, y_t, is_scored)
+                    teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, is_scored)
 
             # ---- (3) student   hidden_s[t] at (x, y_<t), now with gradients; z_S[t] in (4)
             kept = None if frames is None else frames[rows]
             prompt_s = model.encode_audio(student, part, frames=kept)
             hidden_s = model.response_hidden(                               # (n, width)
-                student.body, prompt_s.embeds, prompt_s.mask, y, is_scored)
+                student.body, prompt_s.embeds, prompt_s.mask, ids_s, is_scored)
 
             # ---- (4) loss      1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z),
             #      z_S[t] = head_s(hidden_s[t]),   z_T[t] = head_t(hidden_t[t]), in student ids.
             #      Every token of the step weighs 1 / N, wherever it landed.                 [dev 4]
             part_loss, grad_rows = loss_in_chunks(
-                hidden_s, hidden_t, y[is_scored], head_s, head_t, to_teacher, token_kl,
-                args.chunk, N)
+                hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, args.chunk, N)
             hidden_s.backward(grad_rows)
             loss += part_loss
 
@@ -371,7 +372,7 @@ def main(args):
                 "truncated": sums["truncated"] / n_clips, "empty": sums["empty"] / n_clips,
                 "not_scored": int(sums["not_scored"]), "rejected": int(sums["rejected"]),
                 "audio_per_sec": sums["audio_sec"] / sums["seconds"]})
-        run.evaluate(step + 1)
+        run.evaluate(step + 1)  # the ranks share the clips of --dev: a collective
         run.save_state(step + 1)
         if run.stopping:
             break
@@ -422,7 +423,7 @@ def demo_commands(args, root) -> dict[str, str]:
         value = getattr(args, flag)
         if flag == "seed" or (value != default and flag not in ("out", "device")):
             opd += f" --{flag}" if value is True else f" --{flag} {value}"
-    go_on = f"{sft} --student {at}/base --lr {args.lr} --warmup {args.warmup}"
+    go_on = f"{sft} --student {at}/base --lr {args.lr} --warmup {args.warmup} --batch {args.batch}"
     td = f"{at}/transcripts/td.jsonl"
     commands = {
         "data": f"python data.py demo --out {at}/data --seed {args.seed}",

@@ -23,7 +23,8 @@ left, responses on the right, so that in every row
     input_ids   prompt         y_0    y_1   ...   y_{R-1} (= EOS)
     hidden[c] predicts column c+1: rows P-1 ... P+R-2 predict y_0 ... y_{R-1}
 
-A training step makes three calls: `encode_audio`, `generate` and `response_hidden`.
+A step of distill.py uses three functions: `encode_audio`, `generate` (by `roll_out`) and
+`response_hidden`; one of sft.py the first and the last.
 
 Weights have the names of the published ARK-ASR checkpoints and are read from safetensors only. No
 code of a checkpoint is ever run.
@@ -78,29 +79,30 @@ transformers.utils.logging.disable_progress_bar()  # a bar per checkpoint read s
 # ---------------------------------------------------------------------- audio encoder and adapter
 
 def rope_angles(n_positions, head_dim, device, theta=10_000.0):
-    """Cosines and sines of RoPE's angles (Su et al. 2021): each (T, head_dim / 4), fp32.
+    """Cosines and sines of RoPE's angles (Su et al. 2021): each (T', head_dim / 4), fp32.
 
-    Half of each head is rotated, rd = head_dim / 2: pair i at position t by t theta^(-2i / rd).
+    T' positions, 50 a second. Half of each head is rotated, rd = head_dim / 2: pair i at position t
+    by t theta^(-2i / rd).
     """
     rotary_dim = head_dim // 2
     dims = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32)
     frequencies = theta ** (-dims / rotary_dim)                    # (rd / 2,)
     positions = torch.arange(n_positions, device=device, dtype=torch.float32)
-    angles = positions[:, None] * frequencies                      # (T, rd / 2)
+    angles = positions[:, None] * frequencies                      # (T', rd / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Adjacent pairs (2i, 2i+1) of the first half of each head, rotated: (B, heads, T, head_dim).
+    """Adjacent pairs (2i, 2i+1) of the first half of each head, rotated: (B, heads, T', head_dim).
 
     The published layout is interleaved. transformers' glmasr pairs i with i + rd/2 instead, and
     permutes the rows of the weights.
     """
     rotary_dim = 2 * cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    even = x[..., 0:rotary_dim:2]                                  # (B, heads, T, rd / 2)
+    even = x[..., 0:rotary_dim:2]                                  # (B, heads, T', rd / 2)
     odd = x[..., 1:rotary_dim:2]
-    rest = x[..., rotary_dim:]                                     # (B, heads, T, head_dim - rd)
+    rest = x[..., rotary_dim:]                                     # (B, heads, T', head_dim - rd)
     pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
     return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
@@ -117,14 +119,14 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model)
 
     def split_heads(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, T, head_dim)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, T', head_dim)
 
     def forward(self, x, rope, mask):
-        """x (B, T, d_model), rope (cos, sin), mask (B, 1, 1, T) True on valid keys -> like x."""
+        """x (B, T', d_model), rope (cos, sin), mask (B, 1, 1, T') True on valid keys -> like x."""
         q = rotate(self.split_heads(self.q_proj(x)), *rope)
         k = rotate(self.split_heads(self.k_proj(x)), *rope)
         v = self.split_heads(self.v_proj(x))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, T, head_dim)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, T', head_dim)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -245,7 +247,7 @@ class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
 
 
 # The only values implemented here, of options that a config.json may set.
-WRITTEN_OUT = {"use_rope": True, "adapter_type": "mlp", "mlp_adapter_act": "gelu",
+IMPLEMENTED = {"use_rope": True, "adapter_type": "mlp", "mlp_adapter_act": "gelu",
                "use_sliding_window": False, "rope_scaling": None}
 
 
@@ -254,14 +256,14 @@ def student_config(keys: dict) -> ArkasrConfig:
 
     Raises ValueError naming the key that asks for another kind of encoder or LM.
     """
-    keys = {"tie_word_embeddings": True, "merge_factor": 4} | WRITTEN_OUT | keys
-    for key, expected in WRITTEN_OUT.items():
+    keys = {"tie_word_embeddings": True, "merge_factor": 4} | IMPLEMENTED | keys
+    for key, expected in IMPLEMENTED.items():
         if keys[key] != expected:
-            raise ValueError(f"{key} {keys[key]!r}: only {expected!r} is written out here")
+            raise ValueError(f"{key} {keys[key]!r}: only {expected!r} is implemented")
     rope = {"rope_type": "default", "rope_theta": keys.get("rope_theta", 1e6)}
     rope |= keys.get("rope_parameters") or {}
     if rope["rope_type"] != "default":
-        raise ValueError(f"rope_parameters {rope}: only 'default' is written out here")
+        raise ValueError(f"rope_parameters {rope}: only 'default' is implemented")
     if "whisper_config" not in keys:
         raise ValueError("no whisper_config, the sizes of the audio encoder")
     left_out = """model_type transformers_version torch_dtype dtype rope_scaling
@@ -623,7 +625,8 @@ def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, frames=None) -> 
     """Audio encoder and adapter, then prompts with the audio in place. Differentiable.
 
     micro_batch: clips that go through the encoder together: its memory. All by default.
-    frames: `.frames` of an earlier call on these clips, where the Whisper encoder is frozen.
+    frames: `.frames` of an earlier call on these clips, where the Whisper encoder is frozen (not
+    with micro_batch).
     """
     parts = batch.split(micro_batch or len(batch))
     with autocast(asr.device):
@@ -681,8 +684,8 @@ def logits(hidden, weight):
     """The LM head: hidden (n, width), weight (V, width) -> logits (n, V) in fp32.
 
     All logits come from here, so that rollout, student and teacher round alike. Autocast is off: it
-    would round logits to bf16, which moves the gradient of a KL by 4 to 29 %. Before a loop, cast a
-    bf16 weight once: `.float()` of the 1.7B teacher's is 1.2 GB.
+    would round logits to bf16, which distorts the gradient of a KL. Before a loop, cast a bf16
+    weight once: `.float()` of the 1.7B teacher's is 1.2 GB.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden.float(), weight.float())
@@ -819,7 +822,8 @@ def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
     """The teacher's id of each student id with an equal token string, -1 where it has none: (V,).
 
     Ids that end the student's transcripts map to ids that end the teacher's: to the same token, or
-    else to its EOS. Ids blocked on either side are -1: no transcript has them.
+    else to its EOS. Ids blocked on either side are -1: no transcript has them. Raises ValueError if
+    under a tenth of the ids that the student may write have a counterpart.
     """
     teacher_ids = teacher.tokenizer.get_vocab()
     usable_s = (~student.blocked).tolist()
@@ -832,6 +836,10 @@ def vocabulary_map(student: ASR, teacher: ASR) -> torch.Tensor:
     # A student's id that ends a transcript and does not end the teacher's means the teacher's EOS.
     ends_both = (to_teacher >= 0) & teacher.stop.cpu()[to_teacher.clamp(min=0)]
     to_teacher[student.stop.cpu() & ~ends_both] = teacher.eos_id
+    shared = int((to_teacher >= 0).sum())
+    if shared < 0.1 * sum(usable_s):
+        raise ValueError(f"the teacher has {shared} of the student's {sum(usable_s)} tokens: their "
+                         "tokenizers must be of one kind, such as Qwen's")
     return to_teacher.to(student.device)
 
 
@@ -1115,7 +1123,7 @@ def sum_gradients(parameters) -> None:
             p.grad = torch.zeros_like(p)  # a rank without a token adds nothing, and takes part
     if dist.is_initialized():
         gradients = [p.grad for p in parameters]
-        for i in range(0, len(gradients), 64):  # flat: a collective per tensor took 6 times as long
+        for i in range(0, len(gradients), 64):  # flat: a collective per tensor takes longer
             bucket = gradients[i:i + 64]
             flat = nn.utils.parameters_to_vector(bucket)
             dist.all_reduce(flat)
@@ -1123,7 +1131,7 @@ def sum_gradients(parameters) -> None:
 
 
 def find_state(args) -> Path | None:
-    """OUT/state/step-N to go on from, as rank 0 finds it: None without --resume, or if there is none.
+    """OUT/state/step-N, as rank 0 finds it, to go on from; None if there is none, or no --resume.
 
     Raises FileExistsError if --out holds a checkpoint, or an earlier run without --resume.
     """
@@ -1158,14 +1166,14 @@ class Run:
     trained: dict[str, nn.Parameter]   # see `trainable`
     optimizer: torch.optim.Optimizer
     dev: dict[str, data.Manifest]      # see `read_dev`
-    state: Path | None                 # see `find_state`
+    resumed: Path | None               # the training state that it goes on from, see `find_state`
     rank: int
 
     def __post_init__(self):
         self.out = Path(self.args.out)
         self.metrics = self.out / "metrics.jsonl"
         kept = {"step": 0, "best": None, "tokens": 0, "sums": {}, "metrics_bytes": 0, "flags": {}}
-        if self.state:
+        if self.resumed:
             kept = self.restore()
         self.start = kept["step"]          # updates made before this process began
         self.best = kept["best"]           # lowest dev error, %; None while unknown
@@ -1176,7 +1184,7 @@ class Run:
         signal.signal(signal.SIGTERM, lambda *_: self.signals.append("SIGTERM"))
         self.stopping = False              # some rank has a signal
         if self.start > self.args.steps:
-            raise ValueError(f"{self.state}: {self.start} updates are made, "
+            raise ValueError(f"{self.resumed}: {self.start} updates are made, "
                              f"--steps says {self.args.steps}")
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1264,18 +1272,18 @@ class Run:
     @torch.no_grad()
     def restore(self) -> dict:
         """AdamW's moments, and what is trained beside the student -> what training.json holds."""
-        tensors = load_file(self.state / "training.safetensors")
+        tensors = load_file(self.resumed / "training.safetensors")
         names = {name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")}
         if names and names != self.trained.keys():
-            raise ValueError(f"{self.state}: moments of {len(names)} weights, {len(self.trained)} "
-                             "are trained: another --freeze or --ctc?")
+            raise ValueError(f"{self.resumed}: moments of {len(names)} weights, but "
+                             f"{len(self.trained)} are trained: another --freeze or --ctc?")
         for name, p in self.trained.items():
             if f"{name}.value" in tensors:
                 p.copy_(tensors[f"{name}.value"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{name}.{key}" in tensors:
                     self.optimizer.state[p][key] = tensors[f"{name}.{key}"].to(p.device)
-        return data.read_json(self.state / "training.json")
+        return data.read_json(self.resumed / "training.json")
 
     def close(self) -> None:
         """The last weights where there is no dev set, metrics.png, and what was left out and why.
@@ -1297,12 +1305,15 @@ class Run:
             raise SystemExit(143)
 
 
-def read_dev(paths, rank, world) -> dict[str, data.Manifest]:
-    """--dev's manifests by name. All clips are decoded once now: a bad one would end the run."""
+def read_dev(paths, rank, world, language=None) -> dict[str, data.Manifest]:
+    """--dev's manifests by name. All clips are decoded once now: a bad one would end the run.
+
+    language: of lines that name none.
+    """
     dev = {}
     for path in paths or []:
         name = Path(path).stem if Path(path).stem not in dev else str(path)
-        dev[name] = data.read_manifest(path, need=("text",))
+        dev[name] = data.read_manifest(path, need=("text",), language=language)
         for utterance in dev[name][rank::world]:
             data.load_audio(utterance, data.MAX_EVAL_SEC, for_training=False)
     return dev

@@ -4,7 +4,7 @@ Section 4.3 and Table 2 of the paper (arXiv 2605.28139). A state is a token of t
 rollout, EOS included: the prefix before it is what both models have read. At state t each model
 names the k most probable tokens of those it may write (special tokens are out beforehand). Tokens
 without a counterpart in the other vocabulary are dropped afterwards. What is left are the sets S_t
-of the student and T_t of the teacher; u is their union, n their intersection below.
+of the student and T_t of the teacher.
 
     python overlap.py --student runs/x/sft --teacher runs/x/teacher --data test.jsonl --out runs/x/o
     python overlap.py --student runs/x/sft runs/x/td --teacher ...          # the paper's Table 2
@@ -20,21 +20,23 @@ Batches are those of distill.py's first epoch, whatever the number of processes.
 "high"}: the mean over states, and a 95 % interval that resamples utterances (null where too few
 have such a state).
 
-  vuss          |S_t u T_t|, the Valid Union Support Size, up to 2k: smaller is closer. It is
-                2k - |S_t n T_t| when nothing is dropped. A student's also has "batch_mean",
+  vuss          |S_t ∪ T_t|, the Valid Union Support Size, up to 2k: smaller is closer. It is
+                2k - |S_t ∩ T_t| when nothing is dropped. A student's also has "batch_mean",
                 "batch_min", "batch_max": of the means of full batches, as in Table 2
-  overlap       |S_t n T_t| / k: the same on a scale of 0 to 1, larger is closer
+  overlap       |S_t ∩ T_t| / k: the same on a scale of 0 to 1, larger is closer
   top1          do both models put the same token first? (overlap at k = 1)
   logp_t        log p_T of the written token, nats
   kl_reverse    KL(p_S || p_T), which OPD minimises, nats; p_S and p_T are over all ids that both
   kl_forward    KL(p_T || p_S)                              vocabularies have
   by_token      all above by the token's index in the rollout: "0", "1" ... "20 and later", each
                 with its number of "states" and "clips"
-  clips, states, states_not_scored    the last: at or after a token without a counterpart
+  student, clips, states, states_not_scored    the last: at or after a token without a counterpart
   shared_ids    ids that both vocabularies have
+  batches       beside "students": full batches, those of vuss's batch_*
 
-Differs from the public code: that reports the number of one rank, and also takes stop tokens out of
-the student's set.
+Differs from the public code (numbers go on from sft.py):
+  [dev 11] VUSS is that of all ranks, and stop tokens stay in the student's set; the public code
+           reports one rank's, and takes them out.
 """
 
 import argparse
@@ -217,20 +219,20 @@ def measure_batch(student, teacher, to_teacher, batch, args):
     hidden_s = model.response_hidden(
         student.body, prompt_s.embeds, prompt_s.mask, ids, scored)                  # (n, width)
     hidden_t = model.response_hidden(
-        teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, scored)                # (n, width)
+        teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, scored)                # (n, width_t)
 
     # Columns of the logits: the student's ids, then those that only the teacher may write, which
-    # take their places among its top k.
+    # take their places among its top k. Stop tokens are not blocked.                   [dev 11]
     teacher_only = ~teacher.blocked                                                     # (V_t,)
     teacher_only[to_teacher[to_teacher >= 0]] = False
-    head_s = student.head.weight.float()
-    head_t = teacher.head.weight.float()
+    weight_s = student.head.weight.float()                                          # (V, width)
+    weight_t = teacher.head.weight.float()                                          # (V_t, width_t)
     y = ids[scored]                                                                     # (n,)
     values = [np.zeros((0, len(STATISTICS)), np.float32)]
     for i in range(0, len(y), args.chunk):
         rows = slice(i, i + args.chunk)
-        z_s = model.logits(hidden_s[rows], head_s).masked_fill(student.blocked, -math.inf)
-        z_t = model.logits(hidden_t[rows], head_t)                                      # (C, V_t)
+        z_s = model.logits(hidden_s[rows], weight_s).masked_fill(student.blocked, -math.inf)
+        z_t = model.logits(hidden_t[rows], weight_t)                                    # (C, V_t)
         z_only = z_t[:, teacher_only]
         z_s = torch.cat([z_s, torch.full_like(z_only, -math.inf)], dim=1)
         z_t = torch.cat([model.map_logits(z_t, to_teacher), z_only], dim=1)             # like z_s
@@ -326,7 +328,7 @@ def draw_overlap(students, k, path) -> None:
             tokens = list(student["by_token"].values())[:LAST_TOKEN]
             shown = [e[name] for e in tokens if e["clips"] >= 20]
             x = range(len(shown))
-            axis.plot(x, [e["mean"] for e in shown], "o-", label=student["student"])
+            axis.plot(x, [e["mean"] for e in shown], "o-", label=Path(student["student"]).name)
             axis.fill_between(x, [e["low"] for e in shown], [e["high"] for e in shown], alpha=0.2)
         axis.set(xlabel="index of the token in the rollout", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -342,8 +344,8 @@ def check(args) -> None:
     """Prints what up to 200 clips tell of the pair; exits with 1 if the two do not fit.
 
     A teacher given the right audio and the right ids finds a reference far likelier than another
-    clip's. A wrong vocabulary map, a wrong prompt, random weights or unheard audio all bring the
-    two together. Raises ValueError without two clips of different transcripts.
+    clip's. A wrong vocabulary map, a wrong prompt, random weights or unheard audio bring the two
+    numbers together. Raises ValueError without two clips of different transcripts.
     """
     rank, _, device = model.setup(args)
     if rank > 0:
@@ -380,7 +382,7 @@ def check(args) -> None:
           f"errors                student {100 * errors_s.sum() / units.sum():.1f} %, "
           f"teacher {100 * errors_t.sum() / units.sum():.1f} %\n"
           f"at rollouts           {100 * rollout['top1']:.1f} % equal first choices, KL(student || "
-          f"teacher) {rollout['kl_reverse']:.3f} nats per token (the demo begins at 80 %, 1.7)\n"
+          f"teacher) {rollout['kl_reverse']:.3f} nats per token\n"
           f"log p_T per token     {reference['logp_t']:.3f} nats of references, "
           f"{other['logp_t']:.3f} of other clips' references")
     if reference["logp_t"] < other["logp_t"] + 1:

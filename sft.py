@@ -74,7 +74,7 @@ def parse_args(argv=None):
     # optimisation
     add("--steps", type=at_least(1), default=1200, help="optimiser updates")
     add("--batch", type=at_least(1), default=16, help="utterances per step, over all processes")
-    add("--micro_batch", type=at_least(1), default=16, help="clips per pass: affects only memory")
+    add("--micro_batch", type=at_least(1), default=16, help="clips per backward: same update")
     add("--lr", type=at_least(0.0), default=3e-3, help="peak learning rate")
     add("--warmup", type=at_least(0), default=100, help="updates of linear warm-up")
     add("--freeze", choices=["encoder"], help="train adapter and LM alone")
@@ -105,11 +105,6 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------------- the objective
 
-def cross_entropy_sum(z, y):
-    """Sum over response tokens of -log p_S(y_t): logits (n, V), y (n,) -> () nats."""
-    return F.cross_entropy(z, y, reduction="sum")
-
-
 def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
     """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class V.
 
@@ -120,10 +115,14 @@ def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
     lengths = torch.tensor([len(row) for row in labels])                        # (B,)
     targets = torch.tensor(sum(labels, []), dtype=torch.long, device=audio.device)
     logp = ctc_head(audio.float()).log_softmax(-1)                              # (B, A, V + 1)
-    losses = F.ctc_loss(                                                        # (B,)
+    loss = F.ctc_loss(                                                          # ()
         logp.transpose(0, 1), targets, n_audio.cpu(), lengths,
-        blank=ctc_head.out_features - 1, reduction="none", zero_infinity=True)
-    return losses.sum(), (losses == 0).sum()
+        blank=ctc_head.out_features - 1, reduction="sum", zero_infinity=True)
+    skipped = 0
+    for row, n_frames in zip(labels, n_audio.tolist()):
+        repeats = sum(a == b for a, b in zip(row, row[1:]))  # a blank must part them
+        skipped += len(row) + repeats > n_frames
+    return loss, skipped
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -133,10 +132,13 @@ def main(args):
     """The algorithm at the top of this file."""
     rank, world, device = model.setup(args)
     torch.manual_seed(args.seed)
-    state = model.find_state(args)
+    resumed = model.find_state(args)
     train = data.read_manifest(args.data, need=("text",))
     dev = model.read_dev(args.dev, rank, world)
-    student = model.load_student(state, device) if state else make_student(args, train, device)
+    if resumed:
+        student = model.load_student(resumed, device)
+    else:
+        student = make_student(args, train, device)
     trained = model.trainable(student, args.freeze, args.recompute)
     ctc_head = None
     if args.ctc:  # trained beside the student, and thrown away afterwards
@@ -144,10 +146,10 @@ def main(args):
         trained |= {f"ctc_head.{name}": p for name, p in ctc_head.named_parameters()}
     parameters = list(trained.values())
     optimizer = model.make_optimizer(parameters, args.lr)
-    run = model.Run(args, student, trained, optimizer, dev, state, rank)
+    run = model.Run(args, student, trained, optimizer, dev, resumed, rank)
     plan = data.Plan(len(train), args.batch, args.seed)
-    share = data.Steps(train, plan, rank, world, (student.n_mels,))
-    batches = iter(data.loader(share, range(run.start, args.steps), args.workers))
+    steps = data.Steps(train, plan, rank, world, (student.n_mels,))
+    batches = iter(data.loader(steps, range(run.start, args.steps), args.workers))
     if rank == 0:
         size = sum(p.numel() for p in student.net.parameters())
         print(f"{size:,} parameters; {len(train)} clips, {plan.steps_per_epoch} steps per epoch, "
@@ -165,25 +167,29 @@ def main(args):
             "audio_sec": batch.audio_sec, "signals": len(run.signals)}, device)
         N = max(1, totals["tokens"])
 
-        sums = {"loss": 0.0, "ctc": 0.0, "ctc_skipped": 0}
+        losses = {"loss": 0.0, "ctc": 0.0, "ctc_skipped": 0}  # sums over the step's tokens, clips
         for i in range(0, len(batch), args.micro_batch):
+            part = batch.rows(i, i + args.micro_batch)
+            written = responses[i:i + args.micro_batch]
+            ids, mask = data.pad_rows(written, student.pad_id, device)          # (b, R)
+            y = ids[mask]                                                       # (n,)
+
             # ---- student     z_S[t] = logits of S at (x, y_<t)
-            part = responses[i:i + args.micro_batch]
-            y, mask = data.pad_rows(part, student.pad_id, device)               # (b, R)
-            prompt = model.encode_audio(student, batch.rows(i, i + args.micro_batch))
+            prompt = model.encode_audio(student, part)
             hidden = model.response_hidden(                                     # (n, width)
-                student.body, prompt.embeds, prompt.mask, y, mask)
+                student.body, prompt.embeds, prompt.mask, ids, mask)
             z = model.logits(hidden, student.head.weight)                       # (n, V)
             z = z.masked_fill(student.blocked, -math.inf)  # no transcript contains these: p = 0
 
             # ---- loss        -1/N sum_t log p_S(y_t | x, y_<t), and --ctc times CTC's     [dev 10]
-            loss = cross_entropy_sum(z, y[mask])
-            sums["loss"] += loss.detach()
+            loss = F.cross_entropy(z, y, reduction="sum")                       # ()
+            losses["loss"] += loss.detach()
             if args.ctc:
-                ctc, skipped = ctc_sum(ctc_head, prompt.audio, prompt.n_audio, part, student.eos_id)
+                ctc, skipped = ctc_sum(
+                    ctc_head, prompt.audio, prompt.n_audio, written, student.eos_id)
                 loss = loss + args.ctc * ctc
-                sums["ctc"] += ctc.detach()
-                sums["ctc_skipped"] += skipped
+                losses["ctc"] += ctc.detach()
+                losses["ctc_skipped"] += skipped
             (loss / N).backward()
 
         # ---- update      one AdamW step on the gradient of the whole step, of norm 1 at most
@@ -200,17 +206,17 @@ def main(args):
         optimizer.zero_grad()
 
         # ---- bookkeeping
-        sums = run.add(totals | model.all_sum(sums, device), time.time() - began)
+        sums = run.add(totals | model.all_sum(losses, device), time.time() - began)
         if run.is_due(step + 1, args.log_every):
-            n = max(1, sums["tokens"])
-            means = {"loss": sums["loss"] / n}
+            n_tokens = max(1, sums["tokens"])
+            means = {"loss": sums["loss"] / n_tokens}
             if args.ctc:
-                means |= {"ctc": sums["ctc"] / n, "ctc_skipped": int(sums["ctc_skipped"])}
+                means |= {"ctc": sums["ctc"] / n_tokens, "ctc_skipped": int(sums["ctc_skipped"])}
             run.record({
                 "step": step + 1, **means, "grad_norm": grad_norm, "lr": lr,
                 "tokens": int(sums["tokens"]), "rejected": int(sums["rejected"]),
                 "audio_per_sec": sums["audio_sec"] / sums["seconds"]})
-        run.evaluate(step + 1)
+        run.evaluate(step + 1)  # the ranks share the clips of --dev: a collective
         run.save_state(step + 1)
         if run.stopping:
             break

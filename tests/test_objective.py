@@ -200,7 +200,7 @@ def test_chunks_equal_one_shot_autograd_and_copy_out_alone(chunk, settings):
     """A body and two heads of unequal vocabularies; value and gradients are divided by N."""
     alone = copied_out(
         distill.reverse_kl, distill.forward_kl, distill.sampled_kl, distill.union_support,
-        distill.token_divergence, distill.loss_in_chunks, model=copied_out(model.map_logits))
+        distill.token_divergence, distill.loss_in_chunks, model.map_logits)
     torch.manual_seed(0)
     net = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 7, bias=False)}).double()
     head_t = nn.Linear(5, 9, bias=False).double()
