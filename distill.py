@@ -218,8 +218,8 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, 
     emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary; to_teacher (V,):
     the teacher's id of each student id, -1: none; token_kl: (z_s, z_t, y) -> D_t, such as
     token_divergence; N: tokens of the whole step. A chunk's rows are detached: its backward adds to
-    the gradient of the head's weight, and stops at the rows. The caller continues from there (to
-    copy this out, take map_logits along):
+    the gradient of the head's weight (with a tied head, that of the embeddings), and stops at the
+    rows. The caller continues from there (to copy this out, take map_logits along):
 
         loss, grad_rows = loss_in_chunks(hidden_s, ...)
         hidden_s.backward(grad_rows)
@@ -274,7 +274,7 @@ def main(args):
     need = ("text",) if args.states == "reference" else ()
     pool = data.read_manifest(args.data, need, args.language)
     dev = model.read_dev(args.dev, rank, world, args.language)
-    student = model.load_student(resumed or args.student, device)
+    student = model.load_student(resumed or args.student, device)           # in eval mode, too
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, pool)
     to_teacher = model.vocabulary_map(student, teacher)                     # (V,) -1: none

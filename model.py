@@ -551,7 +551,7 @@ class Qwen3ASR(ASR):
         """
         chunk = 2 * self.net.config.audio_config.n_window          # 100 frames
         mel = self.mel_of(batch)                                   # (B, n_mels, T)
-        mel = F.pad(mel, (0, round_up(mel.shape[2], chunk) - mel.shape[2]))
+        mel = F.pad(mel, (0, round_up(mel.shape[2], chunk) - mel.shape[2]))  # T: whole seconds
         n_frames = torch.from_numpy(batch.n_frames)                # (B,)
         valid = torch.arange(mel.shape[2]) < n_frames[:, None]     # (B, T)
         packed = self.net.get_audio_features(mel, valid.long().to(self.device)).pooler_output

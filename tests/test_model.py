@@ -6,6 +6,7 @@
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -457,3 +458,19 @@ def test_every_stop_id_means_the_teachers_end_and_blocked_ids_mean_nothing(stude
     assert (to_teacher >= 0).sum() == (~student.blocked).sum() - 2 + 1
     ends = ours.stop.nonzero()[:, 0]  # of a teacher that has them too, each means itself
     assert torch.equal(model.vocabulary_map(ours, ours)[ends], ends)
+
+
+def test_a_vocabulary_of_another_kind_is_refused(student, teacher):
+    """Spelled as SentencePiece spells it, a tenth of the tokens or more must still be the same."""
+    names = sorted(teacher.tokenizer.get_vocab())
+    usable = int((~student.blocked).sum())
+    for share, fits in ((0.05, False), (0.15, True)):
+        spelled = [name if i < share * usable else f"▁{name}" for i, name in enumerate(names)]
+        tokenizer = SimpleNamespace(get_vocab=lambda: {t: i for i, t in enumerate(spelled)})
+        theirs = dataclasses.replace(teacher, tokenizer=tokenizer,
+                                     blocked=torch.zeros_like(teacher.blocked))
+        if fits:
+            model.vocabulary_map(student, theirs)
+        else:
+            with pytest.raises(ValueError, match=f"of the student's {usable} tokens"):
+                model.vocabulary_map(student, theirs)

@@ -678,6 +678,10 @@ def test_out_is_the_best_on_dev_and_state_the_last(run, corpus, monkeypatch, scr
     assert [row["dev_error"] for row in metrics(out, "dev_error")] == [60.0, 20.0, 25.0, 21.0]
 
 
+def test_dev_lines_without_a_language_have_the_given_one(subset):
+    assert model.read_dev([subset(3, language=None)], 0, 1, "zh")["pool"].languages.keys() == {"zh"}
+
+
 def test_dev_error_is_the_pooled_rate_of_greedy_transcripts(corpus, student):
     args = sft.parse_args("--data x --out x --student x --eval_batch 4 --max_new_tokens 8".split())
     dev = data.read_manifest(corpus / "dev.jsonl")
