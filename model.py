@@ -43,7 +43,7 @@ import re
 import shutil
 import signal
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -349,7 +349,7 @@ def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device=
     # Log-mel has a standard deviation of 0.3. Brought to about 1 here, training leaves its first
     # plateau in fewer updates.
     net.audio_encoder.whisper.conv1.weight.data.mul_(4.0)
-    return assemble(net, tokenizer, device)
+    return ASR(net, tokenizer, device)
 
 
 def round_up(n, multiple) -> int:
@@ -359,23 +359,46 @@ def round_up(n, multiple) -> int:
 
 # ----------------------------------------------------------------------- what both families share
 
-@dataclass
 class ASR:
     """A recogniser: what it takes to run a model without knowing its family. Here, a student."""
-    net: nn.Module
-    tokenizer: PreTrainedTokenizerFast
-    prefix_ids: list[int]     # prompt before the audio
-    suffix_ids: list[int]     # prompt after the audio
-    eos_id: int
-    pad_id: int
-    audio_id: int             # placeholder in the prompt, one per audio embedding
-    stop: torch.Tensor        # (V,) True for ids that end a transcript; see stop_and_blocked
-    blocked: torch.Tensor     # (V,) True for ids that no transcript may contain
-    files: dict[str, bytes] = field(default_factory=dict)  # the publisher's, see small_files
 
-    @property
-    def device(self):
-        return self.blocked.device
+    PROMPT = ARKASR_PROMPT
+    PAD_TOKEN = PAD
+    AUDIO_TOKEN = AUDIO  # placeholder in the prompt, one per audio embedding
+    TOKENS = SPECIAL     # of the prompt
+    IN_CONFIG = {"audio_token_id": AUDIO, "pad_token_id": PAD, "eos_token_id": EOS}
+
+    def __init__(self, net, tokenizer, device="cpu", files=None):
+        """Joins a network and its tokenizer. files: see small_files.
+
+        The network is in eval mode, in training too: a rollout and its scoring must be the same
+        function, and no published config drops out. Raises ValueError naming the token that the
+        tokenizer lacks, or that has another id in config.json.
+        """
+        self.net = net.eval().to(device)
+        self.tokenizer = tokenizer
+        self.device = torch.device(device)
+        self.files = files or {}
+        generation_config = json.loads(self.files.get("generation_config.json", b"{}"))
+        stop_ids = set()
+        for value in (net.config.eos_token_id, generation_config.get("eos_token_id")):
+            stop_ids |= set(value) if isinstance(value, (list, tuple)) else {value} - {None}
+        n_rows = net.config.get_text_config().vocab_size
+        ids = special_ids(tokenizer, self.TOKENS, n_rows)
+        for key, token in self.IN_CONFIG.items():
+            value = getattr(net.config, key, None)
+            if ids[token] not in (stop_ids if token == EOS else {value}):
+                raise ValueError(f"config.json says {key} = {value}, "
+                                 f"but the tokenizer has {token!r} at {ids[token]}")
+        self.eos_id = ids[EOS]
+        self.pad_id = ids[self.PAD_TOKEN]
+        self.audio_id = ids[self.AUDIO_TOKEN]
+        before_audio, after_audio = self.PROMPT
+        self.prefix_ids = tokenizer.encode(before_audio, add_special_tokens=False)
+        self.suffix_ids = tokenizer.encode(after_audio, add_special_tokens=False)
+        # (V,) each: True for ids that end a transcript, and for ids that none may contain.
+        self.stop, self.blocked = stop_and_blocked(
+            tokenizer, stop_ids | {self.eos_id}, n_rows, device)
 
     @property
     def n_mels(self):
@@ -424,50 +447,6 @@ class ASR:
         """The transcripts of ids and mask (B, R), without the tokens that ended them."""
         is_text = (mask & ~self.stop[ids]).cpu()
         return [self.tokenizer.decode(row[kept].tolist()) for row, kept in zip(ids.cpu(), is_text)]
-
-
-def assemble(net, tokenizer, device, files=None) -> ASR:
-    """A network and its tokenizer, joined: a student, or a Qwen3ASR.
-
-    The network is in eval mode, in training too: a rollout and its scoring must be the same
-    function, and no published config drops out. files: see small_files. Raises ValueError naming
-    the token that the tokenizer lacks, or that has another id in config.json.
-    """
-    files = files or {}
-    config = net.config
-    generation_config = json.loads(files.get("generation_config.json", b"{}"))
-    stop_ids = set()
-    for value in (config.eos_token_id, generation_config.get("eos_token_id")):
-        stop_ids |= set(value) if isinstance(value, (list, tuple)) else {value} - {None}
-    if isinstance(net, ArkasrForConditionalGeneration):
-        family, (prefix, suffix) = ASR, ARKASR_PROMPT
-        pad, audio, tokens = PAD, AUDIO, SPECIAL
-        expected = {"audio_token_id": AUDIO, "pad_token_id": PAD, "eos_token_id": EOS}
-    else:
-        family, (prefix, suffix) = Qwen3ASR, QWEN3_ASR_PROMPT
-        pad, audio = EOS, "<|audio_pad|>"
-        tokens = ["<|im_start|>", EOS, "<|audio_start|>", audio, "<|audio_end|>", "<asr_text>"]
-        expected = {"audio_token_id": audio}
-    n_rows = config.get_text_config().vocab_size
-    ids = special_ids(tokenizer, tokens, n_rows)
-    for key, token in expected.items():
-        value = getattr(config, key, None)
-        if ids[token] not in (stop_ids if token == EOS else {value}):
-            raise ValueError(f"config.json says {key} = {value}, "
-                             f"but the tokenizer has {token!r} at {ids[token]}")
-    stop, blocked = stop_and_blocked(tokenizer, stop_ids | {ids[EOS]}, n_rows, device)
-    return family(
-        net=net.eval().to(device),
-        tokenizer=tokenizer,
-        prefix_ids=tokenizer.encode(prefix, add_special_tokens=False),
-        suffix_ids=tokenizer.encode(suffix, add_special_tokens=False),
-        eos_id=ids[EOS],
-        pad_id=ids[pad],
-        audio_id=ids[audio],
-        stop=stop,
-        blocked=blocked,
-        files=files,
-    )
 
 
 def special_ids(tokenizer, tokens, n_rows) -> dict[str, int]:
@@ -532,9 +511,14 @@ def check_languages(asr: ASR, manifest: data.Manifest) -> None:
             language_name(utterance)
 
 
-@dataclass
 class Qwen3ASR(ASR):
     """A Qwen3-ASR checkpoint in transformers' classes. Its prompt names the audio's language."""
+
+    PROMPT = QWEN3_ASR_PROMPT
+    PAD_TOKEN = EOS
+    AUDIO_TOKEN = "<|audio_pad|>"
+    TOKENS = ["<|im_start|>", EOS, "<|audio_start|>", AUDIO_TOKEN, "<|audio_end|>", "<asr_text>"]
+    IN_CONFIG = {"audio_token_id": AUDIO_TOKEN}
 
     @property
     def n_mels(self):
@@ -877,9 +861,11 @@ def load(name, device="cpu", dtype=None) -> ASR:
     path = find_checkpoint(name)
     keys = data.read_json(path / "config.json")
     if keys.get("model_type") == "arkasr":
+        family = ASR
         net_class = ArkasrForConditionalGeneration
         make_config = student_config
     elif keys.get("model_type") == "qwen3_asr":
+        family = Qwen3ASR
         net_class = Qwen3ASRForConditionalGeneration
         make_config = qwen3_asr_config
         dtype = dtype or inference_dtype(device)
@@ -892,7 +878,7 @@ def load(name, device="cpu", dtype=None) -> ASR:
         raise ValueError(f"{path}/config.json: {error}") from error
     key_mapping = QWEN3_ASR_KEYS if "thinker_config" in keys else None
     net = load_net(net_class, path, config, dtype or torch.float32, key_mapping)
-    return assemble(net, load_tokenizer(path), device, small_files(path))
+    return family(net, load_tokenizer(path), device, small_files(path))
 
 
 def inference_dtype(device):
@@ -998,7 +984,7 @@ def small_files(path) -> dict[str, bytes]:
     """The publisher's code, and the files that it wants beside the weights: {name: content}.
 
     `save` carries them along. They are bytes to us and never run; of generation_config.json,
-    `assemble` reads the ids that end a transcript. Raises ValueError if that one can't be read.
+    ASR reads the ids that end a transcript. Raises ValueError if that one can't be read.
     """
     if (path / "generation_config.json").exists():
         data.read_json(path / "generation_config.json")

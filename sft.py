@@ -272,7 +272,7 @@ def student_from_parts(encoder, lm, device="cpu") -> model.ASR:
     wrong += [name for name in missing if not name.startswith("audio_encoder.adapting.")]
     if wrong:
         raise ValueError(f"{encoder}: missing or unexpected weights of its encoder: {wrong[:5]}")
-    return model.assemble(student, tokenizer, device)
+    return model.ASR(student, tokenizer, device)
 
 
 def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:

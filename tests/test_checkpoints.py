@@ -437,7 +437,7 @@ def test_the_published_vocabularies_have_their_ids_and_map_to_each_other():
     config = model.student_config(published_config(
         tokenizer.get_vocab(), ROWS, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1))
-    ark = model.assemble(model.ArkasrForConditionalGeneration(config), tokenizer, "cpu")
+    ark = model.ASR(model.ArkasrForConditionalGeneration(config), tokenizer, "cpu")
     assert (ark.audio_id, ark.eos_id, ark.pad_id) == (151663, 151645, 151643)
     assert ark.prefix_ids == [151665, 151666]
     assert ark.suffix_ids == [151667, *publisher.encode("Please transcribe this audio."), 151668]
@@ -454,7 +454,7 @@ def test_the_published_vocabularies_have_their_ids_and_map_to_each_other():
 
     tokenizer = qwen_tokenizer_with(bpe, TEACHER_ADDED)
     net = teacher_network(tokenizer, ROWS, num_hidden_layers=1)
-    teacher = model.assemble(net, tokenizer, "cpu")
+    teacher = model.Qwen3ASR(net, tokenizer, "cpu")
     assert (teacher.audio_id, teacher.eos_id) == (151676, 151645)
     assert teacher.prefix_ids == [
         *publisher.encode("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n"), 151669]

@@ -4,7 +4,6 @@
 """
 
 import copy
-import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -35,6 +34,13 @@ def mel_batch(lengths=LENGTHS, seed=0):
         row[:, :n] = 0.4 * np.random.default_rng(seed + n).standard_normal((128, n))
     clips = [data.Utterance(f"u{i}", "") for i in range(len(lengths))]
     return data.Batch(clips, {128: mel}, np.array(lengths), [])
+
+
+def changed(asr, **fields):
+    """A copy of a recogniser with other values of some fields."""
+    other = copy.copy(asr)
+    vars(other).update(fields)
+    return other
 
 
 def encoded(asr, batch):
@@ -295,7 +301,7 @@ def test_every_row_is_the_inverse_cdf_of_the_lm_token_by_token(student, monkeypa
     rows = range(len(LENGTHS))
     lm = plain_qwen2(student)
     uniforms = data.keyed_uniforms(5, 0, [u.id for u in batch.utterances], 16)
-    endless = dataclasses.replace(student, stop=torch.zeros_like(student.stop))
+    endless = changed(student, stop=torch.zeros_like(student.stop))
     free = [written_alone(endless, lm, batch, i, 0.7, uniforms) for i in rows]
     stops = {row[0] for row in free}
     if case == "one by one":
@@ -307,7 +313,7 @@ def test_every_row_is_the_inverse_cdf_of_the_lm_token_by_token(student, monkeypa
                 break
     stop = torch.zeros_like(student.stop)
     stop[list(stops)] = True
-    asr = dataclasses.replace(student, stop=stop, blocked=student.blocked & ~stop)
+    asr = changed(student, stop=stop, blocked=student.blocked & ~stop)
 
     kept = []  # rows that go on, whenever others leave
     select = DynamicCache.batch_select_indices
@@ -421,7 +427,7 @@ def test_a_token_that_is_missing_or_beyond_the_embeddings_is_named(student, i):
     tokenizer.get_vocab = lambda: vocabulary
     assert len(student.blocked) == 384
     with pytest.raises(ValueError, match=r"<\|assistant\|>.*384 embeddings"):
-        model.assemble(student.net, tokenizer, "cpu")
+        model.ASR(student.net, tokenizer)
 
 
 def test_heads_must_divide_the_width(tokenizer):
@@ -444,12 +450,12 @@ def test_vocabulary_map_joins_equal_token_strings(student, foreign_teacher):
 def test_every_stop_id_means_the_teachers_end_and_blocked_ids_mean_nothing(student, teacher):
     vocabulary = student.tokenizer.get_vocab()
     a, b, other = vocabulary["a"], vocabulary["b"], student.pad_id
-    ours = dataclasses.replace(student, stop=student.stop.clone(), blocked=student.blocked.clone())
+    ours = changed(student, stop=student.stop.clone(), blocked=student.blocked.clone())
     ours.stop[other] = True
     ours.blocked[other] = False
     ours.blocked[a] = True
-    theirs = dataclasses.replace(teacher, eos_id=teacher.pad_id, blocked=teacher.blocked.clone(),
-                                 stop=torch.zeros_like(teacher.stop))
+    theirs = changed(teacher, eos_id=teacher.pad_id, blocked=teacher.blocked.clone(),
+                     stop=torch.zeros_like(teacher.stop))
     theirs.stop[teacher.pad_id] = True
     theirs.blocked[b] = True
     to_teacher = model.vocabulary_map(ours, theirs)
@@ -467,8 +473,7 @@ def test_a_vocabulary_of_another_kind_is_refused(student, teacher):
     for share, fits in ((0.05, False), (0.15, True)):
         spelled = [name if i < share * usable else f"▁{name}" for i, name in enumerate(names)]
         tokenizer = SimpleNamespace(get_vocab=lambda: {t: i for i, t in enumerate(spelled)})
-        theirs = dataclasses.replace(teacher, tokenizer=tokenizer,
-                                     blocked=torch.zeros_like(teacher.blocked))
+        theirs = changed(teacher, tokenizer=tokenizer, blocked=torch.zeros_like(teacher.blocked))
         if fits:
             model.vocabulary_map(student, theirs)
         else:
