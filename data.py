@@ -844,10 +844,10 @@ AVOIDS = {"test": [], "dev": ["test"], "train": ["test", "dev"],
 
 # Voices that a recogniser understood. victor, f2, f3 and f5 are left out: they read uninitialised
 # memory, so the same text would not give the same bytes twice.
-POOL = "gustave m3 Annie Storm zac m1 benjamin steph klatt6 belinda m6 travis ian".split()
+HEARD = "gustave m3 Annie Storm zac m1 benjamin steph klatt6 belinda m6 travis ian".split()
 UNSEEN = "m5 quincy Mike max edward michel".split()
 FURTHER = "caleb adam iven4 Denis david m7 f4 m8 Michael m2 klatt2 grandma".split()
-CAST = {"test": UNSEEN, "dev": UNSEEN, "train": POOL[:6], "teacher": POOL + FURTHER, "pool": POOL}
+CAST = {"test": UNSEEN, "dev": UNSEEN, "train": HEARD[:6], "teacher": HEARD + FURTHER, "pool": HEARD}
 
 # Of each language: patterns, and words for their slots. So few that half a million parameters can
 # learn them, and enough combinations that the audio is needed.
@@ -872,8 +872,8 @@ VOICES = {"en": (["en-us"], 180), "zh": (["cmn"], 220)}
 def make_demo(out, seed=0, sizes=SIZES) -> None:
     """Writes OUT/{train,teacher,pool,dev,test}.jsonl and OUT/wav: English and Mandarin in turn.
 
-    Few voices: train. More: pool, for distillation. Still more: teacher, without a sentence of
-    train. Voices and sentences of dev and test are in none of these.
+    Few voices: train. More: pool, audio for TD. Still more: teacher, without a sentence of train.
+    Voices and sentences of dev and test are in none of these.
     """
     out = Path(out)
     (out / "wav").mkdir(parents=True, exist_ok=True)

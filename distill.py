@@ -8,18 +8,20 @@ For every batch of audio x:
   (4) loss     L = 1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t))
                                         = sum_v p_S(v) (log p_S(v) - log p_T(v))
                exact: v runs over every id of text that both vocabularies have, and EOS; p_S
-               and p_T are renormalised on these
+               and p_T are renormalised on these (the rollout draws from all that p_S may write)
   (5) update   one AdamW step
 A state is what both models have read before a token: the audio and the prefix, (x, y_<t). The
 transcripts of --data are not read: all that is learnt comes from the teacher. (The control
 --states reference takes its states from them.)
 
   symbol     variable   shape    meaning
-             ids, mask  (B, R)   B rollouts with their EOS, right-padded to R; True on emitted tokens
+             ids, mask  (B, R)   this rank's B rollouts, right-padded to R; True on emitted tokens
+                                 (b, r: those of a micro-batch)
              scored     (B, R)   True on those that the teacher can score
-  y          y          (n,)     the n scored tokens of a micro-batch, packed
-  z_S, z_T   z_s, z_t   (n, V)   logits that predict each token, both in the student's V ids;
-                                 z = head(hidden), made in (4) for a chunk of C rows at a time
+  y_t        y          (n,)     the n scored tokens of a micro-batch, packed
+  z_S        z_s        (n, V)   the student's logits that predict each: head_s(hidden_s)
+  z_T        z_t        (n, V)   the teacher's, in the student's ids: map_logits(head_t(hidden_t));
+                                 both are made in (4), for a chunk of C rows at a time
   log p      logp_               log-probabilities in nats
   N          N          ()       scored tokens of the whole step: all ranks and micro-batches
 
@@ -86,7 +88,7 @@ def parse_args(argv=None):
     add("--teacher", help="checkpoint that scores, a directory or a Hub id")
     add("--data", nargs="+", help="manifests of audio to distil on; transcripts are not read")
     add("--dev", nargs="+", help="manifests to measure error rates on while training")
-    add("--language", help="language of the lines of --data that name none (Qwen3-ASR is told it)")
+    add("--language", help="of lines of --data and --dev that name none (Qwen3-ASR is told it)")
     add("--out", help="folder to write to (the demo: runs/demo)")
     add("--resume", action="store_true", help="continue from the newest state in --out, if any")
     add("--seed", type=at_least(0), default=0, help="decides data order and rollouts")
@@ -95,7 +97,8 @@ def parse_args(argv=None):
     add("--states", default="rollout", choices=["rollout", "reference"],
         help="learn at the student's rollouts, or (a control) at the transcripts of --data")
     add("--temperature", type=at_least(0.0), default=1.0, help="of the rollouts; 0 is greedy")
-    add("--max_new_tokens", type=at_least(1), default=64, help="longest rollout, tokens")
+    add("--max_new_tokens", type=at_least(1), default=64,
+        help="longest rollout, and transcript on dev, in tokens")
     # objective
     add("--divergence", default="reverse", choices=["reverse", "forward"],
         help="KL(student || teacher) or KL(teacher || student)")
@@ -216,10 +219,11 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, 
 
     So nothing of size (n, V) ever exists. hidden_s (n, width), hidden_t (n, width_t), y (n,):
     emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary; to_teacher (V,):
-    the teacher's id of each student id, -1: none; token_kl: (z_s, z_t, y) -> D_t, such as
-    token_divergence; N: tokens of the whole step. A chunk's rows are detached: its backward adds to
-    the gradient of the head's weight (with a tied head, that of the embeddings), and stops at the
-    rows. The caller continues from there (to copy this out, take map_logits along):
+    the teacher's id of each student id, -1: none (of one vocabulary: torch.arange(V)); token_kl:
+    (z_s, z_t, y) -> D_t, such as `lambda z_s, z_t, y: reverse_kl(z_s, z_t)`; N: tokens of the whole
+    step. A chunk's rows are detached: its backward adds to the gradient of the head's weight (with
+    a tied head, that of the embeddings), and stops at the rows. The caller continues from there (to
+    copy this out, take map_logits along):
 
         loss, grad_rows = loss_in_chunks(hidden_s, ...)
         hidden_s.backward(grad_rows)
@@ -246,9 +250,8 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, 
 def roll_out_share(student, batch, step, args):
     """The rollouts of this rank's share, in one batch: ids (B, R), mask (B, R), Whisper's frames.
 
-    One batch: a token takes a GPU hardly longer for 120 rows than for 12 (a guess). The encoder
-    takes --micro_batch clips at a time, which bounds its memory. The frames are None unless
-    --freeze encoder allows (3) to use them again.
+    The encoder takes --micro_batch clips at a time, which bounds its memory. The frames are None
+    unless --freeze encoder allows (3) to use them again.
     """
     if not len(batch):  # nothing could be used; the rank still takes part in the collectives
         ids = torch.zeros(0, 1, dtype=torch.long, device=student.device)
@@ -259,7 +262,10 @@ def roll_out_share(student, batch, step, args):
     prompt = model.encode_audio(student, batch, args.micro_batch)
     names = [u.id for u in batch.utterances]
     uniforms = data.keyed_uniforms(args.seed, step, names, args.max_new_tokens)
-    ids, mask = model.roll_out(student, prompt, args.max_new_tokens, args.temperature, uniforms)
+    ids, mask = model.generate(
+        student.body, student.head.weight, prompt.embeds, prompt.mask, stop=student.stop,
+        blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, uniforms=uniforms)
     return ids, mask, prompt.frames if args.freeze else None
 
 
@@ -272,11 +278,11 @@ def main(args):
     torch.manual_seed(args.seed)
     resumed = model.find_state(args)
     need = ("text",) if args.states == "reference" else ()
-    pool = data.read_manifest(args.data, need, args.language)
+    train = data.read_manifest(args.data, need, args.language)
     dev = model.read_dev(args.dev, rank, world, args.language)
     student = model.load_student(resumed or args.student, device)           # in eval mode, too
     teacher = model.load_teacher(args.teacher, device)
-    model.check_languages(teacher, pool)
+    model.check_languages(teacher, train)
     to_teacher = model.vocabulary_map(student, teacher)                     # (V,) -1: none
     weight_t = teacher.head.weight.float()  # once; per chunk it would be 1.2 GB each time
     head_s = partial(model.logits, weight=student.head.weight)
@@ -287,13 +293,13 @@ def main(args):
     parameters = list(trained.values())
     optimizer = model.make_optimizer(parameters, args.lr)
     run = model.Run(args, student, trained, optimizer, dev, resumed, rank)
-    plan = data.Plan(len(pool), args.batch, args.seed)
-    steps = data.Steps(pool, plan, rank, world, (student.n_mels, teacher.n_mels))
+    plan = data.Plan(len(train), args.batch, args.seed)
+    steps = data.Steps(train, plan, rank, world, (student.n_mels, teacher.n_mels))
     batches = iter(data.loader(steps, range(run.start, args.steps), args.workers))
     if rank == 0:
         shared = int((to_teacher >= 0).sum())
         print(f"{shared} of {len(student.tokenizer)} student ids are in the teacher's vocabulary; "
-              f"{len(pool)} clips, {plan.steps_per_epoch} steps per epoch, {args.batch} clips per "
+              f"{len(train)} clips, {plan.steps_per_epoch} steps per epoch, {args.batch} clips per "
               f"step over {world} process(es) on {device}", flush=True)
 
     for step in range(run.start, args.steps):
@@ -312,7 +318,7 @@ def main(args):
             "tokens": scored.sum(), "not_scored": (mask & ~scored).sum(), "clips": len(batch),
             "truncated": (~ended).sum(), "empty": student.stop[ids[:, 0]].sum(),
             "rejected": len(batch.rejected), "audio_sec": batch.audio_sec,
-            "signals": len(run.signals)}, device)
+            "signals": len(run.signals)}, device)  # one on any rank stops all after this step
         N = max(1, totals["tokens"])
 
         loss = torch.zeros((), device=device)
@@ -339,18 +345,18 @@ def main(args):
                 student.body, prompt_s.embeds, prompt_s.mask, ids_s, is_scored)
 
             # ---- (4) loss      1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z),
-            #      z_S[t] = head_s(hidden_s[t]),   z_T[t] = head_t(hidden_t[t]), in student ids.
+            #      z_S[t] = head_s(hidden_s[t]),   z_T[t] = map_logits(head_t(hidden_t[t])).
             #      Every token of the step weighs 1 / N, wherever it landed.                 [dev 4]
             part_loss, grad_rows = loss_in_chunks(
                 hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, args.chunk, N)
             hidden_s.backward(grad_rows)
             loss += part_loss
 
-        # ---- (5) update    one AdamW step on the gradient of the whole step, of norm 1 at most
+        # ---- (5) update    one AdamW step on the gradient of the whole step, clipped to norm 1
         model.sum_gradients(parameters)
         grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if not math.isfinite(grad_norm):
-            names = [pool[i].id for i in plan[step]]
+            names = [train[i].id for i in plan[step]]
             raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {names}")
         lr = model.learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -365,13 +371,14 @@ def main(args):
         sums = run.add(totals, time.time() - began)
         if run.is_due(step + 1, args.log_every):
             n_clips = max(1, sums["clips"])
-            run.record({
+            run.log({
                 "step": step + 1, "loss": sums["loss"] / max(1, sums["tokens"]),
                 "grad_norm": grad_norm, "lr": lr, "tokens": int(sums["tokens"]),
                 "tokens_per_clip": sums["tokens"] / n_clips,
                 "truncated": sums["truncated"] / n_clips, "empty": sums["empty"] / n_clips,
                 "not_scored": int(sums["not_scored"]), "rejected": int(sums["rejected"]),
                 "audio_per_sec": sums["audio_sec"] / sums["seconds"]})
+            run.sums.clear()
         run.evaluate(step + 1)  # the ranks share the clips of --dev: a collective
         run.save_state(step + 1)
         if run.stopping:

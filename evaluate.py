@@ -11,7 +11,7 @@ line names one (if there are fewer than twenty, they are too narrow), else utter
     torchrun --nproc_per_node 8 evaluate.py --model runs/x/opd --data a.jsonl b.jsonl --out runs/x/e
     python evaluate.py --model TEACHER --data pool.jsonl --out runs/x/td --as_manifest td.jsonl # TD
     python evaluate.py --model runs/x/opd --audio a.wav b.flac              # only transcripts
-    python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl   # with the first one
+    python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl   # each with the first
     python evaluate.py --rescore runs/x/eval/hyps.jsonl --out runs/x/again  # same numbers; no model
 
 TD is teacher data: transcripts that become references for sft.py. Decoding is greedy; for
@@ -136,7 +136,7 @@ def main(args):
         rows = read_hyps(args.rescore)
         facts = {"files": {args.rescore: os.path.getmtime(args.rescore)}}
     else:
-        rows, facts = transcribe(args)
+        rows, facts = transcribe_data(args)
         if not rows:
             return  # any rank but 0
     write_manifest(out / "hyps.jsonl", rows)
@@ -151,7 +151,7 @@ def main(args):
 
 # ------------------------------------------------------------------------------------- transcribe
 
-def transcribe(args) -> tuple[list[dict], dict]:
+def transcribe_data(args) -> tuple[list[dict], dict]:
     """A transcript of every clip of --data -> rows of hyps.jsonl, what made them; none off rank 0.
 
     Raises FileExistsError where --out holds part of another run, or of this one without --resume.
@@ -305,10 +305,10 @@ def group_scored(rows) -> dict[tuple, list[dict]]:
     return groups
 
 
-def score(rows, reference=None) -> dict:
+def score(rows, first=None) -> dict:
     """What summary.json holds of rows with a text: their rate, its interval, the sums behind it.
 
-    reference: the same clips of another system; then how far the rate is below that one's, too, by
+    first: the same clips of another system; then how far the rate is below that one's, too, by
     a paired bootstrap.
     """
     entry = {"utterances": len(rows)}
@@ -326,8 +326,8 @@ def score(rows, reference=None) -> dict:
     entry["low"], entry["high"] = data.interval(100 * data.bootstrap(errors, units, speakers))
     entry["sentence_error"] = 100 * sum(n > 0 for n in errors) / len(rows)
     entry["set_audio_sec"] = sum(row.get("audio_sec", 0) for row in rows)
-    if reference:
-        gained = [row["errors"] - n for row, n in zip(reference, errors)]
+    if first:
+        gained = [row["errors"] - n for row, n in zip(first, errors)]
         gains = 100 * data.bootstrap(gained, units, speakers)
         entry["difference"] = per_unit * sum(gained)
         entry["difference_low"], entry["difference_high"] = data.interval(gains)
@@ -370,12 +370,12 @@ def compare(paths, out=None) -> list[dict]:
     systems = {name: group_scored(rows) for name, rows in read_systems(paths).items()}
     first = next(iter(systems))
     entries = []
-    for key, reference in systems[first].items():
+    for key, of_first in systems[first].items():
         name, language, metric = key
         print(f"\n{name} {language}: {metric}, % [95 % interval]; below {first}, points; P(better)")
         for system, groups in systems.items():
             entry = {"system": system, "set": name, "language": language, "metric": metric}
-            entry |= score(groups[key], reference)
+            entry |= score(groups[key], of_first)
             entries.append(entry)
             print("{system:20} {rate:6.2f} [{low:.2f}, {high:.2f}] {difference:+7.2f} "
                   "[{difference_low:+.2f}, {difference_high:+.2f}] {p_improvement:.4f}"

@@ -15,16 +15,17 @@ The other family, Qwen3-ASR, is transformers' own class. It is a teacher here, n
                <|audio_end|><|im_end|>\n<|im_start|>assistant\nlanguage English<asr_text>
     response   transcript<|im_end|>
 
-Shapes: B utterances, T mel frames, A audio tokens, P prompt columns, R response columns, n response
-tokens packed over the batch, V vocabulary; `width` is that of the LM. Prompts are padded on the
+Shapes: B utterances, T mel frames (100 Hz), T' encoder frames (50 Hz), A audio tokens (12.5 Hz), P
+prompt columns, R response columns, n response tokens packed over the batch, V vocabulary; `width`
+is that of the LM. Prompts are padded on the
 left, responses on the right, so that in every row
 
     column      0 ... P-1      P      P+1   ...   P+R-1
     input_ids   prompt         y_0    y_1   ...   y_{R-1} (= EOS)
-    hidden[c] predicts column c+1: rows P-1 ... P+R-2 predict y_0 ... y_{R-1}
+    hidden[c] predicts column c+1: columns P-1 ... P+R-2 predict y_0 ... y_{R-1}
 
-A step of distill.py uses three functions: `encode_audio`, `generate` (by `roll_out`) and
-`response_hidden`; one of sft.py the first and the last.
+A step of distill.py uses three functions: `encode_audio`, `generate` and `response_hidden`; one of
+sft.py the first and the last.
 
 Weights have the names of the published ARK-ASR checkpoints and are read from safetensors only. No
 code of a checkpoint is ever run.
@@ -659,9 +660,13 @@ def positions_of(valid):
 
 
 def check_attention(body) -> None:
-    """Raises ValueError unless the LM takes a mask of bools: eager would add it as 0 and 1."""
-    if body.config._attn_implementation != "sdpa":
-        raise ValueError(f"attention {body.config._attn_implementation!r}: expected 'sdpa'")
+    """Raises ValueError unless every layer of the LM attends by a mask of bools.
+
+    Eager attention would add it as 0 and 1, and layers with a sliding window want another one.
+    """
+    kinds = {body.config._attn_implementation, *(getattr(body.config, "layer_types", None) or [])}
+    if not {"sdpa"} <= kinds <= {"sdpa", "full_attention"}:
+        raise ValueError(f"attention {kinds}: expected 'sdpa', and 'full_attention' in all layers")
 
 
 def logits(hidden, weight):
@@ -690,7 +695,7 @@ def response_hidden(body, embeds, prompt_mask, ids, mask) -> torch.Tensor:
     valid = torch.cat([prompt_mask, mask[:, :-1]], dim=1)                       # (B, P+R-1)
     with autocast(embeds.device):
         output = body(inputs_embeds=columns, position_ids=positions_of(valid), use_cache=False,
-                      attention_mask={"full_attention": causal_mask(valid)})
+                      attention_mask=causal_mask(valid))
     return output.last_hidden_state[:, n_prompt - 1:][mask]                     # (n, width)
 
 
@@ -710,7 +715,7 @@ def draw_token(z, temperature, uniform):
     below = torch.nextafter(last, torch.zeros_like(last))
     point = torch.minimum(uniform * last, below)                                # (B,)
     token = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
-    return token.clamp(max=z.shape[-1] - 1)  # NaN logits: the loss will say so
+    return token.clamp(max=z.shape[-1] - 1)  # NaN logits: the loss or the rate will say so
 
 
 @torch.no_grad()
@@ -723,9 +728,10 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     that none may contain. uniforms (B, max_new_tokens) in [0, 1): see data.keyed_uniforms. The
     returned mask is True on emitted tokens, the stop id included; a row without one was cut.
 
-    Copies out with check_attention, autocast, causal_mask, positions_of, logits and draw_token.
-    When a quarter of the rows are done the others go on alone. There is no collective, and the host
-    asks the device how many rows are left at every token on a CPU, at every eighth on a GPU.
+    Copies out with check_attention, autocast, causal_mask, positions_of, logits, draw_token and
+    transformers' DynamicCache. When a quarter of the rows are done the others go on alone. There is
+    no collective, and the host asks the device how many rows are left at every token on a CPU, at
+    every eighth on a GPU.
     """
     check_attention(body)
     if temperature > 0 and uniforms is None:
@@ -744,11 +750,11 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     attend = causal_mask(prompt_mask)                                           # (b, 1, P, P)
     positions = positions_of(prompt_mask)                                       # (b, P)
     # Autocast keeps its bf16 casts of weights to the end of this context: they are made once per
-    # rollout. A bf16 copy of the LM would need as much memory, and round otherwise than scoring.
+    # rollout. A bf16 copy of the LM would need as much memory, and round unlike scoring.
     with autocast(device):
         for t in range(max_new_tokens):
             output = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
-                          attention_mask={"full_attention": attend}, use_cache=True)
+                          attention_mask=attend, use_cache=True)
             z = logits(output.last_hidden_state[:, -1], weight)                 # (b, V)
             z = z.masked_fill(blocked, -math.inf)
             uniform = None if temperature == 0 else uniforms[rows, t]           # (b,)
@@ -774,13 +780,6 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     return ids[:, :n_columns], mask[:, :n_columns]
 
 
-def roll_out(asr: ASR, prompt: Prompt, max_new_tokens, temperature=0.0, uniforms=None):
-    """`generate` with a recogniser's parts -> ids (B, R), mask (B, R)."""
-    return generate(asr.body, asr.head.weight, prompt.embeds, prompt.mask,
-                    stop=asr.stop, blocked=asr.blocked, pad_id=asr.pad_id,
-                    max_new_tokens=max_new_tokens, temperature=temperature, uniforms=uniforms)
-
-
 @torch.no_grad()
 def transcribe(asr: ASR, batch: data.Batch, max_new_tokens, temperature=0.0, seed=0) -> list[dict]:
     """Transcripts, in the order of batch.utterances: [{"hyp", "stopped", "n_tokens"}].
@@ -791,7 +790,11 @@ def transcribe(asr: ASR, batch: data.Batch, max_new_tokens, temperature=0.0, see
         return []
     names = [u.id for u in batch.utterances]
     uniforms = data.keyed_uniforms(seed, 0, names, max_new_tokens) if temperature else None
-    ids, mask = roll_out(asr, encode_audio(asr, batch), max_new_tokens, temperature, uniforms)
+    prompt = encode_audio(asr, batch)
+    ids, mask = generate(
+        asr.body, asr.head.weight, prompt.embeds, prompt.mask, stop=asr.stop, blocked=asr.blocked,
+        pad_id=asr.pad_id, max_new_tokens=max_new_tokens, temperature=temperature,
+        uniforms=uniforms)
     stopped = (asr.stop[ids] & mask).any(1).tolist()
     n_tokens = mask.sum(1).tolist()
     results = []
@@ -1080,7 +1083,8 @@ def trainable(asr: ASR, freeze=None, recompute=False) -> dict[str, nn.Parameter]
 def make_optimizer(parameters, lr):
     """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases.
 
-    fused on a GPU: otherwise a step would hold another 4 bytes per parameter for a moment.
+    Decay and betas are this project's choice; the paper does not name its own. fused on a GPU:
+    otherwise a step would hold another 4 bytes per parameter for a moment.
     """
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim <= 1]
@@ -1197,10 +1201,8 @@ class Run:
         self.bar.update()
         return self.sums
 
-    def record(self, record: dict) -> None:
+    def log(self, record: dict) -> None:
         """Appends a record to metrics.jsonl and prints it, on rank 0."""
-        if "loss" in record:
-            self.sums.clear()
         if self.rank > 0:
             return
         with self.metrics.open("a") as file:
@@ -1224,7 +1226,7 @@ class Run:
             errors[f"dev_error/{name}"] = dev_error(self.asr, manifest, self.args)
         known = [error for error in errors.values() if error is not None]
         mean = sum(known) / len(known) if known else None
-        self.record({"step": step, "dev_error": mean} | (errors if len(errors) > 1 else {}))
+        self.log({"step": step, "dev_error": mean} | (errors if len(errors) > 1 else {}))
         if self.best is None or (known and mean < self.best):
             self.best = mean
             if self.rank == 0:

@@ -1,10 +1,10 @@
 """Support overlap: where student and teacher agree, on the states the student visits.
 
-Section 4.3 and Table 2 of the paper (arXiv 2605.28139). A state is a token of the student's own
-rollout, EOS included: the prefix before it is what both models have read. At state t each model
-names the k most probable tokens of those it may write (special tokens are out beforehand). Tokens
-without a counterpart in the other vocabulary are dropped afterwards. What is left are the sets S_t
-of the student and T_t of the teacher.
+Section 4.3 and Table 2 of the paper (arXiv 2605.28139). A state is what both models have read
+before a token of the student's own rollout, EOS included: (x, y_<t). At state t each model names
+the k most probable tokens of those it may write (special tokens are out beforehand). Tokens without
+a counterpart in the other vocabulary are dropped afterwards. What is left are the sets S_t of the
+student and T_t of the teacher.
 
     python overlap.py --student runs/x/sft --teacher runs/x/teacher --data test.jsonl --out runs/x/o
     python overlap.py --student runs/x/sft runs/x/td --teacher ...          # the paper's Table 2
@@ -13,7 +13,7 @@ of the student and T_t of the teacher.
                                 # before a week of training: do the two fit; anything to learn?
 
 Rollouts are sampled at temperature 1, as in training, from uniforms keyed on (seed, utterance).
-Batches are those of distill.py's first epoch, whatever the number of processes.
+Batches are a seeded shuffle of --data cut by --batch, whatever the number of processes.
 
 --out receives overlap.png and overlap.json: the flags, "students" (a list), and "difference":
 {later student: it minus the first one, paired by utterance}. A statistic is {"mean", "low",
@@ -26,8 +26,8 @@ have such a state).
   overlap       |S_t ∩ T_t| / k: the same on a scale of 0 to 1, larger is closer
   top1          do both models put the same token first? (overlap at k = 1)
   logp_t        log p_T of the written token, nats
-  kl_reverse    KL(p_S || p_T), which OPD minimises, nats; p_S and p_T are over all ids that both
-  kl_forward    KL(p_T || p_S)                              vocabularies have
+  kl_reverse    KL(p_S || p_T), which OPD minimises, nats, over all ids that both models may write
+  kl_forward    KL(p_T || p_S), likewise
   by_token      all above by the token's index in the rollout: "0", "1" ... "20 and later", each
                 with its number of "states" and "clips"
   student, clips, states, states_not_scored    the last: at or after a token without a counterpart
@@ -55,7 +55,7 @@ from data import at_least
 
 
 def parse_args(argv=None):
-    """Flags -> namespace. A flag that the mode does not read is refused."""
+    """Flags -> namespace. A flag that is not read is refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
@@ -82,6 +82,8 @@ def parse_args(argv=None):
     for flag in ("out", "states", "top_k"):
         if args.check and getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--check does not read --{flag}")
+    if args.states == "reference" and args.temperature != parser.get_default("temperature"):
+        parser.error("--temperature is of rollouts, and --states reference has none")
     if not args.check and not args.out:
         parser.error("--out is needed (only --check goes without it)")
     allowed = 1 if args.check else len(set(args.student))
@@ -175,8 +177,9 @@ STATISTICS = ("vuss", "overlap", "top1", "logp_t", "kl_reverse", "kl_forward")
 def measure(student, teacher, to_teacher, utterances, args, rank=0, world=1):
     """The statistics of every clip, in the order of `utterances`.
 
-    A clip: values (n, STATISTICS) of its n scored states, a prefix of its rollout; number of states
-    behind them. Raises data.AudioError if a clip can't be read, ValueError if nothing is scored.
+    A clip: values (n, STATISTICS) of its n scored states, a prefix of its rollout; how many of its
+    states are not scored. Raises data.AudioError if a clip can't be read, ValueError if no state of
+    any can be scored.
     """
     measured = {}  # by the line in the manifest
     plan = data.Plan(len(utterances), args.batch, args.seed)
@@ -211,8 +214,10 @@ def measure_batch(student, teacher, to_teacher, batch, args):
         ids, mask = data.pad_rows(rows, student.pad_id, student.device)                 # (B, R)
     else:
         uniforms = data.keyed_uniforms(args.seed, 0, names, args.max_new_tokens)
-        ids, mask = model.roll_out(
-            student, prompt_s, args.max_new_tokens, args.temperature, uniforms)         # (B, R)
+        ids, mask = model.generate(                                                     # (B, R)
+            student.body, student.head.weight, prompt_s.embeds, prompt_s.mask,
+            stop=student.stop, blocked=student.blocked, pad_id=student.pad_id,
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, uniforms=uniforms)
     scored = model.readable_prefix(ids, mask, to_teacher)                               # (B, R)
     # 0 stands in for a missing counterpart; it is not scored, so the teacher never reads it.
     ids_t = to_teacher[ids].clamp(min=0)                                                # (B, R)
@@ -368,8 +373,8 @@ def check(args) -> None:
         values = np.concatenate([of_clip for of_clip, _ in measured])       # (states, S)
         means.append(dict(zip(STATISTICS, values.mean(0))))
     rollout, reference, other = means
-    hyp_s, errors_s, units = decode(student, clips, args)
-    hyp_t, errors_t, _ = decode(teacher, clips, args)
+    hyp_s, errors_s, units = count_errors(student, clips, args)
+    hyp_t, errors_t, _ = count_errors(teacher, clips, args)
     gain = 100 * data.bootstrap(errors_s - errors_t, units)                 # (draws,)
     model.finish()
 
@@ -395,7 +400,7 @@ def check(args) -> None:
           "errors.")
 
 
-def decode(asr, clips, args) -> tuple[str, np.ndarray, np.ndarray]:
+def count_errors(asr, clips, args) -> tuple[str, np.ndarray, np.ndarray]:
     """The first clip's greedy transcript; each clip's errors and units, (clips,)."""
     hyps = {}
     for i in range(0, len(clips), args.batch):

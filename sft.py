@@ -8,7 +8,7 @@ Two stages of the paper are this script:
 For every step, over all its utterances x with response y_0 ... y_{R-1} = EOS:
   L = -1/N sum_x sum_t log p_S(y_t | x, y_<t)
 N: response tokens of the step, over all ranks and micro-batches. Prompt, audio and padding are
-never targets.
+never targets. p_S is over the ids that a transcript may contain, as in generation.
 
 Differs from the paper (numbers go on from data.py):
   [dev 10] From random weights, an auxiliary CTC loss on the adapter's output (--ctc) makes the
@@ -24,8 +24,8 @@ Differs from the paper (numbers go on from data.py):
 one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl, sums and
 means since the record before (*: of the logged step alone):
   step, loss (nats per response token), grad_norm* (before clipping), lr*, tokens (N, summed)
-  ctc, ctc_skipped       CTC loss, nats per response token; clips with more tokens than audio
-                         frames, which are left out of it
+  ctc, ctc_skipped       CTC loss, nats per response token; clips with more text than audio tokens,
+                         which are left out of it
   rejected               clips left out
   audio_per_sec          seconds of audio trained on per second
   dev_error              greedy errors on --dev, %. Of several manifests, the mean; dev_error/NAME
@@ -56,6 +56,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data", nargs="+", required=True, help="manifests to train on")
     add("--dev", nargs="+", help="manifests to measure error rates on while training")
+    add("--language", help="of lines of --data and --dev that name none: how dev is normalised")
     add("--out", required=True, help="folder to write to")
     add("--resume", action="store_true", help="continue from the newest state in --out, if any")
     add("--seed", type=at_least(0), default=0, help="decides weights and data order")
@@ -109,7 +110,7 @@ def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
     """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class V.
 
     audio (B, A, width), of which n_audio (B,) are each row's; responses: lists of ids -> sum of
-    -log p () nats over the clips whose tokens fit their frames; how many do not, and count as 0.
+    -log p () nats over the clips whose text fits their audio tokens; how many do not.
     """
     labels = [[token for token in response if token != eos_id] for response in responses]
     lengths = torch.tensor([len(row) for row in labels])                        # (B,)
@@ -119,9 +120,9 @@ def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
         logp.transpose(0, 1), targets, n_audio.cpu(), lengths,
         blank=ctc_head.out_features - 1, reduction="sum", zero_infinity=True)
     skipped = 0
-    for row, n_frames in zip(labels, n_audio.tolist()):
+    for row, n in zip(labels, n_audio.tolist()):
         repeats = sum(a == b for a, b in zip(row, row[1:]))  # a blank must part them
-        skipped += len(row) + repeats > n_frames
+        skipped += len(row) + repeats > n
     return loss, skipped
 
 
@@ -133,8 +134,8 @@ def main(args):
     rank, world, device = model.setup(args)
     torch.manual_seed(args.seed)
     resumed = model.find_state(args)
-    train = data.read_manifest(args.data, need=("text",))
-    dev = model.read_dev(args.dev, rank, world)
+    train = data.read_manifest(args.data, ("text",), args.language)
+    dev = model.read_dev(args.dev, rank, world, args.language)
     if resumed:
         student = model.load_student(resumed, device)
     else:
@@ -164,7 +165,8 @@ def main(args):
         responses = [student.encode_text(u.text) for u in batch.utterances]
         totals = model.all_sum({
             "tokens": sum(map(len, responses)), "rejected": len(batch.rejected),
-            "audio_sec": batch.audio_sec, "signals": len(run.signals)}, device)
+            "audio_sec": batch.audio_sec,
+            "signals": len(run.signals)}, device)  # one on any rank stops all after this step
         N = max(1, totals["tokens"])
 
         losses = {"loss": 0.0, "ctc": 0.0, "ctc_skipped": 0}  # sums over the step's tokens, clips
@@ -192,7 +194,7 @@ def main(args):
                 losses["ctc_skipped"] += skipped
             (loss / N).backward()
 
-        # ---- update      one AdamW step on the gradient of the whole step, of norm 1 at most
+        # ---- update      one AdamW step on the gradient of the whole step, clipped to norm 1
         model.sum_gradients(parameters)
         grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if not math.isfinite(grad_norm):
@@ -212,10 +214,11 @@ def main(args):
             means = {"loss": sums["loss"] / n_tokens}
             if args.ctc:
                 means |= {"ctc": sums["ctc"] / n_tokens, "ctc_skipped": int(sums["ctc_skipped"])}
-            run.record({
+            run.log({
                 "step": step + 1, **means, "grad_norm": grad_norm, "lr": lr,
                 "tokens": int(sums["tokens"]), "rejected": int(sums["rejected"]),
                 "audio_per_sec": sums["audio_sec"] / sums["seconds"]})
+            run.sums.clear()
         run.evaluate(step + 1)  # the ranks share the clips of --dev: a collective
         run.save_state(step + 1)
         if run.stopping:

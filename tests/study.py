@@ -27,7 +27,7 @@ from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
 FROZEN = [f"frozen_{draw}" for draw in range(14)]  # as many draws per clip as 600 steps have epochs
-SAME = """teacher base more more_1100 td td_short at_references frozen_states sampled eq_1 forward opd
+SAME = """teacher base more more_1100 td_same td at_references frozen_states sampled eq_1 forward opd
     td_opd""".split()
 
 
@@ -55,15 +55,15 @@ def stages(seed) -> dict[str, str]:
     return found | {  # 600 more updates on the clips of base, unless the name says another number
         "more": f"{more} {train} --steps 600",
         "more_1100": f"{more} {train} --steps 1100",
-        "td": f"{more} --data td_train/td.jsonl --dev data/dev.jsonl --steps 600",
-        "td_short": f"{more} --data td_pool/td.jsonl --dev data/dev.jsonl --steps 200",
+        "td_same": f"{more} --data td_train/td.jsonl --dev data/dev.jsonl --steps 600",
+        "td": f"{more} --data td_pool/td.jsonl --dev data/dev.jsonl --steps 200",
         "at_references": f"{opd} {train} --states reference",
         "frozen_states": f"{opd} --data {draws} --dev data/dev.jsonl --states reference",
         "sampled": f"{opd} {train} --support sampled",
         "eq_1": f"{opd} {train} {eq_1}",
         "forward": f"{opd} {train} --divergence forward",
         "opd": f"{opd} {train}",
-        "td_opd": f"{opd} {train}".replace("--student base", "--student td_short"),
+        "td_opd": f"{opd} {train}".replace("--student base", "--student td"),
         "more_en_60": f"{more} {english} --steps 60",  # retention: English clips alone
         "more_en_200": f"{more} {english} --steps 200",
         "more_en": f"{more} {english} --steps 600",
@@ -158,7 +158,7 @@ def print_table(path, names, reference, language) -> list:
     return rows
 
 
-PAIRS = """td_opd-td_short opd-more more-base at_references-base td_opd-teacher more_en_200-opd_en_200
+PAIRS = """td_opd-td opd-more more-base at_references-base td_opd-teacher more_en_200-opd_en_200
     refs_en-opd_en forward_en-opd_en""".split()
 
 
@@ -205,6 +205,7 @@ if __name__ == "__main__":
             rows = sum(jobs.map(lambda seed: run_seed(out, seed), args.seeds), [])
         with gzip.open(path, "wt", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["seed", "system", "clip", "language", "errors", "units"], *rows])
+    out.mkdir(parents=True, exist_ok=True)
     draw(print_table(path, SAME, "opd", ""), out / "study.png")
     print_table(path, ["base", *(name for name in stages(0) if "_en" in name)], "opd_en_200", "zh")
     print_pairs(path)

@@ -16,7 +16,7 @@ import pytest
 import data
 import evaluate
 import model
-from conftest import sound, write_wav
+from conftest import rollout, sound, write_wav
 
 
 def run(*words):
@@ -307,7 +307,7 @@ def test_sampled_transcripts_are_those_of_a_rollout_with_keyed_numbers(
         flags = ["--as_manifest", tmp_path / "td.jsonl", "--temperature", 0.7, "--seed", seed]
         run(*words(checkpoints, [corpus / "dev.jsonl"], tmp_path / str(seed)), *flags)
         uniforms = data.keyed_uniforms(seed, 0, [u.id for u in batch.utterances], 8)
-        ids, mask = model.roll_out(asr, prompt, 8, 0.7, uniforms)
+        ids, mask = rollout(asr, prompt, 8, 0.7, uniforms)
         said = {u.id: text.strip() for u, text in zip(batch.utterances, asr.decode(ids, mask))}
         _, rows = read_outputs(tmp_path / str(seed))
         assert {row["id"]: row["hyp"] for row in rows} == said

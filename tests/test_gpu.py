@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import distill
 import model
 import sft
-from conftest import ROOT
+from conftest import ROOT, rollout
 from test_model import ids_where
 from test_training import (  # run and words are fixtures
     TORCHRUN, Killed, both, first_step, kill_after_state, metrics, run, words)
@@ -60,7 +60,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(student, batch, tmp_pa
     model.save(student, tmp_path / "student")
     asr = model.load(tmp_path / "student", GPU)
     prompt = model.encode_audio(asr, batch)
-    ids, mask = model.roll_out(asr, prompt, max_new_tokens=20)
+    ids, mask = rollout(asr, prompt, 20)
     expected = asr.net.generate(
         inputs_embeds=prompt.embeds, attention_mask=prompt.mask.long(), max_new_tokens=20,
         do_sample=False, suppress_tokens=ids_where(asr.blocked), eos_token_id=ids_where(asr.stop),

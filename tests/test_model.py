@@ -17,7 +17,7 @@ from transformers.models.glmasr.modeling_glmasr import GlmAsrEncoder, GlmAsrMult
 
 import data
 import model
-from conftest import TEXTS, copied_out, twins
+from conftest import TEXTS, copied_out, rollout, twins
 
 LENGTHS = [120, 10, 57, 5, 96, 33, 7, 64]  # mel frames; 5 and 7 are shorter than an audio token's 8
 
@@ -71,7 +71,7 @@ def rows_of(ids, mask):
 
 def roll_out(asr, batch, limit, temperature=0.0, uniforms=None):
     with torch.no_grad():
-        return model.roll_out(asr, model.encode_audio(asr, batch), limit, temperature, uniforms)
+        return rollout(asr, model.encode_audio(asr, batch), limit, temperature, uniforms)
 
 
 def ids_where(mask):

@@ -13,7 +13,7 @@ import torch
 import data
 import model
 import overlap
-from conftest import copied_out, twins
+from conftest import copied_out, rollout, twins
 from test_evaluate import run_on_two
 
 INF = math.inf
@@ -101,7 +101,7 @@ def test_a_foreign_teachers_sets_are_of_its_own_vocabulary(student, foreign_teac
     whole = dropped = moved = 0
     for u, (values, not_scored) in zip(batch.utterances, clips, strict=True):
         prompt = model.encode_audio(student, data.load_batch([u]))
-        ids, mask = model.roll_out(student, prompt, 4, 1.0, data.keyed_uniforms(28, 0, [u.id], 4))
+        ids, mask = rollout(student, prompt, 4, 1.0, data.keyed_uniforms(28, 0, [u.id], 4))
         ids = ids[mask].tolist()
         n = next((t for t, i in enumerate(ids) if i not in pairs), len(ids))
         assert (len(values), not_scored) == (n, len(ids) - n)
@@ -298,7 +298,7 @@ def test_check_wants_one_nat_per_token_and_a_better_teacher(
         folder, monkeypatch, capsys, margin, teachers, said):
     ways = []
     errors = iter((3, teachers))
-    monkeypatch.setattr(overlap, "decode", lambda asr, clips, args: (
+    monkeypatch.setattr(overlap, "count_errors", lambda asr, clips, args: (
         "hyp", np.full(len(clips), next(errors)), np.full(len(clips), 4)))
 
     def measure(*words):

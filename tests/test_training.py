@@ -362,14 +362,14 @@ def take_place(rank, world, store):
     torch.distributed.init_process_group = meet
 
 
-def record_slowly(self, record, record_at_once=model.Run.record):
+def record_slowly(self, record, record_at_once=model.Run.log):
     record_at_once(self, record)
     time.sleep(0.4)  # a signal finds the run before its end
 
 
 def train(rank, world, script, line, store):
     take_place(rank, world, store)
-    model.Run.record = record_slowly
+    model.Run.log = record_slowly
     MODULES[script].main(MODULES[script].parse_args(line))
 
 
