@@ -387,7 +387,7 @@ class Batch:
     utterances: list[Utterance]
     mel: dict[int, np.ndarray]            # n_mels: (B, n_mels, T) float32, zeros behind a row's end
     n_frames: np.ndarray                  # (B,) int64, mel frames of each row
-    rejected: list[tuple[str, str, str]]  # (id, reason, message) of clips that were left out
+    rejected: list[tuple[str, str]]       # (reason, message) of clips that were left out
 
     def __len__(self):
         return len(self.utterances)
@@ -422,7 +422,7 @@ def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
         except AudioError as error:
             if not keep_going:
                 raise
-            rejected.append((utterance.id, error.reason, str(error)))
+            rejected.append((error.reason, str(error)))
     clips.sort(key=lambda clip: len(clip[1]))
     # Qwen3-ASR pads a clip under half a second with silence. [dev 8] The student hears the same.
     short = round(SHORT_SEC * SAMPLE_RATE)

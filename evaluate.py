@@ -237,7 +237,7 @@ def transcribe_clips(asr, clips, args) -> list[dict]:
     for u, hyp, n_frames in zip(batch.utterances, hyps, batch.n_frames.tolist()):
         found[u.line] = hyp | {"audio_sec": n_frames * data.HOP / data.SAMPLE_RATE}
     lost = [u for u in clips if u.line not in found]
-    for u, (_, reason, message) in zip(lost, batch.rejected):  # in the same order
+    for u, (reason, message) in zip(lost, batch.rejected):  # in the same order
         print(f"not decoded: {message}", file=sys.stderr)
         found[u.line] = {"hyp": "", "stopped": True, "n_tokens": 0, "audio_sec": 0.0,
                          "failed": reason}

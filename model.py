@@ -1188,7 +1188,7 @@ class Run:
 
     def count_rejected(self, batch: data.Batch) -> None:
         """Counts by reason what the loader left out of a batch; prints the first of each reason."""
-        for _, reason, message in batch.rejected:
+        for reason, message in batch.rejected:
             if reason not in self.rejected:
                 self.bar.write(f"left out: {message}")
             self.rejected[reason] += 1
