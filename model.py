@@ -102,7 +102,7 @@ def rotate(x, cos, sin):
     rotary_dim = 2 * cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     even = x[..., 0:rotary_dim:2]                                  # (B, heads, T', rd / 2)
-    odd = x[..., 1:rotary_dim:2]
+    odd = x[..., 1:rotary_dim:2]                                   # (B, heads, T', rd / 2)
     rest = x[..., rotary_dim:]                                     # (B, heads, T', head_dim - rd)
     pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
     return torch.cat([pairs.flatten(-2), rest], dim=-1)
@@ -124,9 +124,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, rope, mask):
         """x (B, T', d_model), rope (cos, sin), mask (B, 1, 1, T') True on valid keys -> like x."""
-        q = rotate(self.split_heads(self.q_proj(x)), *rope)
-        k = rotate(self.split_heads(self.k_proj(x)), *rope)
-        v = self.split_heads(self.v_proj(x))
+        q = rotate(self.split_heads(self.q_proj(x)), *rope)        # (B, heads, T', head_dim)
+        k = rotate(self.split_heads(self.k_proj(x)), *rope)        # like q
+        v = self.split_heads(self.v_proj(x))                       # like q
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, T', head_dim)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
@@ -143,6 +143,7 @@ class EncoderLayer(nn.Module):
         self.fc2 = nn.Linear(ffn, d_model)
 
     def forward(self, x, rope, mask):
+        """As SelfAttention's."""
         x = x + self.self_attn(self.self_attn_layer_norm(x), rope, mask)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
@@ -648,9 +649,9 @@ def causal_mask(valid):
 
     Padding sees itself, so that no softmax runs over nothing (NaN).
     """
-    n = valid.shape[1]
-    lower = torch.ones(n, n, dtype=torch.bool, device=valid.device).tril()
-    itself = torch.eye(n, dtype=torch.bool, device=valid.device)
+    k = valid.shape[1]
+    lower = torch.ones(k, k, dtype=torch.bool, device=valid.device).tril()      # (K, K)
+    itself = torch.eye(k, dtype=torch.bool, device=valid.device)                # (K, K)
     return ((valid[:, None] & lower) | itself)[:, None]
 
 

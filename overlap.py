@@ -229,18 +229,19 @@ def measure_batch(student, teacher, to_teacher, batch, args):
     # Columns of the logits: the student's ids, then those that only the teacher may write, which
     # take their places among its top k. Stop tokens are not blocked.                   [dev 11]
     teacher_only = ~teacher.blocked                                                     # (V_t,)
-    teacher_only[to_teacher[to_teacher >= 0]] = False
+    teacher_only[to_teacher[to_teacher >= 0]] = False                               # E are left
     weight_s = student.head.weight.float()                                          # (V, width)
     weight_t = teacher.head.weight.float()                                          # (V_t, width_t)
     y = ids[scored]                                                                     # (n,)
     values = [np.zeros((0, len(STATISTICS)), np.float32)]
     for i in range(0, len(y), args.chunk):
         rows = slice(i, i + args.chunk)
-        z_s = model.logits(hidden_s[rows], weight_s).masked_fill(student.blocked, -math.inf)
+        z_s = model.logits(hidden_s[rows], weight_s)                                    # (C, V)
+        z_s = z_s.masked_fill(student.blocked, -math.inf)                               # (C, V)
         z_t = model.logits(hidden_t[rows], weight_t)                                    # (C, V_t)
-        z_only = z_t[:, teacher_only]
-        z_s = torch.cat([z_s, torch.full_like(z_only, -math.inf)], dim=1)
-        z_t = torch.cat([model.map_logits(z_t, to_teacher), z_only], dim=1)             # like z_s
+        z_only = z_t[:, teacher_only]                                                   # (C, E)
+        z_s = torch.cat([z_s, torch.full_like(z_only, -math.inf)], dim=1)           # (C, V + E)
+        z_t = torch.cat([model.map_logits(z_t, to_teacher), z_only], dim=1)         # (C, V + E)
         every = torch.ones(len(z_s), dtype=torch.bool, device=z_s.device)
         stats = overlap_stats(z_s, z_t, every, args.top_k, y[rows])
         table = torch.stack([stats[name] for name in STATISTICS], dim=1)                # (C, S)

@@ -54,14 +54,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
-    add("--data", nargs="+", required=True, help="manifests to train on")
-    add("--dev", nargs="+", help="manifests to measure error rates on while training")
-    add("--language", help="of lines of --data and --dev that name none: how dev is normalised")
-    add("--out", required=True, help="folder to write to")
-    add("--resume", action="store_true", help="continue from the newest state in --out, if any")
-    add("--seed", type=at_least(0), default=0, help="decides weights and data order")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
-    # student
+    # where the student comes from
     add("--student", help="checkpoint to start from, a directory or a Hub id")
     add("--init_encoder", help="or: encoder of a Whisper, GLM-ASR or ARK-ASR checkpoint")
     add("--init_lm", help="Qwen2 or Qwen2.5 causal LM to put behind it, and a new adapter")
@@ -72,6 +65,14 @@ def parse_args(argv=None):
     add("--encoder_layers", type=at_least(1), default=2, help="encoder blocks")
     add("--lm_layers", type=at_least(1), default=2, help="LM blocks")
     add("--heads", type=at_least(1), default=4, help="attention heads of both")
+    # what it learns from
+    add("--data", nargs="+", required=True, help="manifests to train on")
+    add("--dev", nargs="+", help="manifests to measure error rates on while training")
+    add("--language", help="of lines of --data and --dev that name none: how dev is normalised")
+    add("--out", required=True, help="folder to write to")
+    add("--resume", action="store_true", help="continue from the newest state in --out, if any")
+    add("--seed", type=at_least(0), default=0, help="decides weights and data order")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     # optimisation
     add("--steps", type=at_least(1), default=1200, help="optimiser updates")
     add("--batch", type=at_least(1), default=16, help="utterances per step, over all processes")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 from transformers.models.glmasr.configuration_glmasr import GlmAsrConfig, GlmAsrEncoderConfig
 from transformers.models.glmasr.modeling_glmasr import GlmAsrEncoder, GlmAsrMultiModalProjector
 
@@ -479,3 +480,32 @@ def test_a_vocabulary_of_another_kind_is_refused(student, teacher):
         else:
             with pytest.raises(ValueError, match=f"of the student's {usable} tokens"):
                 model.vocabulary_map(student, theirs)
+
+
+@torch.no_grad()
+def test_another_lm_writes_what_it_scores_highest():
+    """Nothing but a body and a head is asked for."""
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, attn_implementation="sdpa")).eval()
+    embeds = torch.randn(3, 6, 32)
+    prompt_mask = torch.arange(6) >= torch.tensor([[0], [2], [4]])
+    stop = torch.arange(50) < 5
+    ids, mask = model.generate(lm.model, lm.lm_head.weight, embeds, prompt_mask, stop=stop,
+                               blocked=torch.zeros(50, dtype=torch.bool), pad_id=0,
+                               max_new_tokens=12)
+    hidden = model.response_hidden(lm.model, embeds, prompt_mask, ids, mask)
+    assert torch.equal(model.logits(hidden, lm.lm_head.weight).argmax(-1), ids[mask])
+    assert len(ids[mask].unique()) > 3
+
+
+@pytest.mark.parametrize("config", [
+    {"_attn_implementation": "eager"},
+    {"_attn_implementation": "sdpa", "layer_types": ["full_attention", "sliding_attention"]}])
+def test_attention_that_takes_no_mask_of_bools_is_refused(config):
+    body = SimpleNamespace(config=SimpleNamespace(**config))
+    with pytest.raises(ValueError, match="expected 'sdpa'"):
+        model.response_hidden(body, None, None, None, None)
+    with pytest.raises(ValueError, match="expected 'sdpa'"):
+        model.generate(body, None, None, None, stop=None, blocked=None, pad_id=0, max_new_tokens=1)
