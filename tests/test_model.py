@@ -382,19 +382,6 @@ def test_rollout_and_scoring_copy_out_alone(tiny_qwen2):
     assert torch.equal(alone.logits(hidden, lm.lm_head.weight).argmax(-1), ids[mask])
 
 
-def test_eager_attention_is_refused(tiny_qwen2):
-    """It would add the mask's True and False to the scores as 1 and 0."""
-    lm = tiny_qwen2
-    lm.set_attn_implementation("eager")
-    embeds, mask = torch.randn(1, 3, 16), torch.ones(1, 3, dtype=torch.bool)
-    nothing = torch.zeros(50, dtype=torch.bool)
-    with pytest.raises(ValueError, match="'eager'.*sdpa"):
-        model.response_hidden(lm.model, embeds, mask, torch.tensor([[4, 7]]), mask[:, :2])
-    with pytest.raises(ValueError, match="'eager'.*sdpa"):
-        model.generate(lm.model, lm.lm_head.weight, embeds, mask, stop=nothing, blocked=nothing,
-                       pad_id=0, max_new_tokens=2)
-
-
 # --------------------------------------------------------------------------------------- tokenizer
 
 HARD_TEXTS = [
