@@ -847,7 +847,8 @@ AVOIDS = {"test": [], "dev": ["test"], "train": ["test", "dev"],
 HEARD = "gustave m3 Annie Storm zac m1 benjamin steph klatt6 belinda m6 travis ian".split()
 UNSEEN = "m5 quincy Mike max edward michel".split()
 FURTHER = "caleb adam iven4 Denis david m7 f4 m8 Michael m2 klatt2 grandma".split()
-CAST = {"test": UNSEEN, "dev": UNSEEN, "train": HEARD[:6], "teacher": HEARD + FURTHER, "pool": HEARD}
+CAST = {"test": UNSEEN, "dev": UNSEEN, "train": HEARD[:6], "teacher": HEARD + FURTHER,
+        "pool": HEARD}
 
 # Of each language: patterns, and words for their slots. So few that half a million parameters can
 # learn them, and enough combinations that the audio is needed.

@@ -11,8 +11,8 @@ For every batch of audio x:
                and p_T are renormalised on these (the rollout draws from all that p_S may write)
   (5) update   one AdamW step
 A state is what both models have read before a token: the audio and the prefix, (x, y_<t). The
-transcripts of --data are not read: all that is learnt comes from the teacher. (The control
---states reference takes its states from them.)
+transcripts of --data are not learnt from: all that is learnt comes from the teacher. (The control
+--states reference takes its states from them; and a silent clip is kept only if its text is "".)
 
   symbol     variable   shape    meaning
              ids, mask  (B, R)   this rank's B rollouts, right-padded to R; True on emitted tokens
@@ -26,10 +26,10 @@ transcripts of --data are not read: all that is learnt comes from the teacher. (
   N          N          ()       scored tokens of the whole step: all ranks and micro-batches
 
 Differs from the paper (arXiv 2605.28139):
-  [dev 1] Reverse KL over the full vocabulary. Eq. 1 is forward KL, KL(p_T || p_S), on the union of
+  [dev 1] Reverse KL over all shared ids. Eq. 1 is forward KL, KL(p_T || p_S), on the union of
           both top-k sets: --divergence forward --support union --top_k 32 --temperature 0
           (Where the union has fewer than two tokens, Eq. 1 leaves the position out; here D_t = 0.
-          The teacher's top k are taken among the ids that both vocabularies have.)
+          Both top k are taken among the shared ids; overlap.py takes them first, then drops.)
   [dev 2] Rollouts are sampled at temperature 1, the distribution that the loss is an expectation
           over; the paper decodes greedily.
   [dev 3] The teacher is given the student's token ids, mapped through equal token strings, not text
@@ -76,7 +76,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data
 import model
 from data import at_least
-from model import map_logits
+from model import map_logits  # its bare name: loss_in_chunks copies out as it is
 
 
 def parse_args(argv=None):
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--student", help="checkpoint to start from, a directory or a Hub id; without it, the demo")
     add("--teacher", help="checkpoint that scores, a directory or a Hub id")
-    add("--data", nargs="+", help="manifests of audio to distil on; transcripts are not read")
+    add("--data", nargs="+", help="manifests of audio; their transcripts are not learnt from")
     add("--dev", nargs="+", help="manifests to measure error rates on while training")
     add("--language", help="of lines of --data and --dev that name none (Qwen3-ASR is told it)")
     add("--out", help="folder to write to (the demo: runs/demo)")
@@ -103,9 +103,9 @@ def parse_args(argv=None):
     add("--divergence", default="reverse", choices=["reverse", "forward"],
         help="KL(student || teacher) or KL(teacher || student)")
     add("--support", default="full", choices=["full", "union", "sampled"],
-        help="ids compared: all; both top-k sets, renormalised; the emitted one (policy gradient)")
+        help="ids compared: all shared; both top-k sets, renormalised; the emitted one alone")
     add("--top_k", type=at_least(1), default=32, help="k of the union support")
-    add("--chunk", type=at_least(1), default=128, help="rows whose logits exist at a time")
+    add("--chunk", type=at_least(1), default=128, help="tokens whose logits exist at a time")
     # optimisation
     add("--steps", type=at_least(1), default=600, help="optimiser updates")
     add("--batch", type=at_least(1), default=16, help="utterances per step, over all processes")
@@ -186,9 +186,6 @@ def sampled_kl(z_s, z_t, y):
     """
     logp_s = z_s.log_softmax(-1).gather(-1, y[:, None])[:, 0]               # (n,)
     logp_t = z_t.log_softmax(-1).gather(-1, y[:, None])[:, 0]               # (n,)
-    impossible = torch.isneginf(logp_s)  # rounding on a GPU may draw an id of p = 0: ignore it
-    logp_s = logp_s.masked_fill(impossible, 0.0)
-    logp_t = logp_t.masked_fill(impossible, 0.0)
     advantage = (logp_t - logp_s).detach()                                  # (n,)
     # The bracket is 1, so this has the value above; its gradient is d log p_S(y_t).
     return -advantage * (1 + logp_s - logp_s.detach())                      # (n,)
@@ -213,17 +210,17 @@ def token_divergence(z_s, z_t, y, divergence, support, top_k):
     return reverse_kl(z_s, z_t) if divergence == "reverse" else forward_kl(z_s, z_t)
 
 
-def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, chunk, N=1):
+def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, chunk, N):
     """Heads, loss and its gradient for n rows, `chunk` at a time -> 1/N sum_t D_t (), its gradient
     (n, width).
 
-    So nothing of size (n, V) ever exists. hidden_s (n, width), hidden_t (n, width_t), y (n,):
-    emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary; to_teacher (V,):
-    the teacher's id of each student id, -1: none (of one vocabulary: torch.arange(V)); token_kl:
-    (z_s, z_t, y) -> D_t, such as `lambda z_s, z_t, y: reverse_kl(z_s, z_t)`; N: tokens of the whole
-    step. A chunk's rows are detached: its backward adds to the gradient of the head's weight (with
-    a tied head, that of the embeddings), and stops at the rows. The caller continues from there (to
-    copy this out, take map_logits along):
+    At most `chunk` rows of logits exist at a time. hidden_s (n, width), hidden_t (n, width_t), y
+    (n,): emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary; to_teacher
+    (V,): the teacher's id of each student id, -1: none (of one vocabulary: torch.arange(V));
+    token_kl: (z_s, z_t, y) -> D_t, such as `lambda z_s, z_t, y: reverse_kl(z_s, z_t)`; N: tokens of
+    the whole step. A chunk's rows are detached: its backward adds to the gradient of the head's
+    weight (with a tied head, that of the embeddings), and stops at the rows. The caller continues
+    from there (to copy this out, take map_logits along):
 
         loss, grad_rows = loss_in_chunks(hidden_s, ...)
         hidden_s.backward(grad_rows)
@@ -248,10 +245,10 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, 
 
 @torch.no_grad()
 def roll_out_share(student, batch, step, args):
-    """The rollouts of this rank's share, in one batch: ids (B, R), mask (B, R), Whisper's frames.
+    """The rollouts of this rank's share, in one batch: ids (B, R), mask (B, R), Whisper's output.
 
-    The encoder takes --micro_batch clips at a time, which bounds its memory. The frames are None
-    unless --freeze encoder allows (3) to use them again.
+    The encoder takes --micro_batch clips at a time, which bounds its memory. Its output is None
+    unless --freeze encoder allows (3) to use it again.
     """
     if not len(batch):  # nothing could be used; the rank still takes part in the collectives
         ids = torch.zeros(0, 1, dtype=torch.long, device=student.device)
@@ -266,7 +263,7 @@ def roll_out_share(student, batch, step, args):
         student.body, student.head.weight, prompt.embeds, prompt.mask, stop=student.stop,
         blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, uniforms=uniforms)
-    return ids, mask, prompt.frames if args.freeze else None
+    return ids, mask, prompt.whisper_out if args.freeze else None
 
 
 @record  # torchrun then shows what stopped a process, at the end
@@ -309,7 +306,7 @@ def main(args):
 
         # ---- (1) rollout   y ~ p_S(. | x), all clips of this rank's share at once          [dev 2]
         #      An empty transcript (EOS at once) is a rollout like any other.                [dev 5]
-        ids, mask, frames = roll_out_share(student, batch, step, args)      # (B, R)
+        ids, mask, whisper_out = roll_out_share(student, batch, step, args)  # (B, R)
         # What can be scored: up to the first id that the teacher's vocabulary lacks. Attention is
         # causal, so what comes after a row's scored columns changes nothing.
         scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R)
@@ -339,14 +336,15 @@ def main(args):
                     teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, is_scored)
 
             # ---- (3) student   hidden_s[t] at (x, y_<t), now with gradients; z_S[t] in (4)
-            kept = None if frames is None else frames[rows]
-            prompt_s = model.encode_audio(student, part, frames=kept)
+            kept = None if whisper_out is None else whisper_out[rows]       # with --freeze encoder
+            prompt_s = model.encode_audio(student, part, whisper_out=kept)
             hidden_s = model.response_hidden(                               # (n, width)
                 student.body, prompt_s.embeds, prompt_s.mask, ids_s, is_scored)
 
             # ---- (4) loss      1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z),
             #      z_S[t] = head_s(hidden_s[t]),   z_T[t] = map_logits(head_t(hidden_t[t])).
             #      Every token of the step weighs 1 / N, wherever it landed.                 [dev 4]
+            #      token_kl is reverse_kl by default. The head's gradient is taken in here.
             part_loss, grad_rows = loss_in_chunks(
                 hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, args.chunk, N)
             hidden_s.backward(grad_rows)
@@ -393,7 +391,7 @@ SYSTEMS = ("base", "more", "opd", "td", "td_opd", "teacher")
 
 def demo(args):
     """The paper's experiment in miniature: `demo_commands`, each unless it is done already in --out
-    (default runs/demo); then Table 1 and Table 2."""
+    (default runs/demo); then the demo's versions of the paper's Tables 1 and 2."""
     if int(os.environ.get("RANK", 0)) > 0:
         return  # rank 0 starts every stage, with as many processes as this one was started with
     root = Path(args.out or "runs/demo")
@@ -414,8 +412,10 @@ def demo(args):
 def demo_commands(args, root) -> dict[str, str]:
     """{stage: command}, in order; each writes to ROOT/stage."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes == 1:  # started alone: a process per GPU; on a CPU two of one thread each, which
-        processes = min(2, os.cpu_count())  # suffer less on a busy machine than one of two threads
+    # Started alone: a process per GPU. On a CPU, two of one thread each: a busy machine slows them
+    # less than one of two threads.
+    if processes == 1:
+        processes = min(2, os.cpu_count())
         if args.device != "cpu" and torch.cuda.is_available():
             processes = torch.cuda.device_count()
     at = shlex.quote(str(root))

@@ -9,7 +9,7 @@ line names one (if there are fewer than twenty, they are too narrow), else utter
 
     python evaluate.py --model runs/x/opd --data test.jsonl --out runs/x/eval
     torchrun --nproc_per_node 8 evaluate.py --model runs/x/opd --data a.jsonl b.jsonl --out runs/x/e
-    python evaluate.py --model TEACHER --data pool.jsonl --out runs/x/td --as_manifest td.jsonl # TD
+    python evaluate.py --model TEACHER --data pool.jsonl --out runs/x/t --as_manifest td.jsonl  # TD
     python evaluate.py --model runs/x/opd --audio a.wav b.flac              # only transcripts
     python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl   # each with the first
     python evaluate.py --rescore runs/x/eval/hyps.jsonl --out runs/x/again  # same numbers; no model

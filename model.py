@@ -17,8 +17,7 @@ The other family, Qwen3-ASR, is transformers' own class. It is a teacher here, n
 
 Shapes: B utterances, T mel frames (100 Hz), T' encoder frames (50 Hz), A audio tokens (12.5 Hz), P
 prompt columns, R response columns, n response tokens packed over the batch, V vocabulary; `width`
-is that of the LM. Prompts are padded on the
-left, responses on the right, so that in every row
+is that of the LM. Prompts are padded on the left, responses on the right, so that in every row
 
     column      0 ... P-1      P      P+1   ...   P+R-1
     input_ids   prompt         y_0    y_1   ...   y_{R-1} (= EOS)
@@ -33,8 +32,8 @@ code of a checkpoint is ever run.
 Differs from the published model (numbers go on from distill.py):
   [dev 6] Padding is masked after each convolution, in attention and in the merge, so that a row's
           output does not depend on its neighbours. On a clip alone the two are the same function.
-  [dev 7] Weights are fp32, with bf16 arithmetic on a GPU. The public trainer steps AdamW on bf16
-          weights, which a small learning rate hardly moves.
+  [dev 7] The student's weights are fp32, with bf16 arithmetic on a GPU. The public trainer steps
+          AdamW on bf16 weights, which a small learning rate hardly moves.
 """
 
 import json
@@ -416,15 +415,15 @@ class ASR:
         """The linear layer from hidden rows (n, width) to logits (n, V); see `logits`."""
         return self.net.lm_head
 
-    def embed_audio(self, batch: data.Batch, frames=None):
-        """Audio embeddings (B, A, width), how many of a row are not padding (B,), Whisper's frames.
+    def embed_audio(self, batch: data.Batch, whisper_out=None):
+        """Audio embeddings (B, A, width), how many of a row are not padding (B,), Whisper's output.
 
-        frames (B, T', d_model): Whisper's output for these clips, if it is at hand.
+        whisper_out (B, T', d_model): that output for these clips, if it is at hand.
         """
         n_frames = torch.as_tensor(batch.n_frames, device=self.device)
-        if frames is None:
-            frames = self.net.audio_encoder.whisper(self.mel_of(batch), n_frames)
-        return *self.net.audio_encoder.adapt(frames, n_frames), frames
+        if whisper_out is None:
+            whisper_out = self.net.audio_encoder.whisper(self.mel_of(batch), n_frames)
+        return *self.net.audio_encoder.adapt(whisper_out, n_frames), whisper_out
 
     def mel_of(self, batch: data.Batch):
         """The batch's features (B, n_mels, T) with this model's number of bins."""
@@ -530,8 +529,8 @@ class Qwen3ASR(ASR):
     def body(self):
         return self.net.model.language_model
 
-    def embed_audio(self, batch: data.Batch, frames=None):
-        """As a student's; it has no frames to keep: the third value is None.
+    def embed_audio(self, batch: data.Batch, whisper_out=None):
+        """As a student's; there is no Whisper: the third value is None.
 
         The audio tower takes whole seconds of 100 frames, zeros after a clip's end.
         """
@@ -604,22 +603,22 @@ class Prompt:
     mask: torch.Tensor            # (B, P) False on the left padding
     audio: torch.Tensor           # (B, A, width) the adapter's output, for the CTC loss
     n_audio: torch.Tensor         # (B,) audio tokens of each row
-    frames: torch.Tensor | None   # (B, T', d_model) Whisper's output of a student
+    whisper_out: torch.Tensor | None  # (B, T', d_model) of a student
 
 
-def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, frames=None) -> Prompt:
+def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, whisper_out=None) -> Prompt:
     """Audio encoder and adapter, then prompts with the audio in place. Differentiable.
 
     micro_batch: clips that go through the encoder together: its memory. All by default.
-    frames: `.frames` of an earlier call on these clips, where the Whisper encoder is frozen (not
+    whisper_out: that of an earlier call on these clips, where the Whisper encoder is frozen (not
     with micro_batch).
     """
     parts = batch.split(micro_batch or len(batch))
     with autocast(asr.device):
-        encoded = [asr.embed_audio(part, frames) for part in parts]
+        encoded = [asr.embed_audio(part, whisper_out) for part in parts]
     audio = pad_and_join([audio for audio, _, _ in encoded])                    # (B, A, width)
     n_audio = torch.cat([n for _, n, _ in encoded])                             # (B,)
-    frames = None if encoded[0][2] is None else pad_and_join([f for _, _, f in encoded])
+    whisper_out = None if encoded[0][2] is None else pad_and_join([w for _, _, w in encoded])
 
     rows = []
     for utterance, n in zip(batch.utterances, n_audio.tolist()):
@@ -630,7 +629,7 @@ def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, frames=None) -> 
     valid = torch.arange(audio.shape[1], device=asr.device) < n_audio[:, None]  # (B, A)
     is_audio = (ids == asr.audio_id)[..., None]                                 # (B, P, 1)
     embeds = embeds.masked_scatter(is_audio, audio[valid].to(embeds.dtype))
-    return Prompt(embeds, mask, audio, n_audio, frames)
+    return Prompt(embeds, mask, audio, n_audio, whisper_out)
 
 
 def pad_and_join(parts):
@@ -726,8 +725,9 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
 
     body, weight: an LM and its head's weight (V, width). embeds (B, P, width), prompt_mask (B, P):
     prompts, padded on the left; masks are bool. stop, blocked (V,): ids that end a response, ids
-    that none may contain. uniforms (B, max_new_tokens) in [0, 1): see data.keyed_uniforms. The
-    returned mask is True on emitted tokens, the stop id included; a row without one was cut.
+    that none may contain. uniforms (B, max_new_tokens) in [0, 1): data.keyed_uniforms' here,
+    torch.rand's elsewhere. The returned mask is True on emitted tokens, the stop id included; a row
+    without one was cut.
 
     Copies out with check_attention, autocast, causal_mask, positions_of, logits, draw_token and
     transformers' DynamicCache. When a quarter of the rows are done the others go on alone. There is
@@ -735,7 +735,7 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     every eighth on a GPU.
     """
     check_attention(body)
-    if temperature > 0 and uniforms is None:
+    if temperature > 0 and (uniforms is None or uniforms.shape != (len(embeds), max_new_tokens)):
         raise ValueError("sampling wants uniforms: (rows, max_new_tokens) in [0, 1)")
     device = embeds.device
     ask_every = 1 if device.type == "cpu" else 8
@@ -1228,7 +1228,7 @@ class Run:
         known = [error for error in errors.values() if error is not None]
         mean = sum(known) / len(known) if known else None
         self.log({"step": step, "dev_error": mean} | (errors if len(errors) > 1 else {}))
-        if self.best is None or (known and mean < self.best):
+        if self.tokens and (self.best is None or (known and mean < self.best)):
             self.best = mean
             if self.rank == 0:
                 save(self.asr, self.out)
@@ -1281,15 +1281,16 @@ class Run:
         a scheduler can tell it from success.
         """
         self.bar.close()
+        for reason, n in self.rejected.items():
+            print(f"rank {self.rank}: {n} clips left out: {reason}")
+        if not self.tokens:
+            finish()
+            raise ValueError(f"{self.args.data}: nothing could be trained on, see above")
         if self.rank == 0:
             if not self.dev:
                 save(self.asr, self.out)
             draw_metrics(self.metrics, self.out / "metrics.png")
-        for reason, n in self.rejected.items():
-            print(f"rank {self.rank}: {n} clips left out: {reason}")
         finish()
-        if not self.tokens:
-            raise ValueError(f"{self.args.data}: nothing could be trained on, see above")
         if self.stopping:
             raise SystemExit(143)
 

@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--top_k", type=at_least(1), default=32, help="size of each model's set")
     # cost
     add("--batch", type=at_least(1), default=32, help="utterances per forward")
-    add("--chunk", type=at_least(1), default=256, help="states whose logits exist at a time")
+    add("--chunk", type=at_least(1), default=256, help="tokens whose logits exist at a time")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
     for flag in ("out", "states", "top_k"):
@@ -152,8 +152,8 @@ def overlap_stats(z_s, z_t, mask, k, written=None) -> dict[str, torch.Tensor]:
     k = min(k, z_s.shape[-1])
     top_s = z_s.topk(k).indices                                             # (n, k) best first
     top_t = z_t.topk(k).indices                                             # (n, k)
-    valid_s = valid.gather(-1, top_s)                                       # (n, k)
-    valid_t = valid.gather(-1, top_t)                                       # (n, k)
+    valid_s = valid.gather(-1, top_s)                                       # (n, k) S_t
+    valid_t = valid.gather(-1, top_t)                                       # (n, k) T_t
     # k x k comparisons per row; membership masks would be V wide, 150 times that at V = 151,936.
     same = (top_s[:, :, None] == top_t[:, None]) & valid_s[:, :, None]      # (n, k, k)
     shared = same.sum((1, 2))                                               # (n,)
@@ -244,7 +244,7 @@ def measure_batch(student, teacher, to_teacher, batch, args):
         z_t = torch.cat([model.map_logits(z_t, to_teacher), z_only], dim=1)         # (C, V + E)
         every = torch.ones(len(z_s), dtype=torch.bool, device=z_s.device)
         stats = overlap_stats(z_s, z_t, every, args.top_k, y[rows])
-        table = torch.stack([stats[name] for name in STATISTICS], dim=1)                # (C, S)
+        table = torch.stack([stats[name] for name in STATISTICS], dim=1)                # (C, M)
         values.append(table.float().cpu().numpy())
     values = np.concatenate(values)                                             # (n, STATISTICS)
     if not np.isfinite(values).all():
@@ -261,9 +261,9 @@ LAST_TOKEN = 20  # this index and all later ones are taken together
 
 
 def summarize(clips, batches) -> tuple[dict, np.ndarray]:
-    """A student's part of overlap.json, and means over all states of drawn utterances (draws, S).
+    """A student's part of overlap.json, and means over all states of drawn utterances (draws, M).
 
-    clips: see `measure`. batches: lists of their indices. S statistics.
+    clips: see `measure`. batches: lists of their indices. M statistics.
     """
     longest = max(len(values) for values, _ in clips)
     table = np.full((len(clips), longest, len(STATISTICS)), np.nan)  # nan behind a clip's states
@@ -285,13 +285,13 @@ def summarize(clips, batches) -> tuple[dict, np.ndarray]:
 
 
 def average(table) -> tuple[dict, np.ndarray]:
-    """Means over states with intervals: table (clips, R, S), nan where there is no state.
+    """Means over states with intervals: table (clips, R, M), nan where there is no state.
 
-    -> {statistic: entry, "states", "clips"}, the means of drawn utterances (draws, S).
+    -> {statistic: entry, "states", "clips"}, the means of drawn utterances (draws, M).
     """
-    counts = (~np.isnan(table)).sum(1)                              # (clips, S)
-    sums = np.nansum(table, axis=1)                                 # (clips, S)
-    draws = data.bootstrap(sums, counts)                            # (draws, S)
+    counts = (~np.isnan(table)).sum(1)                              # (clips, M)
+    sums = np.nansum(table, axis=1)                                 # (clips, M)
+    draws = data.bootstrap(sums, counts)                            # (draws, M)
     entries = as_entries(sums.sum(0) / counts.sum(0), draws)
     entries["states"] = int(counts[:, 0].sum())
     entries["clips"] = int((counts[:, 0] > 0).sum())
@@ -299,7 +299,7 @@ def average(table) -> tuple[dict, np.ndarray]:
 
 
 def as_entries(means, draws) -> dict[str, dict]:
-    """Means (S,), draws (draws, S) -> {statistic: {"mean", "low", "high"}}."""
+    """Means (M,), draws (draws, M) -> {statistic: {"mean", "low", "high"}}."""
     entries = {}
     for name, mean, low, high in zip(STATISTICS, means, *data.interval(draws)):
         entries[name] = {"mean": float(mean), "low": float(low), "high": float(high)}

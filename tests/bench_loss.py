@@ -68,7 +68,7 @@ def ours(h_s, h_t, head_s, head_t, chunk):
     y = torch.zeros(len(h_s), dtype=torch.long, device=h_s.device)
     _, grad_rows = distill.loss_in_chunks(
         h_s, h_t, y, head_s, head_t, same_ids, lambda z_s, z_t, y: distill.reverse_kl(z_s, z_t),
-        chunk)
+        chunk, 1)
     h_s.backward(grad_rows)
 
 

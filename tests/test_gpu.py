@@ -92,7 +92,7 @@ def test_memory_of_the_loss_is_flat_in_rows():
         y = torch.zeros(n, dtype=torch.long, device=GPU)
         needed[n] = peak(lambda: distill.loss_in_chunks(
             hidden, hidden.detach(), y, *heads, same_ids,
-            lambda z_s, z_t, y: distill.reverse_kl(z_s, z_t), 128))
+            lambda z_s, z_t, y: distill.reverse_kl(z_s, z_t), 128, 1))
     print(f"MB of the loss: {needed[128] / 1e6:.0f}, 16 times the rows {needed[2048] / 1e6:.0f}")
     assert needed[2048] - needed[128] < 4 * 2048 * width * 4
 

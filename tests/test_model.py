@@ -334,6 +334,8 @@ def test_every_row_is_the_inverse_cdf_of_the_lm_token_by_token(student, monkeypa
 def test_sampling_without_uniforms_is_refused(student):
     with pytest.raises(ValueError, match="uniforms"):
         roll_out(student, mel_batch(), 3, 1.0)
+    with pytest.raises(ValueError, match="uniforms"):
+        roll_out(student, mel_batch(), 3, 1.0, np.zeros((len(LENGTHS), 2), np.float32))
 
 
 def test_transcripts_are_greedy_texts_in_the_order_of_the_batch(student, batch):
