@@ -968,7 +968,7 @@ def start_espeak():
     return rate, say
 
 
-# -------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------- the command line
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """A script's docstring, line by line, and the default of each flag. For all scripts."""

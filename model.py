@@ -594,7 +594,7 @@ def qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
     )
 
 
-# --------------------------------------------------------------------- the three calls of a step
+# ---------------------------------------------------------------- prompts, generation and scoring
 
 @dataclass
 class Prompt:
@@ -1025,7 +1025,7 @@ def save(asr: ASR, path) -> None:
     temporary.rmdir()
 
 
-# ------------------------------------------------------------- a run: processes, update and state
+# -------------------------------------------------------------- a run: processes, update and save
 
 def setup(args):
     """Joins the processes that torchrun started, if any -> rank, world, device."""
@@ -1121,7 +1121,7 @@ def sum_gradients(parameters) -> None:
             nn.utils.vector_to_parameters(flat, bucket)
 
 
-def find_state(args) -> Path | None:
+def find_save(args) -> Path | None:
     """OUT/state/step-N, as rank 0 finds it, to go on from; None if there is none, or no --resume.
 
     Raises FileExistsError if --out holds a checkpoint, or an earlier run without --resume.
@@ -1145,7 +1145,7 @@ def find_state(args) -> Path | None:
 
 @dataclass
 class Run:
-    """What a training run keeps between its steps: sums for the log, the best dev error, its state.
+    """What a training run keeps between its steps: sums for the log, the best dev error, its save.
 
     Its numbers are the same on every rank; rank 0 writes. OUT/state/step-N is a checkpoint with
     training.safetensors (AdamW's moments by the parameter's name) and training.json beside it.
@@ -1157,7 +1157,7 @@ class Run:
     trained: dict[str, nn.Parameter]   # see `trainable`
     optimizer: torch.optim.Optimizer
     dev: dict[str, data.Manifest]      # see `read_dev`
-    resumed: Path | None               # the training state that it goes on from, see `find_state`
+    resumed: Path | None               # the save that it goes on from, see `find_save`
     rank: int
 
     def __post_init__(self):
@@ -1179,7 +1179,7 @@ class Run:
                              f"--steps says {self.args.steps}")
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            with self.metrics.open("ab") as file:  # what was logged after that state comes again
+            with self.metrics.open("ab") as file:  # what was logged after that save comes again
                 file.truncate(min(file.tell(), kept["metrics_bytes"]))
             for name, before in kept["flags"].items():
                 now = vars(self.args).get(name)
@@ -1233,7 +1233,7 @@ class Run:
             if self.rank == 0:
                 save(self.asr, self.out)
 
-    def save_state(self, step) -> None:
+    def save_run(self, step) -> None:
         """OUT/state/step-N, if it is time; older ones then go."""
         if self.rank > 0 or not (self.stopping or self.is_due(step, self.args.save_every)):
             return

@@ -114,7 +114,7 @@ def main(args) -> None:
         student = model.load(name, device)
         to_teacher = model.vocabulary_map(student, teacher)
         clips = measure(student, teacher, to_teacher, utterances, args, rank, world)
-        summary, drawn = summarize(clips, full)
+        summary, drawn = summarize_student(clips, full)
         summary["student"] = name
         summary["shared_ids"] = int((to_teacher >= 0).sum())
         students.append(summary)
@@ -260,7 +260,7 @@ def measure_batch(student, teacher, to_teacher, batch, args):
 LAST_TOKEN = 20  # this index and all later ones are taken together
 
 
-def summarize(clips, batches) -> tuple[dict, np.ndarray]:
+def summarize_student(clips, batches) -> tuple[dict, np.ndarray]:
     """A student's part of overlap.json, and means over all states of drawn utterances (draws, M).
 
     clips: see `measure`. batches: lists of their indices. M statistics.
@@ -374,8 +374,8 @@ def check(args) -> None:
         values = np.concatenate([of_clip for of_clip, _ in measured])       # (states, S)
         means.append(dict(zip(STATISTICS, values.mean(0))))
     rollout, reference, other = means
-    hyp_s, errors_s, units = count_errors(student, clips, args)
-    hyp_t, errors_t, _ = count_errors(teacher, clips, args)
+    hyp_s, errors_s, units = transcribe_and_count(student, clips, args)
+    hyp_t, errors_t, _ = transcribe_and_count(teacher, clips, args)
     gain = 100 * data.bootstrap(errors_s - errors_t, units)                 # (draws,)
     model.finish()
 
@@ -401,7 +401,7 @@ def check(args) -> None:
           "errors.")
 
 
-def count_errors(asr, clips, args) -> tuple[str, np.ndarray, np.ndarray]:
+def transcribe_and_count(asr, clips, args) -> tuple[str, np.ndarray, np.ndarray]:
     """The first clip's greedy transcript; each clip's errors and units, (clips,)."""
     hyps = {}
     for i in range(0, len(clips), args.batch):

@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--dev", nargs="+", help="manifests to measure error rates on while training")
     add("--language", help="of lines of --data and --dev that name none: how dev is normalised")
     add("--out", required=True, help="folder to write to")
-    add("--resume", action="store_true", help="continue from the newest state in --out, if any")
+    add("--resume", action="store_true", help="continue from the newest save in --out, if any")
     add("--seed", type=at_least(0), default=0, help="decides weights and data order")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     # optimisation
@@ -85,7 +85,7 @@ def parse_args(argv=None):
     # bookkeeping
     add("--log_every", type=at_least(1), default=25, help="steps between log lines")
     add("--eval_every", type=at_least(1), default=1200, help="steps between dev error rates")
-    add("--save_every", type=at_least(1), default=250, help="steps between training states")
+    add("--save_every", type=at_least(1), default=250, help="steps between saves, for --resume")
     add("--eval_batch", type=at_least(1), default=32, help="utterances decoded together on dev")
     add("--max_new_tokens", type=at_least(1), default=64, help="longest transcript on dev, tokens")
     add("--workers", type=at_least(0), default=1, help="loader processes per rank")
@@ -134,7 +134,7 @@ def main(args):
     """The algorithm at the top of this file."""
     rank, world, device = model.setup(args)
     torch.manual_seed(args.seed)
-    resumed = model.find_state(args)
+    resumed = model.find_save(args)
     train = data.read_manifest(args.data, ("text",), args.language)
     dev = model.read_dev(args.dev, rank, world, args.language)
     if resumed:
@@ -221,7 +221,7 @@ def main(args):
                 "audio_per_sec": sums["audio_sec"] / sums["seconds"]})
             run.sums.clear()
         run.evaluate(step + 1)  # the ranks share the clips of --dev: a collective
-        run.save_state(step + 1)
+        run.save_run(step + 1)
         if run.stopping:
             break
     run.close()

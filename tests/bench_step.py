@@ -56,7 +56,7 @@ def run(folder, way, steps, device):
     def note(self, step):
         ends.append(time.perf_counter())
 
-    model.Run.save_state = note
+    model.Run.save_run = note
     model.save = lambda asr, path: None
     words = [f"--student={folder}/student", f"--teacher={folder}/teacher", f"--out={folder}/{way}",
              f"--data={folder}/pool.jsonl", f"--steps={steps}", "--batch=16", "--micro_batch=8",

@@ -141,7 +141,7 @@ def clip_of(*rows, rest=0):
 def test_means_by_hand():
     """24 states: means over states, not over clips; bins hold the states in them."""
     clips = [clip_of(1, 4), clip_of(*[7] * 20, 2, 3), clip_of(rest=2), clip_of(rest=3)]
-    s, _ = overlap.summarize(clips, [[0, 2], [1]])
+    s, _ = overlap.summarize_student(clips, [[0, 2], [1]])
     assert (s["clips"], s["states"], s["states_not_scored"]) == (4, 24, 5)
     means = [s[name]["mean"] for name in overlap.STATISTICS]
     assert means == pytest.approx([150 / 24 + i for i in range(len(means))])
@@ -152,7 +152,7 @@ def test_means_by_hand():
     assert [(b["vuss"]["mean"], b["states"], b["clips"]) for b in bins] == [
         (4, 2, 2), (5.5, 2, 2), (7, 1, 1), (7, 1, 1), (2.5, 2, 1)]
     assert math.isnan(s["by_token"]["2"]["top1"]["low"]), "a third of the draws have no such state"
-    assert list(overlap.summarize(clips[:1], [[0]])[0]["by_token"]) == ["0", "1"]
+    assert list(overlap.summarize_student(clips[:1], [[0]])[0]["by_token"]) == ["0", "1"]
 
 
 def test_intervals_are_the_bootstraps_and_students_are_paired():
@@ -160,7 +160,7 @@ def test_intervals_are_the_bootstraps_and_students_are_paired():
     rng = np.random.default_rng(0)
     n = rng.normal(np.arange(40)[:, None, None] % 5 + [0.0, 1.0], 0.1, size=(40, 3, 2))
     clips = [[clip_of(*states) for states in n[:, :, i]] for i in range(2)]
-    (_, drawn_a), (b, drawn_b) = (overlap.summarize(of, [range(40)]) for of in clips)
+    (_, drawn_a), (b, drawn_b) = (overlap.summarize_student(of, [range(40)]) for of in clips)
     draws = data.bootstrap(n.sum(1), np.full((40, 2), 3))
     np.testing.assert_allclose(np.stack([drawn_a[:, 0], drawn_b[:, 0]], 1), draws, rtol=1e-5)
     last = data.bootstrap(n[:, 2, 1], np.ones(40))
@@ -298,7 +298,7 @@ def test_check_wants_one_nat_per_token_and_a_better_teacher(
         folder, monkeypatch, capsys, margin, teachers, said):
     ways = []
     errors = iter((3, teachers))
-    monkeypatch.setattr(overlap, "count_errors", lambda asr, clips, args: (
+    monkeypatch.setattr(overlap, "transcribe_and_count", lambda asr, clips, args: (
         "hyp", np.full(len(clips), next(errors)), np.full(len(clips), 4)))
 
     def measure(*words):

@@ -397,7 +397,7 @@ def first_steps(rank, world, jobs, folder):
         torch.save([p.grad for p in parameters], folder / f"{job}-{rank}.pt")
 
     model.load, model.sum_gradients = load_double, keep_gradients
-    model.save = model.Run.save_state = lambda *_: None
+    model.save = model.Run.save_run = lambda *_: None
     for job, script, line in jobs:
         take_place(rank, world, folder / f"{job}-store")
         MODULES[script].main(MODULES[script].parse_args(line))
@@ -456,12 +456,12 @@ class Killed(BaseException):
 
 def kill_after_state(monkeypatch, at):
     """The run dies right after OUT/state/step-`at` was written."""
-    def save_and_die(self, step, save_state=model.Run.save_state):
-        save_state(self, step)
+    def save_and_die(self, step, save_run=model.Run.save_run):
+        save_run(self, step)
         if step == at:
             raise Killed
 
-    monkeypatch.setattr(model.Run, "save_state", save_and_die)
+    monkeypatch.setattr(model.Run, "save_run", save_and_die)
 
 
 @both
