@@ -936,10 +936,7 @@ def add_noise(audio, rng) -> np.ndarray:
 
 
 def start_espeak():
-    """espeak-ng by ctypes, one engine per process: -> rate in Hz, a function that says a text.
-
-    That takes a voice, words per minute and a pitch from 0 to 100 -> (n,) float32 in [-1, 1].
-    """
+    """espeak-ng by ctypes, one engine per process: -> rate in Hz, a function that says a text."""
     import espeakng_loader  # only the demo needs it
     lib = ctypes.CDLL(espeakng_loader.get_library_path())
     # 2: synchronous; 0: pieces of default length; 0x8000: do not exit if the data is missing.
@@ -954,6 +951,7 @@ def start_espeak():
     lib.espeak_SetSynthCallback(receive)
 
     def say(text, voice, words_per_minute, pitch):
+        """Speech (n,), float32 in [-1, 1]. pitch: 0 to 100."""
         pieces.clear()
         failed = lib.espeak_SetVoiceByName(voice.encode())
         lib.espeak_SetParameter(1, words_per_minute, 0)  # 1: speed

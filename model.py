@@ -81,7 +81,7 @@ transformers.utils.logging.disable_progress_bar()  # a bar per checkpoint read s
 def rope_angles(n_positions, head_dim, device, theta=10_000.0):
     """Cosines and sines of RoPE's angles (Su et al. 2021): each (T', head_dim / 4), fp32.
 
-    T' positions, 50 a second. Half of each head is rotated, rd = head_dim / 2: pair i at position t
+    T' positions, at 50 Hz. Half of each head is rotated, rd = head_dim / 2: pair i at position t
     by t theta^(-2i / rd).
     """
     rotary_dim = head_dim // 2
@@ -1130,7 +1130,7 @@ def find_save(args) -> Path | None:
     if int(os.environ.get("RANK", 0)) == 0:
         out = Path(args.out)
         data.check_writable(out / "metrics.jsonl", out / "model.safetensors")
-        is_run = (out / "metrics.jsonl").exists()
+        is_run = (out / "metrics.jsonl").exists() or (out / "state").exists()
         if is_run and not args.resume:
             raise FileExistsError(f"{out} holds an earlier run: continue it with --resume, "
                                   "or choose another --out")
@@ -1163,7 +1163,8 @@ class Run:
     def __post_init__(self):
         self.out = Path(self.args.out)
         self.metrics = self.out / "metrics.jsonl"
-        kept = {"step": 0, "best": None, "tokens": 0, "sums": {}, "metrics_bytes": 0, "flags": {}}
+        kept = {"step": 0, "best": None, "tokens": 0, "sums": {}, "metrics_bytes": 0, "flags": {},
+                "stopping": False}
         if self.resumed:
             kept = self.restore()
         self.start = kept["step"]          # updates made before this process began
@@ -1186,6 +1187,8 @@ class Run:
                 if now != before and name != "resume":
                     print(f"resumed with another --{name} than before: {before} -> {now}")
         self.bar = data.progress(self.args.steps, self.out.name, "step", self.rank, self.start)
+        if kept["stopping"]:
+            self.evaluate(self.start)      # SIGTERM left no time for it
 
     def count_rejected(self, batch: data.Batch) -> None:
         """Counts by reason what the loader left out of a batch; prints the first of each reason."""
@@ -1218,9 +1221,10 @@ class Run:
     def evaluate(self, step) -> None:
         """Errors on the dev sets after `step` updates, if it is time; --out keeps the best mean.
 
-        While no error can be measured (nothing is said in the dev sets), the latest is the best.
+        A run that is stopping saves at once instead, and evaluates when it is resumed. While no
+        error can be measured (nothing is said in the dev sets), the latest is the best.
         """
-        if not self.dev or not self.is_due(step, self.args.eval_every):
+        if not self.dev or self.stopping or not self.is_due(step, self.args.eval_every):
             return
         errors = {}
         for name, manifest in self.dev.items():
@@ -1250,7 +1254,8 @@ class Run:
         save_file(tensors, part / "training.safetensors")
         data.write_json(part / "training.json", {
             "step": step, "best": self.best, "tokens": self.tokens, "sums": self.sums,
-            "metrics_bytes": self.metrics.stat().st_size, "flags": vars(self.args)})
+            "metrics_bytes": self.metrics.stat().st_size, "flags": vars(self.args),
+            "stopping": self.stopping})
         target = self.out / "state" / f"step-{step:07d}"
         shutil.rmtree(target, ignore_errors=True)
         os.rename(part, target)

@@ -491,6 +491,30 @@ def test_resume_is_bit_for_bit(run, subset, corpus, tmp_path, monkeypatch, scrip
     assert trained == weights(cut).keys() | heads
 
 
+@both
+def test_a_run_told_to_stop_saves_first_and_evaluates_when_it_is_resumed(
+        run, subset, corpus, tmp_path, monkeypatch, script):
+    flags = {"data": subset(8), "batch": 4, "steps": 4, "eval_every": 2, "max_new_tokens": 6,
+             "dev": corpus / "dev.jsonl"}
+    straight = run(script, "straight", **flags)
+
+    def add_and_signal(self, totals, seconds, add=model.Run.add):
+        return add(self, totals | {"signals": self.bar.n == 1}, seconds)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(model.Run, "add", add_and_signal)
+        run(script, "cut", **flags)
+    cut = tmp_path / "cut"
+    assert states(cut) == ["step-0000002"] and steps_of(cut, "dev_error") == []
+    (cut / "metrics.jsonl").rename(tmp_path / "kept")
+    with pytest.raises(FileExistsError, match="--resume"):  # a save alone is an earlier run, too
+        run(script, "cut", **flags)
+    (tmp_path / "kept").rename(cut / "metrics.jsonl")
+    run(script, "cut", resume=True, **flags)
+    assert steps_of(cut, "dev_error") == [2, 4]
+    same_run(straight, cut)
+
+
 def start_and_signal(script, line, store, how, world):
     """A run in processes of its own; after two records its first process gets a signal."""
     started = start(train, script, line, store, world=world, join=False)
