@@ -438,6 +438,9 @@ def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
 
 def pad_rows(rows, pad_id, device=None, side="right") -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of ids -> ids (B, R), padded with pad_id on one side; mask (B, R), True at real ids."""
+    if not rows:
+        ids = torch.zeros(0, 0, dtype=torch.long, device=device)
+        return ids, ids.bool()
     rows = [torch.as_tensor(row, dtype=torch.long, device=device) for row in rows]
     ones = [torch.ones_like(row, dtype=torch.bool) for row in rows]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)

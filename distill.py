@@ -243,29 +243,6 @@ def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, 
 
 # --------------------------------------------------------------------------------------- the loop
 
-@torch.no_grad()
-def roll_out_share(student, batch, step, args):
-    """The rollouts of this rank's share, in one batch: ids (B, R), mask (B, R), Whisper's output.
-
-    The encoder takes --micro_batch clips at a time, which bounds its memory. Its output is None
-    unless --freeze encoder allows (3) to use it again.
-    """
-    if not len(batch):  # nothing could be used; the rank still takes part in the collectives
-        ids = torch.zeros(0, 1, dtype=torch.long, device=student.device)
-        return ids, ids.bool(), None
-    if args.states == "reference":  # a control: the transcripts' states, off-policy
-        responses = [student.encode_text(u.text) for u in batch.utterances]
-        return *data.pad_rows(responses, student.pad_id, student.device), None
-    prompt = model.encode_audio(student, batch, args.micro_batch)
-    names = [u.id for u in batch.utterances]
-    uniforms = data.keyed_uniforms(args.seed, step, names, args.max_new_tokens)
-    ids, mask = model.generate(
-        student.body, student.head.weight, prompt.embeds, prompt.mask, stop=student.stop,
-        blocked=student.blocked, pad_id=student.pad_id, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, uniforms=uniforms)
-    return ids, mask, prompt.whisper_out if args.freeze else None
-
-
 @record  # torchrun then shows what stopped a process, at the end
 def main(args):
     """The algorithm at the top of this file; without --student, the demo."""
@@ -302,18 +279,29 @@ def main(args):
     for step in range(run.start, args.steps):
         began = time.time()
         batch = next(batches)
-        run.count_rejected(batch)
 
         # ---- (1) rollout   y ~ p_S(. | x), all clips of this rank's share at once          [dev 2]
         #      An empty transcript (EOS at once) is a rollout like any other.                [dev 5]
-        ids, mask, whisper_out = roll_out_share(student, batch, step, args)  # (B, R)
+        whisper_out = None
+        if args.states == "reference" or not len(batch):  # a control: the transcripts' states
+            responses = [student.encode_text(u.text) for u in batch.utterances]
+            ids, mask = data.pad_rows(responses, student.pad_id, device)    # (B, R)
+        else:
+            with torch.no_grad():  # the encoder takes --micro_batch clips at a time
+                prompt = model.encode_audio(student, batch, args.micro_batch)
+            uniforms = data.keyed_uniforms(
+                args.seed, step, [u.id for u in batch.utterances], args.max_new_tokens)
+            ids, mask = model.generate(                                     # (B, R)
+                student, prompt.embeds, prompt.mask, args.max_new_tokens, args.temperature,
+                uniforms)
+            whisper_out = prompt.whisper_out if args.freeze else None  # (3) need not make it again
         # What can be scored: up to the first id that the teacher's vocabulary lacks. Attention is
         # causal, so what comes after a row's scored columns changes nothing.
         scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R)
         ended = (student.stop[ids] & mask).any(1)                           # (B,)
         totals = model.all_sum({
             "tokens": scored.sum(), "not_scored": (mask & ~scored).sum(), "clips": len(batch),
-            "truncated": (~ended).sum(), "empty": student.stop[ids[:, 0]].sum(),
+            "truncated": (~ended).sum(), "empty": (ended & (mask.sum(1) == 1)).sum(),
             "rejected": len(batch.rejected), "audio_sec": batch.audio_sec,
             "signals": len(run.signals)}, device)  # one on any rank stops all after this step
         N = max(1, totals["tokens"])
@@ -363,23 +351,8 @@ def main(args):
             optimizer.step()
         optimizer.zero_grad()
 
-        # ---- bookkeeping
-        # A sum (N times the mean), so the log's mean over several steps weighs all tokens equally.
-        totals["loss"] = model.all_sum({"loss": loss}, device)["loss"] * N
-        sums = run.add(totals, time.time() - began)
-        if run.is_due(step + 1, args.log_every):
-            n_clips = max(1, sums["clips"])
-            run.log({
-                "step": step + 1, "loss": sums["loss"] / max(1, sums["tokens"]),
-                "grad_norm": grad_norm, "lr": lr, "tokens": int(sums["tokens"]),
-                "tokens_per_clip": sums["tokens"] / n_clips,
-                "truncated": sums["truncated"] / n_clips, "empty": sums["empty"] / n_clips,
-                "not_scored": int(sums["not_scored"]), "rejected": int(sums["rejected"]),
-                "audio_per_sec": sums["audio_sec"] / sums["seconds"]})
-            run.sums.clear()
-        run.evaluate(step + 1)  # the ranks share the clips of --dev: a collective
-        run.save_run(step + 1)
-        if run.stopping:
+        totals |= model.all_sum({"loss": loss * N}, device)
+        if run.end_step(step + 1, batch, totals, grad_norm, lr, time.time() - began):
             break
     run.close()
 

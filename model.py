@@ -719,21 +719,21 @@ def draw_token(z, temperature, uniform):
 
 
 @torch.no_grad()
-def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_new_tokens,
-             temperature=0.0, uniforms=None):
+def generate(asr, embeds, prompt_mask, max_new_tokens, temperature=0.0, uniforms=None):
     """One response per row, greedy (temperature 0) or sampled -> ids (B, R), mask (B, R).
 
-    body, weight: an LM and its head's weight (V, width). embeds (B, P, width), prompt_mask (B, P):
-    prompts, padded on the left; masks are bool. stop, blocked (V,): ids that end a response, ids
-    that none may contain. uniforms (B, max_new_tokens) in [0, 1): data.keyed_uniforms' here,
-    torch.rand's elsewhere. The returned mask is True on emitted tokens, the stop id included; a row
-    without one was cut.
+    asr: anything with .body, an LM, and .head, its last layer; .stop and .blocked (V,), ids that end
+    a response and ids that none may contain; .pad_id. embeds (B, P, width), prompt_mask (B, P):
+    prompts, padded on the left; masks are bool. uniforms (B, max_new_tokens) in [0, 1):
+    data.keyed_uniforms' here, torch.rand's elsewhere. The returned mask is True on emitted tokens,
+    the stop id included; a row without one was cut.
 
     Copies out with check_attention, autocast, causal_mask, positions_of, logits, draw_token and
     transformers' DynamicCache. When a quarter of the rows are done the others go on alone. There is
     no collective, and the host asks the device how many rows are left at every token on a CPU, at
     every eighth on a GPU.
     """
+    body = asr.body
     check_attention(body)
     if temperature > 0 and (uniforms is None or uniforms.shape != (len(embeds), max_new_tokens)):
         raise ValueError("sampling wants uniforms: (rows, max_new_tokens) in [0, 1)")
@@ -741,8 +741,8 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
     ask_every = 1 if device.type == "cpu" else 8
     if temperature > 0:
         uniforms = torch.as_tensor(uniforms, device=device)
-    weight = weight.float()  # once: `logits` would do it at every token
-    ids = torch.full((len(embeds), max_new_tokens), pad_id, device=device)      # (B, R)
+    weight = asr.head.weight.float()  # once: `logits` would do it at every token
+    ids = torch.full((len(embeds), max_new_tokens), asr.pad_id, device=device)      # (B, R)
     mask = torch.zeros_like(ids, dtype=torch.bool)                              # (B, R)
     rows = torch.arange(len(embeds), device=device)                             # (b,) still written
     unfinished = torch.ones_like(rows, dtype=torch.bool)                        # (b,)
@@ -757,15 +757,15 @@ def generate(body, weight, embeds, prompt_mask, *, stop, blocked, pad_id, max_ne
             output = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
                           attention_mask=attend, use_cache=True)
             z = logits(output.last_hidden_state[:, -1], weight)                 # (b, V)
-            z = z.masked_fill(blocked, -math.inf)
+            z = z.masked_fill(asr.blocked, -math.inf)
             uniform = None if temperature == 0 else uniforms[rows, t]           # (b,)
             token = draw_token(z, temperature, uniform)                         # (b,)
-            token = torch.where(unfinished, token, pad_id)
+            token = torch.where(unfinished, token, asr.pad_id)
             ids[rows, t] = token
             mask[rows, t] = unfinished
             valid = torch.cat([valid, unfinished[:, None]], dim=1)              # (b, P+t+1)
             positions = positions[:, -1:] + 1                                   # (b, 1)
-            unfinished = unfinished & ~stop[token]
+            unfinished = unfinished & ~asr.stop[token]
             if t % ask_every == ask_every - 1:
                 n_left = int(unfinished.sum())
                 if n_left == 0:
@@ -792,10 +792,7 @@ def transcribe(asr: ASR, batch: data.Batch, max_new_tokens, temperature=0.0, see
     names = [u.id for u in batch.utterances]
     uniforms = data.keyed_uniforms(seed, 0, names, max_new_tokens) if temperature else None
     prompt = encode_audio(asr, batch)
-    ids, mask = generate(
-        asr.body, asr.head.weight, prompt.embeds, prompt.mask, stop=asr.stop, blocked=asr.blocked,
-        pad_id=asr.pad_id, max_new_tokens=max_new_tokens, temperature=temperature,
-        uniforms=uniforms)
+    ids, mask = generate(asr, prompt.embeds, prompt.mask, max_new_tokens, temperature, uniforms)
     stopped = (asr.stop[ids] & mask).any(1).tolist()
     n_tokens = mask.sum(1).tolist()
     results = []
@@ -1129,7 +1126,6 @@ def find_save(args) -> Path | None:
     found = [None]
     if int(os.environ.get("RANK", 0)) == 0:
         out = Path(args.out)
-        data.check_writable(out / "metrics.jsonl", out / "model.safetensors")
         is_run = (out / "metrics.jsonl").exists() or (out / "state").exists()
         if is_run and not args.resume:
             raise FileExistsError(f"{out} holds an earlier run: continue it with --resume, "
@@ -1163,69 +1159,79 @@ class Run:
     def __post_init__(self):
         self.out = Path(self.args.out)
         self.metrics = self.out / "metrics.jsonl"
-        kept = {"step": 0, "best": None, "tokens": 0, "sums": {}, "metrics_bytes": 0, "flags": {},
-                "stopping": False}
-        if self.resumed:
-            kept = self.restore()
-        self.start = kept["step"]          # updates made before this process began
-        self.best = kept["best"]           # lowest dev error, %; None while unknown
-        self.tokens = kept["tokens"]       # trained on so far
-        self.sums = Counter(kept["sums"])  # since the last record
-        self.rejected = Counter()          # reason: clips of this rank
+        kept = self.restore() if self.resumed else {}
+        self.start = kept.get("step", 0)       # updates made before this process began
+        self.best = kept.get("best")           # lowest dev error, %; None while unknown
+        self.tokens = kept.get("tokens", 0)    # trained on so far
+        self.sums = Counter(kept.get("sums"))  # since the last record
+        self.rejected = Counter()              # reason: clips of this rank
+        self.stopping = False                  # some rank has a signal
         self.signals = []
         signal.signal(signal.SIGTERM, lambda *_: self.signals.append("SIGTERM"))
-        self.stopping = False              # some rank has a signal
         if self.start > self.args.steps:
             raise ValueError(f"{self.resumed}: {self.start} updates are made, "
                              f"--steps says {self.args.steps}")
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             with self.metrics.open("ab") as file:  # what was logged after that save comes again
-                file.truncate(min(file.tell(), kept["metrics_bytes"]))
-            for name, before in kept["flags"].items():
+                file.truncate(min(file.tell(), kept.get("metrics_bytes", 0)))
+            for name, before in kept.get("flags", {}).items():
                 now = vars(self.args).get(name)
                 if now != before and name != "resume":
                     print(f"resumed with another --{name} than before: {before} -> {now}")
         self.bar = data.progress(self.args.steps, self.out.name, "step", self.rank, self.start)
-        if kept["stopping"]:
-            self.evaluate(self.start)      # SIGTERM left no time for it
+        if kept.get("evaluation_due"):
+            self.evaluate(self.start)
 
-    def count_rejected(self, batch: data.Batch) -> None:
-        """Counts by reason what the loader left out of a batch; prints the first of each reason."""
+    def end_step(self, step, batch: data.Batch, totals: dict, grad_norm, lr, seconds) -> bool:
+        """After `step` updates: log, save and evaluation, where they are due -> True to stop here.
+
+        totals: what the step counted over all ranks; of "loss" and "ctc", sums over its tokens.
+        The evaluation is a collective, the ranks share the clips of --dev. It comes after the save,
+        which thus is there at once when a scheduler sends SIGTERM; a resumed run makes up for it.
+        """
         for reason, message in batch.rejected:
             if reason not in self.rejected:
                 self.bar.write(f"left out: {message}")
             self.rejected[reason] += 1
-
-    def add(self, totals: dict, seconds) -> Counter:
-        """What one step counted over all ranks -> the sums since the last record."""
-        self.sums.update(totals | {"seconds": seconds})
+        self.stopping = totals.pop("signals") > 0
         self.tokens += totals["tokens"]
-        self.stopping = totals["signals"] > 0
+        self.sums.update(totals | {"seconds": seconds})
         self.bar.update()
-        return self.sums
+
+        def is_due(every):
+            return step == self.args.steps or step % every == 0
+
+        if is_due(self.args.log_every):
+            record = {"step": step}
+            for name in ("loss", "ctc"):
+                if name in self.sums:
+                    record[name] = self.sums.pop(name) / max(1, self.sums["tokens"])
+            record |= {"grad_norm": grad_norm, "lr": lr}
+            record["audio_per_sec"] = self.sums["audio_sec"] / self.sums.pop("seconds")
+            self.log(record | self.sums)
+            self.sums.clear()
+        evaluation_due = bool(self.dev) and is_due(self.args.eval_every)
+        if self.rank == 0 and (self.stopping or is_due(self.args.save_every)):
+            self.save_run(step, evaluation_due)
+        if evaluation_due and not self.stopping:
+            self.evaluate(step)
+        return self.stopping
 
     def log(self, record: dict) -> None:
         """Appends a record to metrics.jsonl and prints it, on rank 0."""
-        if self.rank > 0:
-            return
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()]
-        self.bar.write("  ".join(shown))
-
-    def is_due(self, step, every) -> bool:
-        """True at the last step and at every `every`-th."""
-        return step == self.args.steps or step % every == 0
+        if self.rank == 0:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            shown = [f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}"
+                     for k, v in record.items()]
+            self.bar.write("  ".join(shown))
 
     def evaluate(self, step) -> None:
-        """Errors on the dev sets after `step` updates, if it is time; --out keeps the best mean.
+        """Errors on the dev sets; --out keeps the weights with the best mean.
 
-        A run that is stopping saves at once instead, and evaluates when it is resumed. While no
-        error can be measured (nothing is said in the dev sets), the latest is the best.
+        While no error can be measured (nothing is said in the dev sets), the latest are the best.
         """
-        if not self.dev or self.stopping or not self.is_due(step, self.args.eval_every):
-            return
         errors = {}
         for name, manifest in self.dev.items():
             errors[f"dev_error/{name}"] = dev_error(self.asr, manifest, self.args)
@@ -1237,10 +1243,8 @@ class Run:
             if self.rank == 0:
                 save(self.asr, self.out)
 
-    def save_run(self, step) -> None:
-        """OUT/state/step-N, if it is time; older ones then go."""
-        if self.rank > 0 or not (self.stopping or self.is_due(step, self.args.save_every)):
-            return
+    def save_run(self, step, evaluation_due) -> None:
+        """Writes OUT/state/step-N; older ones then go."""
         tensors = {}
         stored = self.asr.net.state_dict()
         for name, p in self.trained.items():
@@ -1255,7 +1259,7 @@ class Run:
         data.write_json(part / "training.json", {
             "step": step, "best": self.best, "tokens": self.tokens, "sums": self.sums,
             "metrics_bytes": self.metrics.stat().st_size, "flags": vars(self.args),
-            "stopping": self.stopping})
+            "evaluation_due": evaluation_due})
         target = self.out / "state" / f"step-{step:07d}"
         shutil.rmtree(target, ignore_errors=True)
         os.rename(part, target)

@@ -215,9 +215,8 @@ def measure_batch(student, teacher, to_teacher, batch, args):
     else:
         uniforms = data.keyed_uniforms(args.seed, 0, names, args.max_new_tokens)
         ids, mask = model.generate(                                                     # (B, R)
-            student.body, student.head.weight, prompt_s.embeds, prompt_s.mask,
-            stop=student.stop, blocked=student.blocked, pad_id=student.pad_id,
-            max_new_tokens=args.max_new_tokens, temperature=args.temperature, uniforms=uniforms)
+            student, prompt_s.embeds, prompt_s.mask, args.max_new_tokens, args.temperature,
+            uniforms)
     scored = model.readable_prefix(ids, mask, to_teacher)                               # (B, R)
     # 0 stands in for a missing counterpart; it is not scored, so the teacher never reads it.
     ids_t = to_teacher[ids].clamp(min=0)                                                # (B, R)

@@ -160,7 +160,6 @@ def main(args):
     for step in range(run.start, args.steps):
         began = time.time()
         batch = next(batches)
-        run.count_rejected(batch)
 
         # ---- the targets   y_0 ... y_{R-1} = EOS of every clip, and their number in the whole step
         responses = [student.encode_text(u.text) for u in batch.utterances]
@@ -208,21 +207,8 @@ def main(args):
             optimizer.step()
         optimizer.zero_grad()
 
-        # ---- bookkeeping
-        sums = run.add(totals | model.all_sum(losses, device), time.time() - began)
-        if run.is_due(step + 1, args.log_every):
-            n_tokens = max(1, sums["tokens"])
-            means = {"loss": sums["loss"] / n_tokens}
-            if args.ctc:
-                means |= {"ctc": sums["ctc"] / n_tokens, "ctc_skipped": int(sums["ctc_skipped"])}
-            run.log({
-                "step": step + 1, **means, "grad_norm": grad_norm, "lr": lr,
-                "tokens": int(sums["tokens"]), "rejected": int(sums["rejected"]),
-                "audio_per_sec": sums["audio_sec"] / sums["seconds"]})
-            run.sums.clear()
-        run.evaluate(step + 1)  # the ranks share the clips of --dev: a collective
-        run.save_run(step + 1)
-        if run.stopping:
+        totals |= model.all_sum(losses, device)
+        if run.end_step(step + 1, batch, totals, grad_norm, lr, time.time() - began):
             break
     run.close()
 

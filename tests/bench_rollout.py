@@ -19,6 +19,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,9 +34,9 @@ N_PROMPT, N_NEW, PAD = 64, 64, 0
 def ours(lm, embeds, mask, stop, sampled):
     """model.generate -> ids (B, R), mask (B, R)."""
     blocked = torch.arange(len(stop), device=stop.device) == PAD
-    return model.generate(
-        lm.model, lm.lm_head.weight, embeds, mask, stop=stop, blocked=blocked, pad_id=PAD,
-        max_new_tokens=N_NEW, temperature=float(sampled), uniforms=torch.rand(len(embeds), N_NEW))
+    asr = SimpleNamespace(body=lm.model, head=lm.lm_head, stop=stop, blocked=blocked, pad_id=PAD)
+    uniforms = torch.rand(len(embeds), N_NEW)
+    return model.generate(asr, embeds, mask, N_NEW, float(sampled), uniforms)
 
 
 @torch.no_grad()

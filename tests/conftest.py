@@ -163,6 +163,4 @@ def copied_out(*parts, **names):
 
 def rollout(asr, prompt, limit, temperature=0.0, uniforms=None):
     """`generate` with a recogniser's parts -> ids (B, R), mask (B, R)."""
-    return model.generate(
-        asr.body, asr.head.weight, prompt.embeds, prompt.mask, stop=asr.stop, blocked=asr.blocked,
-        pad_id=asr.pad_id, max_new_tokens=limit, temperature=temperature, uniforms=uniforms)
+    return model.generate(asr, prompt.embeds, prompt.mask, limit, temperature, uniforms)

@@ -366,9 +366,9 @@ def test_rollout_and_scoring_copy_out_alone(net_class):
     prompt_mask = torch.arange(6) >= 6 - torch.tensor([[6], [3], [5]])
     prompt = torch.randint(1, 50, (3, 6), generator=torch.Generator().manual_seed(0))
     embeds = lm.model.embed_tokens(prompt)
-    ids, mask = alone.generate(
-        lm.model, lm.lm_head.weight, embeds, prompt_mask, stop=torch.arange(50) == 7,
-        blocked=torch.zeros(50, dtype=torch.bool), pad_id=0, max_new_tokens=9)
+    asr = SimpleNamespace(body=lm.model, head=lm.lm_head, stop=torch.arange(50) == 7,
+                          blocked=torch.zeros(50, dtype=torch.bool), pad_id=0)
+    ids, mask = alone.generate(asr, embeds, prompt_mask, max_new_tokens=9)
     expected = lm.generate(inputs_embeds=embeds, attention_mask=prompt_mask.long(), do_sample=False,
                            max_new_tokens=9, eos_token_id=7, pad_token_id=0)
     assert torch.equal(ids, expected)
@@ -471,4 +471,4 @@ def test_attention_that_takes_no_mask_of_bools_is_refused(config):
     with pytest.raises(ValueError, match="expected 'sdpa'"):
         model.response_hidden(body, None, None, None, None)
     with pytest.raises(ValueError, match="expected 'sdpa'"):
-        model.generate(body, None, None, None, stop=None, blocked=None, pad_id=0, max_new_tokens=1)
+        model.generate(SimpleNamespace(body=body), None, None, 1)
