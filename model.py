@@ -1246,12 +1246,9 @@ class Run:
     def save_run(self, step, evaluation_due) -> None:
         """Writes OUT/state/step-N; older ones then go."""
         tensors = {}
-        stored = self.asr.net.state_dict()
         for name, p in self.trained.items():
             for key, value in self.optimizer.state[p].items():  # step, exp_avg, exp_avg_sq
                 tensors[f"{name}.{key}"] = value.detach().cpu()
-            if name not in stored:  # trained beside the student, thrown away at the end
-                tensors[f"{name}.value"] = p.detach().cpu()
         part = self.out / "state" / "part"
         shutil.rmtree(part, ignore_errors=True)
         save(self.asr, part)
@@ -1267,17 +1264,14 @@ class Run:
             if old != target:
                 shutil.rmtree(old)
 
-    @torch.no_grad()
     def restore(self) -> dict:
-        """AdamW's moments, and what is trained beside the student -> what training.json holds."""
+        """Sets AdamW's moments -> what training.json holds."""
         tensors = load_file(self.resumed / "training.safetensors")
         names = {name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")}
         if names and names != self.trained.keys():
             raise ValueError(f"{self.resumed}: moments of {len(names)} weights, but "
-                             f"{len(self.trained)} are trained: another --freeze or --ctc?")
+                             f"{len(self.trained)} are trained: another --freeze?")
         for name, p in self.trained.items():
-            if f"{name}.value" in tensors:
-                p.copy_(tensors[f"{name}.value"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{name}.{key}" in tensors:
                     self.optimizer.state[p][key] = tensors[f"{name}.{key}"].to(p.device)

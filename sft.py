@@ -11,9 +11,9 @@ N: response tokens of the step, over all ranks and micro-batches. Prompt, audio 
 never targets. p_S is over the ids that a transcript may contain, as in generation.
 
 Differs from the paper (numbers go on from data.py):
-  [dev 10] From random weights, an auxiliary CTC loss on the adapter's output (--ctc) makes the
-           encoder listen before the LM has learnt to ignore it. The paper has none: it starts, as
-           real runs do, from a trained encoder.
+  [dev 10] From random weights, an auxiliary CTC loss (--ctc) on the adapter's output, read by the
+           LM's own head, makes the encoder listen before the LM has learnt to ignore it. The paper
+           has none: it starts, as real runs do, from a trained encoder.
 
     python sft.py --init random --data train.jsonl --dev dev.jsonl --out runs/base
     torchrun --nproc_per_node 8 sft.py --student runs/base --data td.jsonl --dev dev.jsonl \\
@@ -107,19 +107,19 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------------- the objective
 
-def ctc_sum(ctc_head, audio, n_audio, responses, eos_id):
-    """CTC (Graves et al. 2006) on the adapter's output, EOS left out; the blank is the class V.
+def ctc_sum(z, n_audio, responses, eos_id, blank):
+    """CTC (Graves et al. 2006) of logits at the audio tokens, EOS left out of the responses.
 
-    audio (B, A, width), of which n_audio (B,) are each row's; responses: lists of ids -> sum of
-    -log p () nats over the clips whose text fits their audio tokens; how many do not.
+    z (B, A, V), of which n_audio (B,) rows are each clip's; responses: lists of ids; blank: an id
+    that is in none -> sum of -log p () nats over the clips whose text fits their audio tokens; how
+    many do not.
     """
     labels = [[token for token in response if token != eos_id] for response in responses]
     lengths = torch.tensor([len(row) for row in labels])                        # (B,)
-    targets = torch.tensor(sum(labels, []), dtype=torch.long, device=audio.device)
-    logp = ctc_head(audio.float()).log_softmax(-1)                              # (B, A, V + 1)
+    targets = torch.tensor(sum(labels, []), dtype=torch.long, device=z.device)
     loss = F.ctc_loss(                                                          # ()
-        logp.transpose(0, 1), targets, n_audio.cpu(), lengths,
-        blank=ctc_head.out_features - 1, reduction="sum", zero_infinity=True)
+        z.log_softmax(-1).transpose(0, 1), targets, n_audio.cpu(), lengths, blank,
+        reduction="sum", zero_infinity=True)
     skipped = 0
     for row, n in zip(labels, n_audio.tolist()):
         repeats = sum(a == b for a, b in zip(row, row[1:]))  # a blank must part them
@@ -142,10 +142,6 @@ def main(args):
     else:
         student = make_student(args, train, device)
     trained = model.trainable(student, args.freeze, args.recompute)
-    ctc_head = None
-    if args.ctc:  # trained beside the student, and thrown away afterwards
-        ctc_head = nn.Linear(student.head.in_features, student.head.out_features + 1).to(device)
-        trained |= {f"ctc_head.{name}": p for name, p in ctc_head.named_parameters()}
     parameters = list(trained.values())
     optimizer = model.make_optimizer(parameters, args.lr)
     run = model.Run(args, student, trained, optimizer, dev, resumed, rank)
@@ -187,8 +183,10 @@ def main(args):
             loss = F.cross_entropy(z, y, reduction="sum")                       # ()
             losses["loss"] += loss.detach()
             if args.ctc:
+                # Audio tokens as the LM's head would read them; padding's id stands for "nothing".
+                z_audio = model.logits(prompt.audio, student.head.weight)       # (b, A, V)
                 ctc, skipped = ctc_sum(
-                    ctc_head, prompt.audio, prompt.n_audio, written, student.eos_id)
+                    z_audio, prompt.n_audio, written, student.eos_id, student.pad_id)
                 loss = loss + args.ctc * ctc
                 losses["ctc"] += ctc.detach()
                 losses["ctc_skipped"] += skipped

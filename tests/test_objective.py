@@ -256,23 +256,22 @@ def ctc_by_enumeration(logp, labels, blank):
 
 
 def test_ctc_equals_enumerated_alignments():
-    """3 tokens + EOS; clip 3 doesn't fit (a repeat needs a blank between), clip 5 does exactly, in
+    """3 tokens, EOS, blank; clip 3 doesn't fit (a repeat needs a blank between), clip 5 does exactly, in
     clip 4 nothing is said: blanks alone."""
     torch.manual_seed(0)
     eos = 3
-    head = nn.Linear(6, 5)  # classes: tokens 0, 1, 2, EOS 3, blank 4
-    audio = torch.randn(6, 5, 6, requires_grad=True)
+    z = torch.randn(6, 5, 5, requires_grad=True)  # ids: tokens 0, 1, 2, EOS 3, blank 4
     n_audio = torch.tensor([5, 3, 4, 2, 5, 1])
     responses = [[0, 1, eos], [2, 2, eos], [1, eos], [0, 0, eos], [eos], [2, eos]]
-    loss, skipped = sft.ctc_sum(head, audio, n_audio, responses, eos)
-    logp = head(audio).double().log_softmax(-1)
+    loss, skipped = sft.ctc_sum(z, n_audio, responses, eos, 4)
+    logp = z.double().log_softmax(-1)
     expected = [ctc_by_enumeration(logp[b, :n_audio[b]].tolist(), responses[b][:-1], 4)
                 for b in (0, 1, 2, 4, 5)]
     assert skipped == 1
     assert loss.item() == pytest.approx(sum(expected), rel=1e-5)
     loss.backward()
     heard = [5, 3, 4, 0, 5, 1]  # frames of each row
-    for row, n in zip(audio.grad.abs().sum(-1), heard):
+    for row, n in zip(z.grad.abs().sum(-1), heard):
         assert (row[:n] > 0).all()
         assert (row[n:] == 0).all()
 

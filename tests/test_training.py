@@ -284,7 +284,7 @@ def test_a_step_is_one_of_adamw_on_clipped_gradients(run, subset, student, tmp_p
 @both
 def test_the_arithmetic_of_a_gpu_runs(run, corpus, monkeypatch, script):
     """bf16 autocast on the CPU: mixed dtypes clash in the same places (RoPE's fp32 keys in the
-    cache, the CTC head)."""
+    cache)."""
     one = metrics(run(script, "fp32", steps=1))[0]
     monkeypatch.setattr(model, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     two = metrics(run(script, "bf16", steps=1, dev=corpus / "dev.jsonl"))[0]
@@ -389,7 +389,7 @@ def first_steps(rank, world, jobs, folder):
     def load_double(name, *_):
         asr = load(name)
         asr.net.double()
-        torch.set_default_dtype(torch.float64)  # for what is new: the CTC head
+        torch.set_default_dtype(torch.float64)
         return asr
 
     def keep_gradients(parameters):
@@ -487,8 +487,7 @@ def test_resume_is_bit_for_bit(run, subset, corpus, tmp_path, monkeypatch, scrip
     same_run(straight, cut)
     moments = load_file(cut / "state" / "step-0000005" / "training.safetensors")
     trained = {name.removesuffix(".exp_avg") for name in moments if name.endswith(".exp_avg")}
-    heads = {"ctc_head.weight", "ctc_head.bias"} if script == "sft" else set()
-    assert trained == weights(cut).keys() | heads
+    assert trained == weights(cut).keys()
 
 
 @both
