@@ -367,16 +367,17 @@ class ASR:
     PAD_TOKEN = PAD
     AUDIO_TOKEN = AUDIO  # placeholder in the prompt, one per audio embedding
     TOKENS = SPECIAL     # of the prompt
-    IN_CONFIG = {"audio_token_id": AUDIO, "pad_token_id": PAD, "eos_token_id": EOS}
 
     def __init__(self, net, tokenizer, device="cpu", files=None):
         """Joins a network and its tokenizer. files: see small_files.
 
         The network is in eval mode, in training too: a rollout and its scoring must be the same
         function, and no published config drops out. Raises ValueError naming the token that the
-        tokenizer lacks, or that has another id in config.json.
+        tokenizer lacks, that has no embedding, or another id in config.json.
         """
         self.net = net.eval().to(device)
+        self.body = net.get_decoder()  # the LM: embeddings -> hidden, both (B, columns, width)
+        self.head = net.lm_head        # hidden rows (n, width) -> logits (n, V), see `logits`
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.files = files or {}
@@ -386,11 +387,9 @@ class ASR:
             stop_ids |= set(value) if isinstance(value, (list, tuple)) else {value} - {None}
         n_rows = net.config.get_text_config().vocab_size
         ids = special_ids(tokenizer, self.TOKENS, n_rows)
-        for key, token in self.IN_CONFIG.items():
-            value = getattr(net.config, key, None)
-            if ids[token] not in (stop_ids if token == EOS else {value}):
-                raise ValueError(f"config.json says {key} = {value}, "
-                                 f"but the tokenizer has {token!r} at {ids[token]}")
+        if ids[self.AUDIO_TOKEN] != net.config.audio_token_id:
+            raise ValueError(f"the tokenizer is another model's: {self.AUDIO_TOKEN} is "
+                             f"{ids[self.AUDIO_TOKEN]}, config.json says {net.config.audio_token_id}")
         self.eos_id = ids[EOS]
         self.pad_id = ids[self.PAD_TOKEN]
         self.audio_id = ids[self.AUDIO_TOKEN]
@@ -404,16 +403,6 @@ class ASR:
     @property
     def n_mels(self):
         return self.net.config.whisper_config["num_mel_bins"]
-
-    @property
-    def body(self):
-        """The LM without its head: embeddings (B, columns, width) -> hidden (B, columns, width)."""
-        return self.net.model
-
-    @property
-    def head(self):
-        """The linear layer from hidden rows (n, width) to logits (n, V); see `logits`."""
-        return self.net.lm_head
 
     def embed_audio(self, batch: data.Batch, whisper_out=None):
         """Audio embeddings (B, A, width), how many of a row are not padding (B,), Whisper's output.
@@ -519,15 +508,10 @@ class Qwen3ASR(ASR):
     PAD_TOKEN = EOS
     AUDIO_TOKEN = "<|audio_pad|>"
     TOKENS = ["<|im_start|>", EOS, "<|audio_start|>", AUDIO_TOKEN, "<|audio_end|>", "<asr_text>"]
-    IN_CONFIG = {"audio_token_id": AUDIO_TOKEN}
 
     @property
     def n_mels(self):
         return self.net.config.audio_config.num_mel_bins
-
-    @property
-    def body(self):
-        return self.net.model.language_model
 
     def embed_audio(self, batch: data.Batch, whisper_out=None):
         """As a student's; there is no Whisper: the third value is None.
@@ -852,39 +836,36 @@ def readable_prefix(ids, mask, to_teacher):
 
 # ---------------------------------------------------------------------------------- load and save
 
-def load(name, device="cpu", dtype=None) -> ASR:
+FAMILIES = {  # model_type: recogniser, network, keys of a config.json -> its config
+    "arkasr": (ASR, ArkasrForConditionalGeneration, student_config),
+    "qwen3_asr": (Qwen3ASR, Qwen3ASRForConditionalGeneration, qwen3_asr_config),
+}
+
+
+def load(name, device="cpu", frozen=False) -> ASR:
     """A checkpoint, by directory or Hub id: a student, or a Qwen3-ASR in either of its layouts.
 
-    Without a dtype, a student is fp32, whatever the file holds [dev 7]; a Qwen3-ASR, never trained,
-    is bf16 on a GPU. Raises FileNotFoundError, and ValueError that names every weight, token or key
-    that does not fit.
+    Weights are fp32, whatever the file holds [dev 7]; on a GPU, those of a Qwen3-ASR, and with
+    `frozen` a student's, are bf16. Raises FileNotFoundError, and ValueError that names every
+    weight, token or key that does not fit.
     """
     path = find_checkpoint(name)
     keys = data.read_json(path / "config.json")
-    if keys.get("model_type") == "arkasr":
-        family = ASR
-        net_class = ArkasrForConditionalGeneration
-        make_config = student_config
-    elif keys.get("model_type") == "qwen3_asr":
-        family = Qwen3ASR
-        net_class = Qwen3ASRForConditionalGeneration
-        make_config = qwen3_asr_config
-        dtype = dtype or inference_dtype(device)
-    else:
+    if keys.get("model_type") not in FAMILIES:
         raise ValueError(f"{path}/config.json: model_type {keys.get('model_type')!r} is not known; "
-                         "expected 'arkasr' or 'qwen3_asr'")
+                         f"expected one of {', '.join(FAMILIES)}")
+    family, net_class, make_config = FAMILIES[keys["model_type"]]
     try:
         config = make_config(keys)
     except Exception as error:  # ours name the key; transformers' do too
         raise ValueError(f"{path}/config.json: {error}") from error
+    is_trained = family is ASR and not frozen
+    dtype = torch.bfloat16
+    if is_trained or torch.device(device).type == "cpu":
+        dtype = torch.float32
     key_mapping = QWEN3_ASR_KEYS if "thinker_config" in keys else None
-    net = load_net(net_class, path, config, dtype or torch.float32, key_mapping)
+    net = load_net(net_class, path, config, dtype, key_mapping)
     return family(net, load_tokenizer(path), device, small_files(path))
-
-
-def inference_dtype(device):
-    """The dtype of a checkpoint that is not trained: bf16 on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def load_student(name, device) -> ASR:
@@ -897,8 +878,8 @@ def load_student(name, device) -> ASR:
 
 
 def load_teacher(name, device) -> ASR:
-    """A frozen checkpoint of either family: in bf16 on a GPU, in fp32 on a CPU."""
-    asr = load(name, device, inference_dtype(device))
+    """A checkpoint of either family that is not trained."""
+    asr = load(name, device, frozen=True)
     asr.net.requires_grad_(False)
     return asr
 

@@ -247,9 +247,7 @@ def test_a_transcript_ends_at_the_stop_ids_of_both_configs(published, student):
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"eos_token_id": [5, 6]}, r"eos_token_id.*<\|im_end\|>"),
-    ({"audio_token_id": 5}, r"audio_token_id.*<\|audio\|>"),
-    ({"pad_token_id": None}, r"pad_token_id.*<\|endoftext\|>"),
+    ({"audio_token_id": 5}, r"another model's: <\|audio\|> is \d+, config.json says 5"),
     ({"model_type": "whisper"}, "'whisper'"),
     ({"adapter_type": "conv"}, "adapter_type 'conv'"),
     ({"mlp_adapter_act": "tanh"}, "mlp_adapter_act 'tanh'"),
@@ -370,10 +368,10 @@ def test_weights_have_the_permissions_that_the_umask_leaves(student, tmp_path):
 
 
 @torch.no_grad()
-def test_a_checkpoint_read_in_bf16_is_the_fp32_one_to_rounding(published):
+def test_a_checkpoint_in_bf16_is_the_fp32_one_to_rounding(published):
     batch, (ids, mask) = mel_batch(), some_responses(model.load(published), 8)
-    half = model.load(published, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.net.parameters()} == {torch.bfloat16}
+    half = model.load(published)
+    half.net.bfloat16()
     z = logits_of(half, batch, ids, mask)
     expected = logits_of(model.load(published), batch, ids, mask)
     assert (z - expected).norm() < 0.02 * expected.norm()
@@ -752,7 +750,7 @@ def test_both_layouts_hold_the_same_teacher(qwen, listener, native):
 def test_teachers_whose_config_does_not_fit_are_refused(qwen, tmp_path):
     folder = shutil.copytree(qwen / "hf", tmp_path / "hf")
     change_config(folder, audio_token_id=7)
-    with pytest.raises(ValueError, match=r"audio_token_id = 7.*audio_pad"):
+    with pytest.raises(ValueError, match=r"another model's: <\|audio_pad\|> is \d+.*7"):
         model.load(folder)
     # transformers would take its defaults and random weights: 28 layers of them.
     folder = shutil.copytree(qwen / "thinker", tmp_path / "thinker")
