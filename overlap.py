@@ -13,7 +13,6 @@ student and T_t of the teacher.
                                 # before a week of training: do the two fit; anything to learn?
 
 Rollouts are sampled at temperature 1, as in training, from uniforms keyed on (seed, utterance).
-Batches are a seeded shuffle of --data cut by --batch, whatever the number of processes.
 
 --out receives overlap.png and overlap.json: the flags, "students" (a list), and "difference":
 {later student: it minus the first one, paired by utterance}. A statistic is {"mean", "low",
@@ -21,8 +20,7 @@ Batches are a seeded shuffle of --data cut by --batch, whatever the number of pr
 have such a state).
 
   vuss          |S_t ∪ T_t|, the Valid Union Support Size, up to 2k: smaller is closer. It is
-                2k - |S_t ∩ T_t| when nothing is dropped. A student's also has "batch_mean",
-                "batch_min", "batch_max": of the means of full batches, as in Table 2
+                2k - |S_t ∩ T_t| when nothing is dropped
   overlap       |S_t ∩ T_t| / k: the same on a scale of 0 to 1, larger is closer
   top1          do both models put the same token first? (overlap at k = 1)
   logp_t        log p_T of the written token, nats
@@ -32,11 +30,11 @@ have such a state).
                 with its number of "states" and "clips"
   student, clips, states, states_not_scored    the last: at or after a token without a counterpart
   shared_ids    ids that both vocabularies have
-  batches       beside "students": full batches, those of vuss's batch_*
 
-Differs from the public code (numbers go on from sft.py):
-  [dev 11] VUSS is that of all ranks, and stop tokens stay in the student's set; the public code
-           reports one rank's, and takes them out.
+Differs from the paper and the public code (numbers go on from sft.py):
+  [dev 11] VUSS is a mean over the states of all ranks, and stop tokens stay in the student's set;
+           the public code takes them out, and reports one rank's means of training batches, of
+           which Table 2 has the smallest and the largest.
 """
 
 import argparse
@@ -98,15 +96,12 @@ def main(args) -> None:
     if args.check:
         return check(args)
     out = Path(args.out)
-    data.check_writable(out / "overlap.json", out / "overlap.png")
+    out.mkdir(parents=True, exist_ok=True)
     rank, world, device = model.setup(args)
     need = ("text",) if args.states == "reference" else ()
     utterances = data.read_manifest(args.data, need, args.language)
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, utterances)
-    # Full batches only: a last one of two clips would set the smallest and the largest mean.
-    plan = data.Plan(len(utterances), args.batch, args.seed)
-    full = [plan[step] for step in range(len(utterances) // args.batch)] or [plan[0]]
 
     students = []
     draws = []
@@ -114,7 +109,7 @@ def main(args) -> None:
         student = model.load(name, device)
         to_teacher = model.vocabulary_map(student, teacher)
         clips = measure(student, teacher, to_teacher, utterances, args, rank, world)
-        summary, drawn = summarize_student(clips, full)
+        summary, drawn = summarize_student(clips)
         summary["student"] = name
         summary["shared_ids"] = int((to_teacher >= 0).sum())
         students.append(summary)
@@ -127,7 +122,7 @@ def main(args) -> None:
         gaps = [later[name]["mean"] - students[0][name]["mean"] for name in STATISTICS]
         difference[later["student"]] = as_entries(gaps, drawn - draws[0])
     print_table(students, difference)
-    result = vars(args) | {"batches": len(full), "students": students, "difference": difference}
+    result = vars(args) | {"students": students, "difference": difference}
     data.write_json(out / "overlap.json", result)
     draw_overlap(students, args.top_k, out / "overlap.png")
 
@@ -188,7 +183,7 @@ def measure(student, teacher, to_teacher, utterances, args, rank=0, world=1):
         clips = [utterances[i] for i in plan[step]]
         batch = data.load_batch(clips, (student.n_mels, teacher.n_mels), keep_going=False,
                                 max_sec=data.MAX_EVAL_SEC, for_training=False)
-        measured |= measure_batch(student, teacher, to_teacher, batch, args)
+        measured |= measure_batch(student, teacher, to_teacher, batch, args, args.states)
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, measured)
@@ -201,7 +196,7 @@ def measure(student, teacher, to_teacher, utterances, args, rank=0, world=1):
 
 
 @torch.no_grad()
-def measure_batch(student, teacher, to_teacher, batch, args):
+def measure_batch(student, teacher, to_teacher, batch, args, states):
     """Statistics at the states of a batch: {line: clip}, see `measure`.
 
     Raises FloatingPointError, naming the clips, where a statistic is not finite.
@@ -209,7 +204,7 @@ def measure_batch(student, teacher, to_teacher, batch, args):
     names = [u.id for u in batch.utterances]
     prompt_s = model.encode_audio(student, batch)
     prompt_t = model.encode_audio(teacher, batch)
-    if args.states == "reference":
+    if states == "reference":
         rows = [student.encode_text(u.text) for u in batch.utterances]
         ids, mask = data.pad_rows(rows, student.pad_id, student.device)                 # (B, R)
     else:
@@ -259,10 +254,10 @@ def measure_batch(student, teacher, to_teacher, batch, args):
 LAST_TOKEN = 20  # this index and all later ones are taken together
 
 
-def summarize_student(clips, batches) -> tuple[dict, np.ndarray]:
+def summarize_student(clips) -> tuple[dict, np.ndarray]:
     """A student's part of overlap.json, and means over all states of drawn utterances (draws, M).
 
-    clips: see `measure`. batches: lists of their indices. M statistics.
+    clips: see `measure`. M statistics.
     """
     longest = max(len(values) for values, _ in clips)
     table = np.full((len(clips), longest, len(STATISTICS)), np.nan)  # nan behind a clip's states
@@ -271,10 +266,6 @@ def summarize_student(clips, batches) -> tuple[dict, np.ndarray]:
     summary, draws = average(table)
     summary["clips"] = len(clips)
     summary["states_not_scored"] = sum(rest for _, rest in clips)
-    vuss = [np.nanmean(table[indices, :, 0]) for indices in batches]
-    summary["vuss"]["batch_mean"] = float(np.nanmean(vuss))
-    summary["vuss"]["batch_min"] = float(np.nanmin(vuss))
-    summary["vuss"]["batch_max"] = float(np.nanmax(vuss))
     summary["by_token"] = {}
     for t in range(min(longest, LAST_TOKEN)):
         summary["by_token"][str(t)], _ = average(table[:, t:t + 1])
@@ -310,9 +301,8 @@ def as_entries(means, draws) -> dict[str, dict]:
 def print_table(students, difference) -> None:
     """Every statistic over all states, students side by side, then later ones minus the first."""
     for s in students:
-        print("{student}: {clips} clips, {states} states, {states_not_scored} more can't be scored;"
-              " VUSS over batches {vuss[batch_mean]:.2f} ({vuss[batch_min]:.2f}-"
-              "{vuss[batch_max]:.2f})".format(**s))
+        print("{student}: {clips} clips, {states} states, {states_not_scored} more can't be scored"
+              .format(**s))
     columns = {s["student"]: s for s in students}
     columns |= {f"{name} - first": entries for name, entries in difference.items()}
     print("mean [95 %] ", *[f"{name[-28:]:>28}" for name in columns])
@@ -364,53 +354,48 @@ def check(args) -> None:
     clips = list({u.text: u for u in chosen if u.text}.values())  # each with another text
     if len(clips) < 2:
         raise ValueError(f"--check wants two different transcripts, in {', '.join(args.data)}")
-    others = [replace(u, text=clips[i - 1].text) for i, u in enumerate(clips)]
+    others = {u.line: replace(u, text=clips[i - 1].text) for i, u in enumerate(clips)}
 
-    means = []
-    for lines, states in ((clips, "rollout"), (clips, "reference"), (others, "reference")):
-        args.states = states
-        measured = measure(student, teacher, to_teacher, lines, args)
-        values = np.concatenate([of_clip for of_clip, _ in measured])       # (states, S)
-        means.append(dict(zip(STATISTICS, values.mean(0))))
-    rollout, reference, other = means
-    hyp_s, errors_s, units = transcribe_and_count(student, clips, args)
-    hyp_t, errors_t, _ = transcribe_and_count(teacher, clips, args)
-    gain = 100 * data.bootstrap(errors_s - errors_t, units)                 # (draws,)
+    values = {"rollout": [], "reference": [], "other": []}  # statistics of their states
+    counts = []                                             # of each clip: errors of both, units
+    for i in range(0, len(clips), args.batch):
+        batch = data.load_batch(clips[i:i + args.batch], (student.n_mels, teacher.n_mels),
+                                keep_going=False, max_sec=data.MAX_EVAL_SEC, for_training=False)
+        mixed_up = replace(batch, utterances=[others[u.line] for u in batch.utterances])
+        for name, heard in (("rollout", batch), ("reference", batch), ("other", mixed_up)):
+            states = "rollout" if name == "rollout" else "reference"
+            measured = measure_batch(student, teacher, to_teacher, heard, args, states)
+            values[name] += [of_clip for of_clip, _ in measured.values()]
+        hyps_s = model.transcribe(student, batch, args.max_new_tokens)
+        hyps_t = model.transcribe(teacher, batch, args.max_new_tokens)
+        for u, hyp_s, hyp_t in zip(batch.utterances, hyps_s, hyps_t):
+            of_s = data.edit_counts(u.text, hyp_s["hyp"], u.language)
+            of_t = data.edit_counts(u.text, hyp_t["hyp"], u.language)
+            counts.append((of_s.errors, of_t.errors, of_s.units))
+    errors_s, errors_t, units = np.array(counts).T                          # (clips,) each
+    low, high = data.interval(100 * data.bootstrap(errors_s - errors_t, units))
+    rollout, reference, other = [dict(zip(STATISTICS, np.concatenate(of_clips).mean(0)))
+                                 for of_clips in values.values()]
     model.finish()
 
-    u = clips[0]
-    print(f"clips                 {len(clips)}, each with another text; first: {u.id}\n"
+    print(f"clips                 {len(clips)}, each with another text; one of them: {u.id}\n"
           f"  teacher's prompt    ...{teacher.tokenizer.decode(teacher.suffix_of(u))[-40:]}\n"
           f"  reference           {u.text}\n"
-          f"  student             {hyp_s}\n"
-          f"  teacher             {hyp_t}\n"
+          f"  student             {hyp_s['hyp']}\n"
+          f"  teacher             {hyp_t['hyp']}\n"
           f"errors                student {100 * errors_s.sum() / units.sum():.1f} %, "
           f"teacher {100 * errors_t.sum() / units.sum():.1f} %\n"
           f"at rollouts           {100 * rollout['top1']:.1f} % equal first choices, KL(student || "
           f"teacher) {rollout['kl_reverse']:.3f} nats per token\n"
           f"log p_T per token     {reference['logp_t']:.3f} nats of references, "
           f"{other['logp_t']:.3f} of other clips' references")
-    if reference["logp_t"] < other["logp_t"] + 1:
+    if not reference["logp_t"] > other["logp_t"] + 1:  # nan: not even one state could be scored
         raise SystemExit("The two do not fit, or the teacher does not know this audio: to it, "
                          "references are not even one nat per token likelier than other clips' "
                          "references. Wrong checkpoint, language or transcripts?")
-    low, high = data.interval(gain)
     found = "is something to learn" if low > 0 else "may be nothing to learn"
     print(f"The two fit. There {found}: the teacher makes {low:.1f} to {high:.1f} points fewer "
           "errors.")
-
-
-def transcribe_and_count(asr, clips, args) -> tuple[str, np.ndarray, np.ndarray]:
-    """The first clip's greedy transcript; each clip's errors and units, (clips,)."""
-    hyps = {}
-    for i in range(0, len(clips), args.batch):
-        batch = data.load_batch(clips[i:i + args.batch], (asr.n_mels,), max_sec=data.MAX_EVAL_SEC,
-                                for_training=False)
-        results = model.transcribe(asr, batch, args.max_new_tokens)
-        hyps |= {u.line: result["hyp"] for u, result in zip(batch.utterances, results)}
-    counts = [data.edit_counts(u.text, hyps[u.line], u.language) for u in clips]
-    errors = np.array([c.errors for c in counts])
-    return hyps[clips[0].line], errors, np.array([c.units for c in counts])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """overlap.py: each statistic against Python sets and float loops, a batch, the command, --check."""
 
+import itertools
 import json
 import math
 import os
@@ -67,7 +68,7 @@ def measured(student, teacher, batch, **changes):
             "states": "rollout"} | changes
     to_teacher = model.vocabulary_map(student, teacher)
     args = SimpleNamespace(**args)
-    clips = overlap.measure_batch(student, teacher, to_teacher, batch, args)
+    clips = overlap.measure_batch(student, teacher, to_teacher, batch, args, "rollout")
     return [clips[u.line] for u in batch.utterances]
 
 
@@ -141,18 +142,16 @@ def clip_of(*rows, rest=0):
 def test_means_by_hand():
     """24 states: means over states, not over clips; bins hold the states in them."""
     clips = [clip_of(1, 4), clip_of(*[7] * 20, 2, 3), clip_of(rest=2), clip_of(rest=3)]
-    s, _ = overlap.summarize_student(clips, [[0, 2], [1]])
+    s, _ = overlap.summarize_student(clips)
     assert (s["clips"], s["states"], s["states_not_scored"]) == (4, 24, 5)
     means = [s[name]["mean"] for name in overlap.STATISTICS]
     assert means == pytest.approx([150 / 24 + i for i in range(len(means))])
-    over = [s["vuss"][f"batch_{name}"] for name in ("min", "mean", "max")]
-    assert over == pytest.approx([2.5, (2.5 + 145 / 22) / 2, 145 / 22])
     assert list(s["by_token"]) == [str(t) for t in range(20)] + ["20 and later"]
     bins = [s["by_token"][t] for t in ("0", "1", "2", "19", "20 and later")]
     assert [(b["vuss"]["mean"], b["states"], b["clips"]) for b in bins] == [
         (4, 2, 2), (5.5, 2, 2), (7, 1, 1), (7, 1, 1), (2.5, 2, 1)]
     assert math.isnan(s["by_token"]["2"]["top1"]["low"]), "a third of the draws have no such state"
-    assert list(overlap.summarize_student(clips[:1], [[0]])[0]["by_token"]) == ["0", "1"]
+    assert list(overlap.summarize_student(clips[:1])[0]["by_token"]) == ["0", "1"]
 
 
 def test_intervals_are_the_bootstraps_and_students_are_paired():
@@ -160,7 +159,7 @@ def test_intervals_are_the_bootstraps_and_students_are_paired():
     rng = np.random.default_rng(0)
     n = rng.normal(np.arange(40)[:, None, None] % 5 + [0.0, 1.0], 0.1, size=(40, 3, 2))
     clips = [[clip_of(*states) for states in n[:, :, i]] for i in range(2)]
-    (_, drawn_a), (b, drawn_b) = (overlap.summarize_student(of, [range(40)]) for of in clips)
+    (_, drawn_a), (b, drawn_b) = (overlap.summarize_student(of) for of in clips)
     draws = data.bootstrap(n.sum(1), np.full((40, 2), 3))
     np.testing.assert_allclose(np.stack([drawn_a[:, 0], drawn_b[:, 0]], 1), draws, rtol=1e-5)
     last = data.bootstrap(n[:, 2, 1], np.ones(40))
@@ -193,19 +192,16 @@ def run(folder, out, *more):
 
 
 def test_what_is_written(folder, student, teacher, capsys):
-    """Means over batches of the training plan, but the last, smaller one, against measure_batch."""
+    """Means over the states of all batches, as measure_batch gives them."""
     result = run(folder, "one", "--seed", 3)
-    assert [result[key] for key in ("teacher", "top_k", "states", "batches", "difference")] == [
-        str(folder / "teacher"), 4, "rollout", 2, {}]
+    assert [result[key] for key in ("teacher", "top_k", "states", "difference")] == [
+        str(folder / "teacher"), 4, "rollout", {}]
     s, = result["students"]
     utterances, plan = data.read_manifest(folder / "set.jsonl"), data.Plan(11, 4, 3)
-    clips, vuss = [], []
+    clips = []
     for step in range(3):
         batch = data.load_batch([utterances[i] for i in plan[step]])
-        part = measured(student, teacher, batch, seed=3)
-        clips += part
-        vuss.append(means_of(part)["vuss"])
-    assert [s["vuss"]["batch_min"], s["vuss"]["batch_max"]] == pytest.approx(sorted(vuss[:2]))
+        clips += measured(student, teacher, batch, seed=3)
     for name, mean in means_of(clips).items():
         assert s[name]["mean"] == pytest.approx(mean, rel=1e-5)
     assert s["by_token"]["0"]["states"] == s["clips"] == 11
@@ -259,13 +255,14 @@ def test_flags_that_do_not_go_together(line, message, capsys):
 def test_check_stops_a_teacher_that_does_not_know_the_audio(
         folder, student, teacher, monkeypatch, capsys):
     """On 10 of 11 clips: one has no text. What is printed is what it says it is."""
-    seen, measure = [], overlap.measure
-    monkeypatch.setattr(overlap, "measure", lambda *words, **more: (
-        seen.append((words[3], words[4].states)) or measure(*words, **more)))
+    seen, measure_batch = [], overlap.measure_batch
+    monkeypatch.setattr(overlap, "measure_batch", lambda *words: (
+        seen.append((words[3].utterances, words[5])) or measure_batch(*words)))
     with pytest.raises(SystemExit, match="do not fit.*the teacher does not know this audio"):
         overlap.main(flags(folder, "--check"))
-    (clips, rollout), (same, reference), (others, again) = seen
-    assert [rollout, reference, again] == ["rollout", "reference", "reference"] and same is clips
+    assert [states for _, states in seen] == 3 * ["rollout", "reference", "reference"]
+    clips, same, others = (sum((of for of, _ in seen[i::3]), []) for i in range(3))
+    assert same == clips
     assert len({u.text for u in clips}) == len(clips) == 10
     assert all(u == replace(v, text=u.text) and u.text != v.text for u, v in zip(others, clips))
     assert {u.text for u in others} == {u.text for u in clips}
@@ -278,12 +275,12 @@ def test_check_stops_a_teacher_that_does_not_know_the_audio(
         counts = [data.edit_counts(u.text, hyp["hyp"], u.language)
                   for u, hyp in zip(batch.utterances, found)]
         rates.append(100 * sum(c.errors for c in counts) / sum(c.units for c in counts))
-        hyps.append({u.id: hyp["hyp"] for u, hyp in zip(batch.utterances, found)}[clips[0].id])
+        hyps.append({u.id: hyp["hyp"] for u, hyp in zip(batch.utterances, found)}[clips[-1].id])
     table = capsys.readouterr().out
     for said in (
-            f"clips                 10, each with another text; first: {clips[0].id}\n",
+            f"clips                 10, each with another text; one of them: {clips[-1].id}\n",
             "...ease transcribe this audio.<|assistant|>\n",
-            f"  reference           {clips[0].text}\n  student             {hyps[0]}\n"
+            f"  reference           {clips[-1].text}\n  student             {hyps[0]}\n"
             f"  teacher             {hyps[1]}\n",
             f"{100 * means['top1']:.1f} % equal first", f"{means['kl_reverse']:.3f} nats per token",
             f"{logp[0]:.3f} nats of references, {logp[1]:.3f} of other clips'",
@@ -296,17 +293,16 @@ def test_check_stops_a_teacher_that_does_not_know_the_audio(
     (1.01, 3, "may be nothing to learn: the teacher makes 0.0 to 0.0")])
 def test_check_wants_one_nat_per_token_and_a_better_teacher(
         folder, monkeypatch, capsys, margin, teachers, said):
-    ways = []
-    errors = iter((3, teachers))
-    monkeypatch.setattr(overlap, "transcribe_and_count", lambda asr, clips, args: (
-        "hyp", np.full(len(clips), next(errors)), np.full(len(clips), 4)))
+    counts = itertools.cycle((data.Counts(3, 0, 0, 4), data.Counts(teachers, 0, 0, 4)))
+    monkeypatch.setattr(data, "edit_counts", lambda *_: next(counts))
+    calls = itertools.count()
 
-    def measure(*words):
-        ways.append(words[4].states)
-        values = np.full((3, len(overlap.STATISTICS)), margin if len(ways) == 2 else 0.0)
-        return [(values, 0) for _ in words[3]]
+    def measure_batch(*words):
+        value = margin if next(calls) % 3 == 1 else 0.0
+        values = np.full((3, len(overlap.STATISTICS)), value)
+        return {u.line: (values, 0) for u in words[3].utterances}
 
-    monkeypatch.setattr(overlap, "measure", measure)
+    monkeypatch.setattr(overlap, "measure_batch", measure_batch)
     if margin < 1:
         with pytest.raises(SystemExit, match="do not fit"):
             overlap.main(flags(folder, "--check"))
