@@ -222,14 +222,6 @@ def json_object(raw, where) -> dict:
         raise ValueError(f"{where}: expected a JSON object, found {raw[:60]!r}: {error}") from None
 
 
-def check_writable(*files) -> None:
-    """Raises OSError, naming the file, if files that long work will end in can't be written."""
-    for file in map(Path, files):
-        folder = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
-        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise OSError(f"{file}: no file can be written here")
-
-
 def progress(total, name, unit, rank=0, initial=0, rows=None) -> tqdm:
     """A progress bar on rank 0, for what takes over a second. A log file gets a line every 20 s."""
     return tqdm(rows, name, total, unit=unit, initial=initial, disable=rank > 0, delay=1,

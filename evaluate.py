@@ -42,14 +42,11 @@ summary.json
 compare.json (--compare with --out, beside compare.png): such entries of every system, with
   system
   difference, difference_low, difference_high    points below the first system, and their interval
-  p_improvement    share of resampled corpora in which it has fewer errors, ties counting half
 
-errors.html: the clips with the most errors, to read and to hear. One page that loads nothing.
+errors.txt: the 50 clips with the most errors, aligned.
 """
 
 import argparse
-import base64
-import io
 import json
 import math
 import os
@@ -58,9 +55,7 @@ import shlex
 import subprocess
 import sys
 import time
-import wave
 from collections import Counter, defaultdict
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
@@ -130,8 +125,6 @@ def main(args):
     if args.audio:
         return print_transcripts(args)
     out = Path(args.out)
-    outputs = [out / "hyps.jsonl", out / "summary.json", out / "errors.html"]
-    data.check_writable(*outputs, *filter(None, [args.as_manifest]))
     if args.rescore:
         rows = read_hyps(args.rescore)
         facts = {"files": {args.rescore: os.path.getmtime(args.rescore)}}
@@ -141,7 +134,7 @@ def main(args):
             return  # any rank but 0
     write_manifest(out / "hyps.jsonl", rows)
     data.write_json(out / "summary.json", summarize(rows) | provenance() | facts)
-    (out / "errors.html").write_text(errors_page(rows), encoding="utf-8")
+    (out / "errors.txt").write_text(worst_clips(rows), encoding="utf-8")
     if args.as_manifest:
         write_teacher_manifest(rows, args.as_manifest)
     if args.data:  # all is in hyps.jsonl
@@ -331,7 +324,6 @@ def score(rows, first=None) -> dict:
         gains = 100 * data.bootstrap(gained, units, speakers)
         entry["difference"] = per_unit * sum(gained)
         entry["difference_low"], entry["difference_high"] = data.interval(gains)
-        entry["p_improvement"] = float((np.sign(gains) + 1).mean() / 2)  # nan if a draw is
     return entry
 
 
@@ -372,14 +364,13 @@ def compare(paths, out=None) -> list[dict]:
     entries = []
     for key, of_first in systems[first].items():
         name, language, metric = key
-        print(f"\n{name} {language}: {metric}, % [95 % interval]; below {first}, points; P(better)")
+        print(f"\n{name} {language}: {metric}, % [95 % interval]; below {first}, points")
         for system, groups in systems.items():
             entry = {"system": system, "set": name, "language": language, "metric": metric}
             entry |= score(groups[key], of_first)
             entries.append(entry)
             print("{system:20} {rate:6.2f} [{low:.2f}, {high:.2f}] {difference:+7.2f} "
-                  "[{difference_low:+.2f}, {difference_high:+.2f}] {p_improvement:.4f}"
-                  .format(**entry))
+                  "[{difference_low:+.2f}, {difference_high:+.2f}]".format(**entry))
         print("{utterances} clips, {units} units; intervals over {resampled}".format(**entry))
     if out:
         data.write_json(Path(out) / "compare.json", entries)
@@ -474,37 +465,18 @@ def provenance() -> dict:
             "command": shlex.join(sys.argv)}
 
 
-def errors_page(rows) -> str:
-    """One page that loads and runs nothing: the worst clips, aligned, with a player each."""
+def worst_clips(rows) -> str:
+    """The 50 clips with the most errors: reference over transcript, as they are scored."""
     wrong = [row for row in rows if row.get("errors")]
     wrong.sort(key=lambda row: -row["errors"])
-    page = ['<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Recognition errors'
-            "</title></head><body><h1>Clips with the most errors</h1>"]
-    for row in wrong[:30]:
-        said = f"{row['errors']} errors, {row['units']} units, {row['set']}"
+    blocks = []
+    for row in wrong[:50]:
         pair = [data.normalize(row[key], row.get("language")) for key in ("text", "hyp")]
         aligned = jiwer.visualize_alignment(jiwer.process_words(*pair), show_measures=False,
                                             skip_correct=False, line_width=100)
-        aligned = aligned.removeprefix("=== SENTENCE 1 ===")
-        page.append(f"<h3>{escape(row['id'])}</h3><p>{escape(said)} {player(row)}</p>"
-                    f"<pre>{escape(aligned)}</pre>")
-    return "".join(page) + "</body></html>"
-
-
-def player(row) -> str:
-    """The clip itself inside the page: 16 kHz, 16 bit, only the segment."""
-    u = data.Utterance(row["id"], row.get("audio", ""), start_sec=row.get("start", 0.0),
-                       duration_sec=row.get("duration"), channel=row.get("channel"))
-    try:
-        audio = data.load_audio(u, data.MAX_EVAL_SEC, for_training=False)
-    except data.AudioError as error:
-        return f"(no audio: {error.reason})"
-    file = io.BytesIO()
-    with wave.open(file, "wb") as wav:
-        wav.setparams((1, 2, data.SAMPLE_RATE, 0, "NONE", ""))
-        wav.writeframes((audio.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
-    source = base64.b64encode(file.getvalue()).decode()
-    return f'<audio controls src="data:audio/wav;base64,{source}"></audio>'
+        blocks.append("{set} {id}: {errors} errors, {units} units\n".format(**row)
+                      + aligned.removeprefix("=== SENTENCE 1 ===\n"))
+    return "\n".join(blocks)
 
 
 if __name__ == "__main__":

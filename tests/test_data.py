@@ -181,18 +181,6 @@ def test_json_of_another_kind_is_named(tmp_path, raw, found):
         data.read_json(tmp_path / "config.json")
 
 
-def test_what_can_not_be_written_is_named_before_long_work(tmp_path, monkeypatch):
-    (tmp_path / "taken").write_text("a file")
-    data.check_writable(tmp_path / "a.json", tmp_path / "taken", tmp_path / "new/deep/b.json")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["taken"]  # nothing was made
-    for bad in (tmp_path / "taken/x.json", tmp_path):
-        with pytest.raises(OSError, match=str(bad)):
-            data.check_writable(tmp_path / "a.json", bad)
-    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path or mode != os.W_OK)
-    with pytest.raises(OSError, match="new/x.json"):
-        data.check_writable(tmp_path / "new/x.json")
-
-
 # ---------------------------------------------------------------------------- batches
 
 @pytest.fixture(scope="module")

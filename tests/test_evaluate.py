@@ -1,6 +1,5 @@
 """evaluate.py: transcripts and their resume, rates by hand, comparison, teacher data, the page."""
 
-import base64
 import json
 import math
 import multiprocessing
@@ -161,7 +160,6 @@ def test_a_broken_clip_counts_as_deleted_or_stops_the_run(
     assert rows[5].items() >= {"failed": "unreadable", "hyp": "", "stopped": True}.items()
     assert rows[5]["deletions"] == rows[5]["units"] > 0
     assert (summary["failed"], summary["empty"]) == (1, 0)
-    assert "no audio: unreadable" in (whole / "errors.html").read_text()
     assert evaluate.trouble(rows[5]) == "failed"
     flags = [flag for flag in words(checkpoints, manifests, tmp_path) if flag != "--keep_going"]
     with pytest.raises(data.AudioError, match="a.jsonl:6: u5"):
@@ -370,14 +368,12 @@ def test_compare_by_hand(tmp_path, capsys):
     paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
     first, e, even = run("--compare", *paths)
     assert [row["system"] for row in (first, e, even)] == list(map(str, paths))
-    assert [first["rate"], e["rate"], e["difference"], e["p_improvement"]] == [10, 2.5, 7.5, 1]
+    assert [first["rate"], e["rate"], e["difference"]] == [10, 2.5, 7.5]
     half = 1.96 * (np.array(errors["a"]) - errors["b"]).std() / np.sqrt(200) * 10
     assert (e["difference_low"], e["difference_high"]) == pytest.approx(
         (7.5 - half, 7.5 + half), abs=0.15)
     assert "+7.50" in capsys.readouterr().out
     assert first["difference_low"] == first["difference_high"] == even["difference"] == 0
-    assert first["p_improvement"] == 0.5, "a draw in which both are equal speaks for neither"
-    assert 0.4 < even["p_improvement"] < 0.6
 
 
 @pytest.mark.parametrize("change", [{"id": "new"}, {"text": "else"}, {"language": "de"}, None])
@@ -411,29 +407,16 @@ def test_compare_pools_resamples_speakers_and_writes_what_it_prints(tmp_path, ca
     for path in paths:  # of one block there is no interval
         data.write_jsonl(path, [rows[0] | {"hyp": "red"}])
     _, e = run("--compare", *paths, "--out", out)
-    assert math.isnan(e["p_improvement"]) and e["rate"] == 50
-    assert json.loads((out / "compare.json").read_text())[1]["p_improvement"] is None
+    assert math.isnan(e["low"]) and e["rate"] == 50
+    assert json.loads((out / "compare.json").read_text())[1]["low"] is None
 
 
-def test_the_page_is_self_contained_and_escaped_and_its_players_hold_the_clips(
-        spoken, tmp_path, corpus):
-    attack = "<script>alert(1)</script>"
-    lines = [("u0", "de", "red lamp", f"red {attack} \"'&"), ("u1", "zh", "打开红灯", "打开灯"),
-             ("u2", "en", "fine", "fine"), ("u3<b>", "en", "red lamp", "bed")]
-    spoken(lines, extra=lambda i: {"speaker": attack, "start": 0.1, "duration": 0.2})
-    page = (tmp_path / "out" / "errors.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "<b>" not in page
-    assert re.findall(r"<h3>(.*?)</h3>", page) == ["u0", "u3&lt;b&gt;", "u1"], "only the wrong ones"
-    links = re.findall(r'(?:src|href)="(.*?)"', page)
-    assert len(links) == 3 and all(link.startswith("data:audio/wav;base64,") for link in links)
-    (tmp_path / "played.wav").write_bytes(base64.b64decode(links[2].split(",")[1]))
-    played, original = (data.load_audio(u, for_training=False) for u in (
-        data.Utterance("u", str(tmp_path / "played.wav")),
-        data.Utterance("u", str(corpus / "dev-1.wav"), start_sec=0.1, duration_sec=0.2)))
-    assert np.abs(played - original).max() < 1.5 / 32767 and len(played) == 3200
-    assert "REF: 打 开 红 灯\nHYP: 打 开 * 灯\n" in page
-    row = evaluate.count_errors({"id": "u", "set": "t", "hyp": "x", "text": "a b"})
-    assert evaluate.errors_page([row] * 40).count("<h3>") == 30
+def test_the_worst_clips_are_aligned(spoken, tmp_path):
+    lines = [("u0", "de", "red lamp", "red"), ("u1", "zh", "打开红灯", "打灯"), ("u2", "en", "fine", "fine")]
+    spoken(lines)
+    page = (tmp_path / "out" / "errors.txt").read_text(encoding="utf-8")
+    assert "u2" not in page and page.index("u1: 2 errors, 4 units") < page.index("u0: 1 errors, 2")
+    assert "REF: 打 开 红 灯\nHYP: 打 * * 灯\n" in page
 
 
 @pytest.mark.parametrize("line, message", [
@@ -449,12 +432,3 @@ def test_flags_that_do_not_go_together(line, message, capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args(line.split())
     assert message in capsys.readouterr().err
-
-
-def test_outputs_that_can_not_be_written_are_named_before_any_work(tmp_path):
-    (tmp_path / "taken").write_text("a file")
-    for line in ("--data d --model m", "--rescore h"):
-        with pytest.raises(OSError, match="taken/x"):
-            run(*line.split(), "--out", tmp_path / "taken" / "x")
-    with pytest.raises(OSError, match=f"{tmp_path}: "):
-        run("--model", "m", "--data", "d", "--out", tmp_path / "new", "--as_manifest", tmp_path)

@@ -386,7 +386,7 @@ def first_steps(rank, world, jobs, folder):
     torch.Tensor.float = torch.Tensor.double  # .float() says "at least fp32" in all of this code
     load, sum_gradients = model.load, model.sum_gradients
 
-    def load_double(name, *_):
+    def load_double(name, *_, **__):
         asr = load(name)
         asr.net.double()
         torch.set_default_dtype(torch.float64)
