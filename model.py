@@ -54,7 +54,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -296,28 +296,13 @@ def new_student_config(lm_keys: dict, whisper_keys: dict, tokenizer, n_rows) -> 
     })
 
 
-def train_tokenizer(texts, vocab_size) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's rules for words, trained on texts. It can write any UTF-8."""
-    qwen = Qwen2Tokenizer().backend_tokenizer
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = qwen.pre_tokenizer
-    tokenizer.decoder = qwen.decoder
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+def train_tokenizer(texts, vocab_size) -> Qwen2Tokenizer:
+    """A byte-level BPE as Qwen's, trained on texts. It can write any UTF-8."""
     texts = list(texts)
     # The instruction stands in every prompt: seen often enough, it becomes a few tokens.
     texts += [INSTRUCTION] * (len(texts) // 10 + 1)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-    )
+    return Qwen2Tokenizer(eos_token=EOS, pad_token=PAD).train_new_from_iterator(
+        texts, vocab_size, new_special_tokens=SPECIAL, show_progress=False)
 
 
 def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device="cpu") -> "ASR":
@@ -388,8 +373,8 @@ class ASR:
         n_rows = net.config.get_text_config().vocab_size
         ids = special_ids(tokenizer, self.TOKENS, n_rows)
         if ids[self.AUDIO_TOKEN] != net.config.audio_token_id:
-            raise ValueError(f"the tokenizer is another model's: {self.AUDIO_TOKEN} is "
-                             f"{ids[self.AUDIO_TOKEN]}, config.json says {net.config.audio_token_id}")
+            raise ValueError(f"the tokenizer is another model's: {self.AUDIO_TOKEN} is id "
+                             f"{ids[self.AUDIO_TOKEN]}, config.json: {net.config.audio_token_id}")
         self.eos_id = ids[EOS]
         self.pad_id = ids[self.PAD_TOKEN]
         self.audio_id = ids[self.AUDIO_TOKEN]
@@ -706,8 +691,8 @@ def draw_token(z, temperature, uniform):
 def generate(asr, embeds, prompt_mask, max_new_tokens, temperature=0.0, uniforms=None):
     """One response per row, greedy (temperature 0) or sampled -> ids (B, R), mask (B, R).
 
-    asr: anything with .body, an LM, and .head, its last layer; .stop and .blocked (V,), ids that end
-    a response and ids that none may contain; .pad_id. embeds (B, P, width), prompt_mask (B, P):
+    asr: anything with .body, an LM, and .head, its last layer; .stop and .blocked (V,), ids that
+    end a response and ids that none may contain; .pad_id. embeds (B, P, width), prompt_mask (B, P):
     prompts, padded on the left; masks are bool. uniforms (B, max_new_tokens) in [0, 1):
     data.keyed_uniforms' here, torch.rand's elsewhere. The returned mask is True on emitted tokens,
     the stop id included; a row without one was cut.

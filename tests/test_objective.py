@@ -256,8 +256,8 @@ def ctc_by_enumeration(logp, labels, blank):
 
 
 def test_ctc_equals_enumerated_alignments():
-    """3 tokens, EOS, blank; clip 3 doesn't fit (a repeat needs a blank between), clip 5 does exactly, in
-    clip 4 nothing is said: blanks alone."""
+    """3 tokens, EOS, blank; clip 3 doesn't fit (a repeat needs a blank between), clip 5 does exactly,
+    in clip 4 nothing is said: blanks alone."""
     torch.manual_seed(0)
     eos = 3
     z = torch.randn(6, 5, 5, requires_grad=True)  # ids: tokens 0, 1, 2, EOS 3, blank 4

@@ -433,10 +433,12 @@ def test_a_step_does_not_depend_on_how_it_is_shared_out(words, subset, tmp_path,
             assert row == pytest.approx(record, rel=1e-9, abs=1e-12)
 
 
-def test_torchrun_makes_the_run_of_one_process(run, words, subset, corpus, tmp_path):
+def test_torchrun_makes_the_run_of_one_process(
+        run, words, subset, corpus, checkpoints, tmp_path):
     """With loader workers, dev shared out; seven clips in batches of 3, 3 and 1."""
     flags = {"data": subset(7), "dev": corpus / "dev.jsonl", "steps": 3, "batch": 3,
-             "micro_batch": 2, "eval_batch": 2, "lr": 1e-6, "workers": 1, "max_new_tokens": 40}
+             "micro_batch": 2, "eval_batch": 2, "lr": 1e-6, "workers": 1, "max_new_tokens": 40,
+             "student": checkpoints / "teacher", "teacher": checkpoints / "student"}
     line = words("distill", "two", **flags)
     done = subprocess.run([*TORCHRUN, ROOT / "distill.py", *line], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
