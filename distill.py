@@ -253,7 +253,6 @@ def main(args):
     resumed = model.find_save(args)
     need = ("text",) if args.states == "reference" else ()
     train = data.read_manifest(args.data, need, args.language)
-    dev = model.read_dev(args.dev, rank, world, args.language)
     student = model.load_student(resumed or args.student, device)           # in eval mode, too
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, train)
@@ -266,7 +265,7 @@ def main(args):
     trained = model.trainable(student, args.freeze, args.recompute)
     parameters = list(trained.values())
     optimizer = model.make_optimizer(parameters, args.lr)
-    run = model.Run(args, student, trained, optimizer, dev, resumed, rank)
+    run = model.Run(args, student, trained, optimizer, resumed, rank, world)
     plan = data.Plan(len(train), args.batch, args.seed)
     steps = data.Steps(train, plan, rank, world, (student.n_mels, teacher.n_mels))
     batches = iter(data.loader(steps, range(run.start, args.steps), args.workers))

@@ -68,10 +68,6 @@ import data
 EOS, PAD, AUDIO = "<|im_end|>", "<|endoftext|>", "<|audio|>"
 SPECIAL = [PAD, EOS, AUDIO, "<|user|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|assistant|>"]
 INSTRUCTION = "Please transcribe this audio."
-# What comes before and after the audio in a prompt.
-ARKASR_PROMPT = ("<|user|><|begin_of_audio|>", f"<|end_of_audio|>{INSTRUCTION}<|assistant|>")
-QWEN3_ASR_PROMPT = ("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|>",
-                    "<|audio_end|><|im_end|>\n<|im_start|>assistant\n")
 
 transformers.utils.logging.disable_progress_bar()  # a bar per checkpoint read says nothing
 
@@ -283,16 +279,16 @@ def new_student_config(lm_keys: dict, whisper_keys: dict, tokenizer, n_rows) -> 
     lm_keys: the LM's, by transformers' names. whisper_keys: the encoder's five sizes. n_rows: rows
     of the embedding table, V.
     """
-    ids = special_ids(tokenizer, SPECIAL, n_rows)
+    ids = tokenizer.get_vocab()
     return student_config(lm_keys | {
         "vocab_size": n_rows,
         "whisper_config": whisper_keys | {"max_source_positions": 1500},
         "max_whisper_length": 1500,
         "spec_aug": False,
-        "audio_token_id": ids[AUDIO],
-        "bos_token_id": ids[PAD],
-        "eos_token_id": ids[EOS],
-        "pad_token_id": ids[PAD],
+        "audio_token_id": ids.get(AUDIO),
+        "bos_token_id": ids.get(PAD),
+        "eos_token_id": ids.get(EOS),
+        "pad_token_id": ids.get(PAD),
     })
 
 
@@ -329,7 +325,7 @@ def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device=
         "encoder_ffn_dim": 2 * d_model,
         "num_mel_bins": 128,
     }
-    n_rows = round_up(len(tokenizer) + 1, 64)  # a padded tail, as published vocabularies have
+    n_rows = 64 * (len(tokenizer) // 64 + 1)  # a padded tail, as published vocabularies have
     config = new_student_config(lm_keys, whisper_keys, tokenizer, n_rows)
     net = ArkasrForConditionalGeneration(config)
     # Log-mel has a standard deviation of 0.3. Brought to about 1 here, training leaves its first
@@ -338,17 +334,13 @@ def random_student(tokenizer, d_model, encoder_layers, lm_layers, heads, device=
     return ASR(net, tokenizer, device)
 
 
-def round_up(n, multiple) -> int:
-    """The smallest multiple that is not less than n."""
-    return math.ceil(n / multiple) * multiple
-
-
 # ----------------------------------------------------------------------- what both families share
 
 class ASR:
     """A recogniser: what it takes to run a model without knowing its family. Here, a student."""
 
-    PROMPT = ARKASR_PROMPT
+    # What comes before and after the audio.
+    PROMPT = ("<|user|><|begin_of_audio|>", f"<|end_of_audio|>{INSTRUCTION}<|assistant|>")
     PAD_TOKEN = PAD
     AUDIO_TOKEN = AUDIO  # placeholder in the prompt, one per audio embedding
     TOKENS = SPECIAL     # of the prompt
@@ -371,13 +363,16 @@ class ASR:
         for value in (net.config.eos_token_id, generation_config.get("eos_token_id")):
             stop_ids |= set(value) if isinstance(value, (list, tuple)) else {value} - {None}
         n_rows = net.config.get_text_config().vocab_size
-        ids = special_ids(tokenizer, self.TOKENS, n_rows)
-        if ids[self.AUDIO_TOKEN] != net.config.audio_token_id:
-            raise ValueError(f"the tokenizer is another model's: {self.AUDIO_TOKEN} is id "
-                             f"{ids[self.AUDIO_TOKEN]}, config.json: {net.config.audio_token_id}")
+        ids = tokenizer.get_vocab()
+        for token in self.TOKENS:
+            if ids.get(token, n_rows) >= n_rows:
+                raise ValueError(f"the tokenizer has no {token!r} among the {n_rows} embeddings")
         self.eos_id = ids[EOS]
         self.pad_id = ids[self.PAD_TOKEN]
         self.audio_id = ids[self.AUDIO_TOKEN]
+        if self.audio_id != net.config.audio_token_id:
+            raise ValueError(f"the tokenizer is another model's: {self.AUDIO_TOKEN} is id "
+                             f"{self.audio_id}, config.json: {net.config.audio_token_id}")
         before_audio, after_audio = self.PROMPT
         self.prefix_ids = tokenizer.encode(before_audio, add_special_tokens=False)
         self.suffix_ids = tokenizer.encode(after_audio, add_special_tokens=False)
@@ -424,19 +419,6 @@ class ASR:
         return [self.tokenizer.decode(row[kept].tolist()) for row, kept in zip(ids.cpu(), is_text)]
 
 
-def special_ids(tokenizer, tokens, n_rows) -> dict[str, int]:
-    """{token: id} of the prompt's special tokens.
-
-    Raises ValueError naming the one that the tokenizer lacks, or that has no row of n_rows.
-    """
-    vocabulary = tokenizer.get_vocab()
-    ids = {token: vocabulary.get(token) for token in tokens}
-    for token, i in ids.items():
-        if i is None or i >= n_rows:
-            raise ValueError(f"the tokenizer has no usable {token!r} (id {i}, {n_rows} embeddings)")
-    return ids
-
-
 def stop_and_blocked(tokenizer, stop_ids, n_rows, device):
     """Two (n_rows,) bool masks: ids that end a transcript, and ids that no transcript may contain.
 
@@ -481,15 +463,15 @@ def language_name(utterance: data.Utterance) -> str:
 
 def check_languages(asr: ASR, manifest: data.Manifest) -> None:
     """Raises ValueError, before any work, if a Qwen3-ASR can't be told some line's language."""
-    if isinstance(asr, Qwen3ASR):
-        for utterance in manifest.languages.values():
-            language_name(utterance)
+    for utterance in manifest.languages.values():
+        asr.suffix_of(utterance)
 
 
 class Qwen3ASR(ASR):
     """A Qwen3-ASR checkpoint in transformers' classes. Its prompt names the audio's language."""
 
-    PROMPT = QWEN3_ASR_PROMPT
+    PROMPT = ("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|>",
+              "<|audio_end|><|im_end|>\n<|im_start|>assistant\n")
     PAD_TOKEN = EOS
     AUDIO_TOKEN = "<|audio_pad|>"
     TOKENS = ["<|im_start|>", EOS, "<|audio_start|>", AUDIO_TOKEN, "<|audio_end|>", "<asr_text>"]
@@ -505,7 +487,7 @@ class Qwen3ASR(ASR):
         """
         chunk = 2 * self.net.config.audio_config.n_window          # 100 frames
         mel = self.mel_of(batch)                                   # (B, n_mels, T)
-        mel = F.pad(mel, (0, round_up(mel.shape[2], chunk) - mel.shape[2]))  # T: whole seconds
+        mel = F.pad(mel, (0, -mel.shape[2] % chunk))               # T: whole seconds
         n_frames = torch.from_numpy(batch.n_frames)                # (B,)
         valid = torch.arange(mel.shape[2]) < n_frames[:, None]     # (B, T)
         packed = self.net.get_audio_features(mel, valid.long().to(self.device)).pooler_output
@@ -840,17 +822,17 @@ def load(name, device="cpu", frozen=False) -> ASR:
         raise ValueError(f"{path}/config.json: model_type {keys.get('model_type')!r} is not known; "
                          f"expected one of {', '.join(FAMILIES)}")
     family, net_class, make_config = FAMILIES[keys["model_type"]]
-    try:
-        config = make_config(keys)
-    except Exception as error:  # ours name the key; transformers' do too
-        raise ValueError(f"{path}/config.json: {error}") from error
     is_trained = family is ASR and not frozen
     dtype = torch.bfloat16
     if is_trained or torch.device(device).type == "cpu":
         dtype = torch.float32
     key_mapping = QWEN3_ASR_KEYS if "thinker_config" in keys else None
-    net = load_net(net_class, path, config, dtype, key_mapping)
-    return family(net, load_tokenizer(path), device, small_files(path))
+    try:
+        net = load_net(net_class, path, make_config(keys), dtype, key_mapping)
+        return family(net, load_tokenizer(path), device, small_files(path))
+    except Exception as error:  # transformers' do not always say where
+        raise ValueError(f"{path}: no checkpoint that can be used (half a download, git-lfs "
+                         f"pointers, files of another model?): {error}") from error
 
 
 def load_student(name, device) -> ASR:
@@ -885,14 +867,12 @@ def find_checkpoint(name) -> Path:
         except Exception as error:  # offline, unknown, gated: one line is enough
             raise FileNotFoundError(f"{name}: no such directory, and the Hub does not give it "
                                     f"({type(error).__name__}: {error})") from error
-    if not path.exists():
-        raise FileNotFoundError(f"{name}: no such directory")
     if (path / "adapter_config.json").exists():
         raise ValueError(f"{name} is a LoRA adapter: join it with its base model (peft's "
                          "merge_and_unload), save that with the base's tokenizer, and give its "
                          "folder here")
     if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{name}: no config.json there: not a checkpoint directory")
+        raise FileNotFoundError(f"{name}: no checkpoint directory: there is no config.json")
     return path
 
 
@@ -900,16 +880,12 @@ def load_net(net_class, path, config, dtype, key_mapping=None):
     """transformers' `from_pretrained`, on the CPU, where nothing may be missing or left over.
 
     It would fill what it does not find with random numbers. Raises ValueError that lists all that
-    is missing, unexpected or of another shape, or says why the weights can't be read.
+    is missing, unexpected or of another shape.
     """
-    try:
-        net, report = net_class.from_pretrained(
-            path, config=config, dtype=dtype, key_mapping=key_mapping, attn_implementation="sdpa",
-            use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True)  # not ignored, but reported with the rest below
-    except Exception as error:  # a missing shard, half a download; it may not say where
-        raise ValueError(f"{path}: the weights can't be loaded (half a download, git-lfs pointers, "
-                         f"a config.json of another model?): {error}") from error
+    net, report = net_class.from_pretrained(
+        path, config=config, dtype=dtype, key_mapping=key_mapping, attn_implementation="sdpa",
+        use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True)  # not ignored, but reported with the rest below
     wrong = []
     for kind in ("missing", "unexpected", "mismatched"):
         wrong += [f"{kind} {key}" for key in sorted(map(str, report[f"{kind}_keys"]))]
@@ -925,20 +901,15 @@ def load_net(net_class, path, config, dtype, key_mapping=None):
 def load_tokenizer(name) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint: tokenizer.json, or Qwen's vocab.json and merges.txt.
 
-    Raises ValueError naming the folder.
+    Raises ValueError if there is neither: transformers would make an empty one.
     """
     path = find_checkpoint(name)
-    tokenizer_class = Qwen2Tokenizer
     if (path / "tokenizer.json").exists():
-        tokenizer_class = PreTrainedTokenizerFast
-    elif not (path / "vocab.json").exists():  # transformers would make an empty one
-        raise ValueError(f"{path}: no tokenizer.json, and no vocab.json with merges.txt; copy "
-                         "those of the model that this one was made from")
-    try:
-        return tokenizer_class.from_pretrained(path)
-    except Exception as error:  # whatever it is, it does not say which files it is about
-        raise ValueError(f"{path}: no tokenizer can be made of tokenizer.json, "
-                         f"or vocab.json and merges.txt: {error}") from error
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    if (path / "vocab.json").exists():
+        return Qwen2Tokenizer.from_pretrained(path)
+    raise ValueError(f"{path}: no tokenizer.json, and no vocab.json with merges.txt; copy those of "
+                     "the model that this one was made from")
 
 
 SMALL_FILES = """
@@ -951,10 +922,8 @@ def small_files(path) -> dict[str, bytes]:
     """The publisher's code, and the files that it wants beside the weights: {name: content}.
 
     `save` carries them along. They are bytes to us and never run; of generation_config.json,
-    ASR reads the ids that end a transcript. Raises ValueError if that one can't be read.
+    ASR reads the ids that end a transcript.
     """
-    if (path / "generation_config.json").exists():
-        data.read_json(path / "generation_config.json")
     files = sorted(path.iterdir())
     return {file.name: file.read_bytes() for file in files
             if file.name in SMALL_FILES or file.suffix == ".py"}
@@ -1118,12 +1087,18 @@ class Run:
     asr: ASR                           # the student
     trained: dict[str, nn.Parameter]   # see `trainable`
     optimizer: torch.optim.Optimizer
-    dev: dict[str, data.Manifest]      # see `read_dev`
     resumed: Path | None               # the save that it goes on from, see `find_save`
     rank: int
+    world: int
 
     def __post_init__(self):
         self.out = Path(self.args.out)
+        self.dev = {}                          # name: manifest of --dev
+        for path in self.args.dev or []:
+            name = Path(path).stem if Path(path).stem not in self.dev else str(path)
+            self.dev[name] = data.read_manifest(path, ("text",), self.args.language)
+            for u in self.dev[name][self.rank::self.world]:  # a bad clip would end the run later
+                data.load_audio(u, data.MAX_EVAL_SEC, for_training=False)
         self.metrics = self.out / "metrics.jsonl"
         kept = self.restore() if self.resumed else {}
         self.start = kept.get("step", 0)       # updates made before this process began
@@ -1200,7 +1175,8 @@ class Run:
         """
         errors = {}
         for name, manifest in self.dev.items():
-            errors[f"dev_error/{name}"] = dev_error(self.asr, manifest, self.args)
+            errors[f"dev_error/{name}"] = dev_error(
+                self.asr, manifest, self.args, self.rank, self.world)
         known = [error for error in errors.values() if error is not None]
         mean = sum(known) / len(known) if known else None
         self.log({"step": step, "dev_error": mean} | (errors if len(errors) > 1 else {}))
@@ -1264,26 +1240,11 @@ class Run:
             raise SystemExit(143)
 
 
-def read_dev(paths, rank, world, language=None) -> dict[str, data.Manifest]:
-    """--dev's manifests by name. All clips are decoded once now: a bad one would end the run.
-
-    language: of lines that name none.
-    """
-    dev = {}
-    for path in paths or []:
-        name = Path(path).stem if Path(path).stem not in dev else str(path)
-        dev[name] = data.read_manifest(path, need=("text",), language=language)
-        for utterance in dev[name][rank::world]:
-            data.load_audio(utterance, data.MAX_EVAL_SEC, for_training=False)
-    return dev
-
-
-def dev_error(asr, manifest, args) -> float | None:
+def dev_error(asr, manifest, args, rank=0, world=1) -> float | None:
     """Greedy errors, % of the references' units, languages pooled. The ranks share the clips.
 
     None where the references have no unit.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sums = {"errors": 0, "units": 0}
     for first in range(rank * args.eval_batch, len(manifest), world * args.eval_batch):
         clips = manifest[first:first + args.eval_batch]

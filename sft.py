@@ -136,7 +136,6 @@ def main(args):
     torch.manual_seed(args.seed)
     resumed = model.find_save(args)
     train = data.read_manifest(args.data, ("text",), args.language)
-    dev = model.read_dev(args.dev, rank, world, args.language)
     if resumed:
         student = model.load_student(resumed, device)
     else:
@@ -144,7 +143,7 @@ def main(args):
     trained = model.trainable(student, args.freeze, args.recompute)
     parameters = list(trained.values())
     optimizer = model.make_optimizer(parameters, args.lr)
-    run = model.Run(args, student, trained, optimizer, dev, resumed, rank)
+    run = model.Run(args, student, trained, optimizer, resumed, rank, world)
     plan = data.Plan(len(train), args.batch, args.seed)
     steps = data.Steps(train, plan, rank, world, (student.n_mels,))
     batches = iter(data.loader(steps, range(run.start, args.steps), args.workers))
@@ -244,7 +243,7 @@ def student_from_parts(encoder, lm, device="cpu") -> model.ASR:
     for token in model.SPECIAL:
         if token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)])
-    n_rows = max(net.config.vocab_size, model.round_up(len(tokenizer), 64))
+    n_rows = max(net.config.vocab_size, 64 * math.ceil(len(tokenizer) / 64))
     net.resize_token_embeddings(n_rows, mean_resizing=False)
     with torch.no_grad():  # rows that mean no token yet: the mean of the others, with their spread
         table = net.get_input_embeddings().weight                               # (V, width)

@@ -406,11 +406,11 @@ def test_a_trained_tokenizer_repeats_and_knows_the_prompt(tokenizer):
 
 @pytest.mark.parametrize("i", [None, 384])
 def test_a_token_that_is_missing_or_beyond_the_embeddings_is_named(student, i):
-    vocabulary = student.tokenizer.get_vocab() | {"<|assistant|>": i}
+    vocabulary = student.tokenizer.get_vocab()
+    vocabulary.pop("<|assistant|>")
     tokenizer = copy.copy(student.tokenizer)
-    tokenizer.get_vocab = lambda: vocabulary
-    assert len(student.blocked) == 384
-    with pytest.raises(ValueError, match=r"<\|assistant\|>.*384 embeddings"):
+    tokenizer.get_vocab = lambda: vocabulary | ({"<|assistant|>": i} if i else {})
+    with pytest.raises(ValueError, match=r"<\|assistant\|>.* the 384 embeddings"):
         model.ASR(student.net, tokenizer)
 
 

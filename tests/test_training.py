@@ -697,8 +697,11 @@ def test_out_is_the_best_on_dev_and_state_the_last(run, corpus, monkeypatch, scr
     assert [row["dev_error"] for row in metrics(out, "dev_error")] == [60.0, 20.0, 25.0, 21.0]
 
 
-def test_dev_lines_without_a_language_have_the_given_one(subset):
-    assert model.read_dev([subset(3, language=None)], 0, 1, "zh")["pool"].languages.keys() == {"zh"}
+def test_dev_lines_without_a_language_have_the_given_one(run, subset, monkeypatch):
+    seen = []
+    monkeypatch.setattr(model, "dev_error", lambda asr, dev, *_: seen.extend(dev.languages))
+    run("sft", dev=subset(3, language=None), language="zh", steps=1)
+    assert seen == ["zh"]
 
 
 def test_dev_error_is_the_pooled_rate_of_greedy_transcripts(corpus, student):
