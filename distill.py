@@ -264,7 +264,9 @@ def main(args):
                        top_k=args.top_k)
     trained = model.trainable(student, args.freeze, args.recompute)
     parameters = list(trained.values())
-    optimizer = model.make_optimizer(parameters, args.lr)
+    # Betas are this project's choice. fused: no copies of gradients in a step's peak of memory.
+    optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.98), weight_decay=0.0,
+                                  fused=device.type == "cuda")
     run = model.Run(args, student, trained, optimizer, resumed, rank, world)
     plan = data.Plan(len(train), args.batch, args.seed)
     steps = data.Steps(train, plan, rank, world, (student.n_mels, teacher.n_mels))
@@ -346,7 +348,7 @@ def main(args):
         lr = model.learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if totals["tokens"]:  # without a token there is no gradient, and AdamW would still decay
+        if totals["tokens"]:  # without a token there is no gradient, only AdamW's momentum
             optimizer.step()
         optimizer.zero_grad()
 

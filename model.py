@@ -745,11 +745,8 @@ def transcribe(asr: ASR, batch: data.Batch, max_new_tokens, temperature=0.0, see
     prompt = encode_audio(asr, batch)
     ids, mask = generate(asr, prompt.embeds, prompt.mask, max_new_tokens, temperature, uniforms)
     stopped = (asr.stop[ids] & mask).any(1).tolist()
-    n_tokens = mask.sum(1).tolist()
-    results = []
-    for i, text in enumerate(asr.decode(ids, mask)):
-        results.append({"hyp": text.strip(), "stopped": stopped[i], "n_tokens": n_tokens[i]})
-    return results
+    found = zip(asr.decode(ids, mask), stopped, mask.sum(1).tolist())
+    return [{"hyp": text.strip(), "stopped": ended, "n_tokens": n} for text, ended, n in found]
 
 
 # ------------------------------------------------------------------------------- two vocabularies
@@ -1011,19 +1008,6 @@ def trainable(asr: ASR, freeze=None, recompute=False) -> dict[str, nn.Parameter]
         for layer in [*asr.net.audio_encoder.whisper.layers, *asr.body.layers]:
             layer.forward = partial(keep_inputs, layer.forward)
     return {name: p for name, p in asr.net.named_parameters() if p.requires_grad}
-
-
-def make_optimizer(parameters, lr):
-    """AdamW on fp32 weights; weight decay on matrices only, not on norms and biases.
-
-    Decay and betas are this project's choice; the paper does not name its own. fused on a GPU:
-    otherwise a step would hold another 4 bytes per parameter for a moment.
-    """
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    fused = parameters[0].is_cuda or None
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=fused)
 
 
 def learning_rate(step, args) -> float:

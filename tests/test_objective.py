@@ -287,11 +287,3 @@ def test_learning_rate_warms_up_and_decays_to_zero():
     assert rates[20] == pytest.approx(0.0)
     assert model.learning_rate(0, SimpleNamespace(lr=2.0, warmup=0, steps=1)) == 2.0
     assert model.learning_rate(1, SimpleNamespace(lr=2.0, warmup=1, steps=1)) == 2.0
-
-
-def test_weight_decay_is_for_matrices(student):
-    matrices, vectors = model.make_optimizer(list(student.net.parameters()), 1.0).param_groups
-    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
-    assert (matrices["lr"], matrices["betas"]) == (1.0, (0.9, 0.98))
-    assert all(p.ndim > 1 for p in matrices["params"])
-    assert all(p.ndim <= 1 for p in vectors["params"])
