@@ -1038,24 +1038,22 @@ def sum_gradients(parameters) -> None:
 
 
 def find_save(args) -> Path | None:
-    """OUT/state/step-N, as rank 0 finds it, to go on from; None if there is none, or no --resume.
+    """OUT/state/step-N to go on from; None if there is none, or no --resume.
 
     Raises FileExistsError if --out holds a checkpoint, or an earlier run without --resume.
     """
-    found = [None]
-    if int(os.environ.get("RANK", 0)) == 0:
-        out = Path(args.out)
-        is_run = (out / "metrics.jsonl").exists() or (out / "state").exists()
-        if is_run and not args.resume:
-            raise FileExistsError(f"{out} holds an earlier run: continue it with --resume, "
-                                  "or choose another --out")
-        if (out / "config.json").exists() and not is_run:
-            raise FileExistsError(f"{out} holds a checkpoint, which would be written over: "
-                                  "choose another --out")
-        found = [max(out.glob("state/step-*"), default=None)]
+    out = Path(args.out)
+    is_run = (out / "metrics.jsonl").exists() or (out / "state").exists()
+    if is_run and not args.resume:
+        raise FileExistsError(f"{out} holds an earlier run: continue it with --resume, "
+                              "or choose another --out")
+    if (out / "config.json").exists() and not is_run:
+        raise FileExistsError(f"{out} holds a checkpoint, which would be written over: "
+                              "choose another --out")
+    found = max(out.glob("state/step-*"), default=None)
     if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found[0]
+        dist.barrier()  # all have looked before rank 0 writes
+    return found
 
 
 @dataclass
@@ -1093,9 +1091,6 @@ class Run:
         self.stopping = False                  # some rank has a signal
         self.signals = []
         signal.signal(signal.SIGTERM, lambda *_: self.signals.append("SIGTERM"))
-        if self.start > self.args.steps:
-            raise ValueError(f"{self.resumed}: {self.start} updates are made, "
-                             f"--steps says {self.args.steps}")
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             with self.metrics.open("ab") as file:  # what was logged after that save comes again
@@ -1148,23 +1143,17 @@ class Run:
         if self.rank == 0:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            shown = [f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}"
-                     for k, v in record.items()]
-            self.bar.write("  ".join(shown))
+            self.bar.write("  ".join(f"{key} {value:.6g}" for key, value in record.items()))
 
     def evaluate(self, step) -> None:
-        """Errors on the dev sets; --out keeps the weights with the best mean.
-
-        While no error can be measured (nothing is said in the dev sets), the latest are the best.
-        """
+        """Errors on the dev sets; --out keeps the weights with the best mean."""
         errors = {}
         for name, manifest in self.dev.items():
             errors[f"dev_error/{name}"] = dev_error(
                 self.asr, manifest, self.args, self.rank, self.world)
-        known = [error for error in errors.values() if error is not None]
-        mean = sum(known) / len(known) if known else None
+        mean = sum(errors.values()) / len(errors)
         self.log({"step": step, "dev_error": mean} | (errors if len(errors) > 1 else {}))
-        if self.tokens and (self.best is None or (known and mean < self.best)):
+        if self.tokens and (self.best is None or mean < self.best):
             self.best = mean
             if self.rank == 0:
                 save(self.asr, self.out)
@@ -1224,11 +1213,8 @@ class Run:
             raise SystemExit(143)
 
 
-def dev_error(asr, manifest, args, rank=0, world=1) -> float | None:
-    """Greedy errors, % of the references' units, languages pooled. The ranks share the clips.
-
-    None where the references have no unit.
-    """
+def dev_error(asr, manifest, args, rank=0, world=1) -> float:
+    """Greedy errors, % of the references' units, languages pooled. The ranks share the clips."""
     sums = {"errors": 0, "units": 0}
     for first in range(rank * args.eval_batch, len(manifest), world * args.eval_batch):
         clips = manifest[first:first + args.eval_batch]
@@ -1239,7 +1225,7 @@ def dev_error(asr, manifest, args, rank=0, world=1) -> float | None:
             sums["errors"] += counts.errors
             sums["units"] += counts.units
     sums = all_sum(sums, asr.device)
-    return 100 * sums["errors"] / sums["units"] if sums["units"] else None
+    return 100 * sums["errors"] / max(1, sums["units"])
 
 
 def draw_metrics(metrics, path) -> None:
@@ -1250,7 +1236,7 @@ def draw_metrics(metrics, path) -> None:
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     logged = set().union(*records)
     names = [name for name in "loss ctc dev_error truncated empty".split() if name in logged]
-    figure, axes = pyplot.subplots(1, max(1, len(names)), figsize=(3.6 * max(1, len(names)), 3),
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 3),
                                    layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names):
         known = [record for record in records if name in record]

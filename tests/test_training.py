@@ -700,7 +700,7 @@ def test_out_is_the_best_on_dev_and_state_the_last(run, corpus, monkeypatch, scr
 
 def test_dev_lines_without_a_language_have_the_given_one(run, subset, monkeypatch):
     seen = []
-    monkeypatch.setattr(model, "dev_error", lambda asr, dev, *_: seen.extend(dev.languages))
+    monkeypatch.setattr(model, "dev_error", lambda asr, dev, *_: seen.extend(dev.languages) or 1.0)
     run("sft", dev=subset(3, language=None), language="zh", steps=1)
     assert seen == ["zh"]
 
