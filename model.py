@@ -56,6 +56,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer,
@@ -385,14 +386,17 @@ class ASR:
         return self.net.config.whisper_config["num_mel_bins"]
 
     def embed_audio(self, batch: data.Batch, whisper_out=None):
-        """Audio embeddings (B, A, width), how many of a row are not padding (B,), Whisper's output.
+        """Of each clip its audio embeddings (A, width); and Whisper's output (T', d_model).
 
-        whisper_out (B, T', d_model): that output for these clips, if it is at hand.
+        whisper_out: that output for these clips, if it is at hand.
         """
         n_frames = torch.as_tensor(batch.n_frames, device=self.device)
         if whisper_out is None:
             whisper_out = self.net.audio_encoder.whisper(self.mel_of(batch), n_frames)
-        return *self.net.audio_encoder.adapt(whisper_out, n_frames), whisper_out
+        else:
+            whisper_out = pad_sequence(whisper_out, batch_first=True)  # (B, T', d_model)
+        audio, n_tokens = self.net.audio_encoder.adapt(whisper_out, n_frames)
+        return [row[:n] for row, n in zip(audio, n_tokens.tolist())], list(whisper_out)
 
     def mel_of(self, batch: data.Batch):
         """The batch's features (B, n_mels, T) with this model's number of bins."""
@@ -481,7 +485,7 @@ class Qwen3ASR(ASR):
         return self.net.config.audio_config.num_mel_bins
 
     def embed_audio(self, batch: data.Batch, whisper_out=None):
-        """As a student's; there is no Whisper: the third value is None.
+        """As a student's, but there is no Whisper.
 
         The audio tower takes whole seconds of 100 frames, zeros after a clip's end.
         """
@@ -492,9 +496,7 @@ class Qwen3ASR(ASR):
         valid = torch.arange(mel.shape[2]) < n_frames[:, None]     # (B, T)
         packed = self.net.get_audio_features(mel, valid.long().to(self.device)).pooler_output
         n_audio = _get_feat_extract_output_lengths(n_frames, chunk // 2)
-        rows = packed.split(n_audio.tolist())                      # B times (n_audio, width)
-        audio = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, A, width)
-        return audio, n_audio.to(self.device), None
+        return packed.split(n_audio.tolist()), []
 
     def suffix_of(self, utterance: data.Utterance) -> list[int]:
         """The ids that follow the audio: they end in "language X<asr_text>"."""
@@ -550,11 +552,10 @@ def qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
 @dataclass
 class Prompt:
     """A batch of prompts with the audio in place, ready for the LM's body."""
-    embeds: torch.Tensor          # (B, P, width)
-    mask: torch.Tensor            # (B, P) False on the left padding
-    audio: torch.Tensor           # (B, A, width) the adapter's output, for the CTC loss
-    n_audio: torch.Tensor         # (B,) audio tokens of each row
-    whisper_out: torch.Tensor | None  # (B, T', d_model) of a student
+    embeds: torch.Tensor             # (B, P, width)
+    mask: torch.Tensor               # (B, P) False on the left padding
+    audio: list[torch.Tensor]        # of each clip (A, width), the adapter's output
+    whisper_out: list[torch.Tensor]  # of each clip (T', d_model), if it is a student's
 
 
 def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, whisper_out=None) -> Prompt:
@@ -564,29 +565,22 @@ def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, whisper_out=None
     whisper_out: that of an earlier call on these clips, where the Whisper encoder is frozen (not
     with micro_batch).
     """
-    parts = batch.split(micro_batch or len(batch))
-    with autocast(asr.device):
-        encoded = [asr.embed_audio(part, whisper_out) for part in parts]
-    audio = pad_and_join([audio for audio, _, _ in encoded])                    # (B, A, width)
-    n_audio = torch.cat([n for _, n, _ in encoded])                             # (B,)
-    whisper_out = None if encoded[0][2] is None else pad_and_join([w for _, _, w in encoded])
-
+    audio = []
+    heard = []
+    for part in batch.split(micro_batch or len(batch)):
+        with autocast(asr.device):
+            part_audio, part_heard = asr.embed_audio(part, whisper_out)
+        audio += part_audio
+        heard += part_heard
     rows = []
-    for utterance, n in zip(batch.utterances, n_audio.tolist()):
-        rows.append(asr.prefix_ids + [asr.audio_id] * n + asr.suffix_of(utterance))
+    for utterance, of_clip in zip(batch.utterances, audio):
+        rows.append(asr.prefix_ids + [asr.audio_id] * len(of_clip) + asr.suffix_of(utterance))
     ids, mask = data.pad_rows(rows, asr.pad_id, asr.device, side="left")        # (B, P)
     embeds = asr.body.embed_tokens(ids)                                         # (B, P, width)
     # Both sides run row by row, so the i-th placeholder of a row receives its i-th audio embedding.
-    valid = torch.arange(audio.shape[1], device=asr.device) < n_audio[:, None]  # (B, A)
     is_audio = (ids == asr.audio_id)[..., None]                                 # (B, P, 1)
-    embeds = embeds.masked_scatter(is_audio, audio[valid].to(embeds.dtype))
-    return Prompt(embeds, mask, audio, n_audio, whisper_out)
-
-
-def pad_and_join(parts):
-    """[(b, T, width)] of unequal T -> (sum of b, longest T, width), zeros behind shorter ones."""
-    longest = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
+    embeds = embeds.masked_scatter(is_audio, torch.cat(audio).to(embeds.dtype))
+    return Prompt(embeds, mask, audio, heard)
 
 
 def autocast(device):

@@ -42,6 +42,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import data
@@ -110,18 +111,17 @@ def parse_args(argv=None):
 def ctc_sum(z, n_audio, responses, eos_id, blank):
     """CTC (Graves et al. 2006) of logits at the audio tokens, EOS left out of the responses.
 
-    z (B, A, V), of which n_audio (B,) rows are each clip's; responses: lists of ids; blank: an id
-    that is in none -> sum of -log p () nats over the clips whose text fits their audio tokens; how
-    many do not.
+    z (A, B, V), of which each clip has its n_audio rows; responses: its ids; blank: an id that is
+    in none -> sum of -log p () nats over the clips whose text fits their audio tokens; how many do
+    not.
     """
     labels = [[token for token in response if token != eos_id] for response in responses]
-    lengths = torch.tensor([len(row) for row in labels])                        # (B,)
     targets = torch.tensor(sum(labels, []), dtype=torch.long, device=z.device)
     loss = F.ctc_loss(                                                          # ()
-        z.log_softmax(-1).transpose(0, 1), targets, n_audio.cpu(), lengths, blank,
+        z.log_softmax(-1), targets, n_audio, [len(row) for row in labels], blank,
         reduction="sum", zero_infinity=True)
     skipped = 0
-    for row, n in zip(labels, n_audio.tolist()):
+    for row, n in zip(labels, n_audio):
         repeats = sum(a == b for a, b in zip(row, row[1:]))  # a blank must part them
         skipped += len(row) + repeats > n
     return loss, skipped
@@ -185,9 +185,9 @@ def main(args):
             losses["loss"] += loss.detach()
             if args.ctc:
                 # Audio tokens as the LM's head would read them; padding's id stands for "nothing".
-                z_audio = model.logits(prompt.audio, student.head.weight)       # (b, A, V)
-                ctc, skipped = ctc_sum(
-                    z_audio, prompt.n_audio, written, student.eos_id, student.pad_id)
+                z_audio = model.logits(pad_sequence(prompt.audio), student.head.weight)
+                n_audio = [len(of_clip) for of_clip in prompt.audio]            # z_audio (A, b, V)
+                ctc, skipped = ctc_sum(z_audio, n_audio, written, student.eos_id, student.pad_id)
                 loss = loss + args.ctc * ctc
                 losses["ctc"] += ctc.detach()
                 losses["ctc_skipped"] += skipped

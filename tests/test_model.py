@@ -193,7 +193,7 @@ def test_prompt_is_the_published_string_with_audio_in_place(student):
         n_padding = prompt.mask.shape[1] - len(expected)
         assert prompt.mask[i].tolist() == [False] * n_padding + [True] * len(expected)
         close(prompt.embeds[i, prompt.mask[i]], expected)
-        close(prompt.audio[i, :prompt.n_audio[i]], expected[2:2 + prompt.n_audio[i]])
+        close(prompt.audio[i], expected[2:2 + len(prompt.audio[i])])
 
 
 @torch.no_grad()

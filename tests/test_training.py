@@ -149,11 +149,11 @@ def gradients(net):
 def lm_logits(asr, clip, written):
     """(V,) logits behind `written` ids: one clip, transformers' forward without cache or padding,
     ids that no transcript may contain ruled out. Oracle."""
-    audio, _, _ = asr.embed_audio(clip)
+    (audio,), _ = asr.embed_audio(clip)
     before = asr.body.embed_tokens(torch.tensor([asr.prefix_ids]))
     suffix = asr.suffix_of(clip.utterances[0])
     after = asr.body.embed_tokens(torch.tensor([suffix + written]))
-    z = asr.net(inputs_embeds=torch.cat([before, audio, after], dim=1)).logits[0, -1]
+    z = asr.net(inputs_embeds=torch.cat([before, audio[None], after], dim=1)).logits[0, -1]
     return z.masked_fill(asr.blocked, -math.inf)
 
 
