@@ -46,15 +46,13 @@ REINFORCE term.
     torchrun --nproc_per_node 8 distill.py --student ...         # eight processes, same update
 
 --out then holds the best checkpoint on dev (without --dev: the last), --out/state/step-N the last
-one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl, sums and
-means since the record before (*: of the logged step alone):
-  step, loss (nats per token), grad_norm* (before clipping), lr*, tokens (N, summed)
-  audio_per_sec           seconds of audio trained on per second
-  tokens_per_clip         scored tokens per rollout
-  truncated, empty        share of rollouts cut at --max_new_tokens; share that are EOS alone
-  not_scored, rejected    tokens at or after the first id that the teacher lacks; clips left out
-  dev_error               greedy errors on --dev, %. Of several manifests, the mean; dev_error/NAME
-                          is that of one
+one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl:
+  step, loss (nats per token), grad_norm and lr of that step, audio_per_sec (seconds per second)
+  tokens (N), clips, audio_sec, rejected (clips left out)    sums since the record before, as are
+  truncated, empty        rollouts cut at --max_new_tokens; rollouts that are EOS alone
+  not_scored              tokens at or after the first id that the teacher lacks
+  dev_error               greedy errors on --dev, %; of several manifests, the mean of each one's,
+                          dev_error/NAME
 """
 
 import argparse
@@ -367,7 +365,7 @@ def demo(args):
     """The paper's experiment in miniature: `demo_commands`, each unless it is done already in --out
     (default runs/demo); then the demo's versions of the paper's Tables 1 and 2."""
     if int(os.environ.get("RANK", 0)) > 0:
-        return  # rank 0 starts every stage, with as many processes as this one was started with
+        return  # rank 0 starts every stage, and its processes
     root = Path(args.out or "runs/demo")
     root.mkdir(parents=True, exist_ok=True)
     note = root / "stages.json"  # {stage: its command and seconds}, of those that are done
@@ -385,13 +383,9 @@ def demo(args):
 
 def demo_commands(args, root) -> dict[str, str]:
     """{stage: command}, in order; each writes to ROOT/stage."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    # Started alone: a process per GPU. On a CPU, two of one thread each: a busy machine slows them
-    # less than one of two threads.
-    if processes == 1:
-        processes = min(2, os.cpu_count())
-        if args.device != "cpu" and torch.cuda.is_available():
-            processes = torch.cuda.device_count()
+    processes = min(2, os.cpu_count())  # a busy machine slows them less than one of two threads
+    if args.device != "cpu" and torch.cuda.is_available():
+        processes = torch.cuda.device_count()
     at = shlex.quote(str(root))
     train = f"{at}/data/train.jsonl"
     dev = f"{at}/data/dev.jsonl"

@@ -21,15 +21,13 @@ Differs from the paper (numbers go on from data.py):
     torchrun --nproc_per_node 8 sft.py --init_encoder WHISPER --init_lm QWEN --data train.jsonl ...
 
 --out then holds the best checkpoint on dev (without --dev: the last), --out/state/step-N the last
-one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl, sums and
-means since the record before (*: of the logged step alone):
-  step, loss (nats per response token), grad_norm* (before clipping), lr*, tokens (N, summed)
-  ctc, ctc_skipped       CTC loss, nats per response token; clips with more text than audio tokens,
-                         which are left out of it
-  rejected               clips left out
-  audio_per_sec          seconds of audio trained on per second
-  dev_error              greedy errors on --dev, %. Of several manifests, the mean; dev_error/NAME
-                         is that of one
+one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl:
+  step, loss (nats per token), grad_norm and lr of that step, audio_per_sec (seconds per second)
+  tokens (N), audio_sec, rejected (clips left out)           sums since the record before
+  ctc, ctc_skipped        CTC loss, nats per token; clips with more text than audio tokens, which
+                          are left out of it (a sum)
+  dev_error               greedy errors on --dev, %; of several manifests, the mean of each one's,
+                          dev_error/NAME
 """
 
 import argparse
