@@ -32,6 +32,7 @@ one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of met
 
 import argparse
 import math
+import re
 import time
 
 import torch
@@ -262,6 +263,24 @@ def student_from_parts(encoder, lm, device="cpu") -> model.ASR:
     return model.ASR(student, tokenizer, device)
 
 
+# Names of an encoder's weights as regular expressions -> ours, replaced in this order.
+ENCODER_NAMES = {
+    r"^model\.": "",
+    r"^encoder\.layer_norm\.": "audio_encoder.layer_norm.",  # Whisper's
+    r"^encoder\.": "audio_encoder.whisper.",
+    r"^audio_tower\.norm\.": "audio_encoder.layer_norm.",    # transformers' GLM-ASR's
+    r"^audio_tower\.": "audio_encoder.whisper.",
+    r"\.o_proj\.": ".out_proj.",
+    r"\.input_layernorm\.": ".self_attn_layer_norm.",
+    r"\.post_attention_layernorm\.": ".final_layer_norm.",
+    r"\.mlp\.fc": ".fc",
+}
+# The sizes' names in Whisper and here -> in transformers' GLM-ASR.
+ENCODER_SIZES = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers",
+                 "encoder_attention_heads": "num_attention_heads",
+                 "encoder_ffn_dim": "intermediate_size", "num_mel_bins": "num_mel_bins"}
+
+
 def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
     """The encoder of a Whisper, GLM-ASR or ARK-ASR checkpoint: its sizes, {our name: tensor}.
 
@@ -272,65 +291,26 @@ def read_encoder(name) -> tuple[dict, dict[str, torch.Tensor]]:
     """
     path = model.find_checkpoint(name)
     config = data.read_json(path / "config.json")
-    tensors = {}
-    for file in sorted(path.glob("*.safetensors")):
-        tensors |= load_file(file)
-    if config.get("model_type") == "glmasr":
-        return convert_glmasr_encoder(path, config["audio_config"], tensors)
-    prefixes = ("audio_encoder.whisper.", "model.encoder.", "encoder.")
-    prefix = next((prefix for prefix in prefixes if prefix + "conv1.weight" in tensors), None)
-    if prefix is None:
-        raise ValueError(f"{path}: no Whisper-shaped encoder among its weights, "
-                         f"such as {sorted(tensors)[:3]}")
-    weights = {}
-    for key, tensor in tensors.items():
-        ours = key.replace(prefix, "audio_encoder.whisper.", 1)
-        if prefix != "audio_encoder.whisper.":  # there, ARK-ASR's file has one that nothing reads
-            ours = ours.replace("whisper.layer_norm.", "layer_norm.")
-        is_encoder = ours.startswith(("audio_encoder.whisper.", "audio_encoder.layer_norm."))
-        if is_encoder and "embed_positions" not in ours and ".whisper.layer_norm." not in ours:
-            weights[ours] = tensor
-    config = config.get("whisper_config", config)
-    keys = """d_model encoder_layers encoder_attention_heads encoder_ffn_dim num_mel_bins""".split()
-    return {key: config[key] for key in keys}, weights
-
-
-# Parts of names in transformers' GLM-ASR -> ours, replaced in this order.
-GLMASR_NAMES = {
-    "audio_tower.norm.": "audio_encoder.layer_norm.",
-    "audio_tower.": "audio_encoder.whisper.",
-    ".o_proj.": ".out_proj.",
-    ".input_layernorm.": ".self_attn_layer_norm.",
-    ".post_attention_layernorm.": ".final_layer_norm.",
-    ".mlp.fc": ".fc",
-}
-
-
-def convert_glmasr_encoder(path, config, tensors):
-    """transformers' GLM-ASR encoder: whisper_config, {our name: tensor in our order of rows}."""
-    rope = config.get("rope_parameters") or {}
-    if (rope.get("rope_theta", 1e4), rope.get("partial_rotary_factor", 0.5)) != (1e4, 0.5):
+    found = config.get("audio_config") or config.get("whisper_config") or config
+    sizes = {ours: found.get(ours, found.get(glmasr)) for ours, glmasr in ENCODER_SIZES.items()}
+    is_glmasr = config.get("model_type") == "glmasr"
+    rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.5} | (found.get("rope_parameters") or {})
+    if is_glmasr and (rope["rope_theta"], rope["partial_rotary_factor"]) != (1e4, 0.5):
         raise ValueError(f"{path}/config.json: rope_parameters {rope}; "
                          "expected theta 10000 on half of each head")
-    heads = config["num_attention_heads"]
     weights = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("model.")  # transformers' in memory; on disk it leaves this out
-        if not name.startswith("audio_tower."):
-            continue
-        for theirs, ours in GLMASR_NAMES.items():
-            name = name.replace(theirs, ours)
-        if ".q_proj." in name or ".k_proj." in name:
-            tensor = interleave_rope(tensor, heads)
-        weights[name] = tensor
-    whisper_keys = {
-        "d_model": config["hidden_size"],
-        "encoder_layers": config["num_hidden_layers"],
-        "encoder_attention_heads": heads,
-        "encoder_ffn_dim": config["intermediate_size"],
-        "num_mel_bins": config.get("num_mel_bins", 128),
-    }
-    return whisper_keys, weights
+    for file in sorted(path.glob("*.safetensors")):
+        for key, tensor in load_file(file).items():
+            for theirs, ours in ENCODER_NAMES.items():
+                key = re.sub(theirs, ours, key)
+            # RoPE takes the place of a table of positions; ARK-ASR's file has a norm too many.
+            if re.match(r"audio_encoder\.(layer_norm|whisper\.(conv|layers\.))", key):
+                if is_glmasr and re.search("[qk]_proj", key):
+                    tensor = interleave_rope(tensor, sizes["encoder_attention_heads"])
+                weights[key] = tensor
+    if "audio_encoder.whisper.conv1.weight" not in weights:
+        raise ValueError(f"{path}: no Whisper-shaped encoder among its weights")
+    return sizes, weights
 
 
 def interleave_rope(weight, heads):
