@@ -60,7 +60,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer,
-    Qwen3ASRConfig, Qwen3ASRForConditionalGeneration, Qwen3Config)
+    Qwen3ASRConfig, Qwen3ASRForConditionalGeneration)
 from transformers.models.qwen3_asr.modeling_qwen3_asr import _get_feat_extract_output_lengths
 from transformers.models.qwen3_asr.processing_qwen3_asr import LANGUAGE_CODE_TO_NAME
 
@@ -526,24 +526,16 @@ def qwen3_asr_config(config: dict) -> Qwen3ASRConfig:
         raise ValueError("a Qwen3-ASR has audio_config and text_config, or thinker_config; "
                          f"this one has {', '.join(config)}")
     thinker = config["thinker_config"]
-    native = Qwen3ASRConfig()
-
-    def known_keys(section, config_class):  # the original has more
-        known = config_class.__dataclass_fields__
-        return {key: value for key, value in thinker[section].items() if key in known}
-
-    text = known_keys("text_config", Qwen3Config)
-    rope = thinker["text_config"].get("rope_parameters") or thinker["text_config"]
+    text = thinker["text_config"]
+    rope = text.get("rope_parameters") or text
     # Its M-RoPE gives all three axes the same position, so it is the default RoPE.
-    text |= {"model_type": "qwen3",
-             "rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]}}
-    audio = known_keys("audio_config", type(native.audio_config))
-    tied = thinker.get("tie_word_embeddings", True)
+    text = text | {"model_type": "qwen3", "rope_scaling": None,
+                   "rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]}}
     return Qwen3ASRConfig(
-        audio_config=audio | {"model_type": "qwen3_asr_encoder"},
+        audio_config=thinker["audio_config"] | {"model_type": "qwen3_asr_encoder"},
         text_config=text,
-        audio_token_id=thinker.get("audio_token_id", native.audio_token_id),
-        tie_word_embeddings=thinker["text_config"].get("tie_word_embeddings", tied),
+        audio_token_id=thinker["audio_token_id"],
+        tie_word_embeddings=text.get("tie_word_embeddings", True),
     )
 
 
