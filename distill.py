@@ -281,7 +281,7 @@ def main(args):
 
         # ---- (1) rollout   y ~ p_S(. | x), all clips of this rank's share at once          [dev 2]
         #      An empty transcript (EOS at once) is a rollout like any other.                [dev 5]
-        whisper_out = None
+        whisper_out = []  # of each clip, with --freeze encoder: (3) need not make it again
         if args.states == "reference" or not len(batch):  # a control: the transcripts' states
             responses = [student.encode_text(u.text) for u in batch.utterances]
             ids, mask = data.pad_rows(responses, student.pad_id, device)    # (B, R)
@@ -293,7 +293,7 @@ def main(args):
             ids, mask = model.generate(                                     # (B, R)
                 student, prompt.embeds, prompt.mask, args.max_new_tokens, args.temperature,
                 uniforms)
-            whisper_out = prompt.whisper_out if args.freeze else None  # (3) need not make it again
+            whisper_out = prompt.whisper_out if args.freeze else []
         # What can be scored: up to the first id that the teacher's vocabulary lacks. Attention is
         # causal, so what comes after a row's scored columns changes nothing.
         scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R)
@@ -323,8 +323,7 @@ def main(args):
                     teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, is_scored)
 
             # ---- (3) student   hidden_s[t] at (x, y_<t), now with gradients; z_S[t] in (4)
-            kept = None if whisper_out is None else whisper_out[rows]       # with --freeze encoder
-            prompt_s = model.encode_audio(student, part, whisper_out=kept)
+            prompt_s = model.encode_audio(student, part, whisper_out=whisper_out[rows])
             hidden_s = model.response_hidden(                               # (n, width)
                 student.body, prompt_s.embeds, prompt_s.mask, ids_s, is_scored)
 

@@ -385,16 +385,16 @@ class ASR:
     def n_mels(self):
         return self.net.config.whisper_config["num_mel_bins"]
 
-    def embed_audio(self, batch: data.Batch, whisper_out=None):
+    def embed_audio(self, batch: data.Batch, whisper_out=()):
         """Of each clip its audio embeddings (A, width); and Whisper's output (T', d_model).
 
         whisper_out: that output for these clips, if it is at hand.
         """
         n_frames = torch.as_tensor(batch.n_frames, device=self.device)
-        if whisper_out is None:
-            whisper_out = self.net.audio_encoder.whisper(self.mel_of(batch), n_frames)
-        else:
+        if whisper_out:
             whisper_out = pad_sequence(whisper_out, batch_first=True)  # (B, T', d_model)
+        else:
+            whisper_out = self.net.audio_encoder.whisper(self.mel_of(batch), n_frames)
         audio, n_tokens = self.net.audio_encoder.adapt(whisper_out, n_frames)
         return [row[:n] for row, n in zip(audio, n_tokens.tolist())], list(whisper_out)
 
@@ -484,7 +484,7 @@ class Qwen3ASR(ASR):
     def n_mels(self):
         return self.net.config.audio_config.num_mel_bins
 
-    def embed_audio(self, batch: data.Batch, whisper_out=None):
+    def embed_audio(self, batch: data.Batch, whisper_out=()):
         """As a student's, but there is no Whisper.
 
         The audio tower takes whole seconds of 100 frames, zeros after a clip's end.
@@ -550,7 +550,7 @@ class Prompt:
     whisper_out: list[torch.Tensor]  # of each clip (T', d_model), if it is a student's
 
 
-def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, whisper_out=None) -> Prompt:
+def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, whisper_out=()) -> Prompt:
     """Audio encoder and adapter, then prompts with the audio in place. Differentiable.
 
     micro_batch: clips that go through the encoder together: its memory. All by default.
