@@ -283,11 +283,9 @@ def print_entries(entries) -> None:
 
 def draw_overlap(students, k, path) -> None:
     """Overlap and KL by token, with intervals."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, name in zip(axes, ("overlap", "kl_reverse")):
         for student in students:
             shown = [token[name] for token in student["by_token"]]
