@@ -129,7 +129,7 @@ def main(args):
     rows, made_with = transcribe_data(args)
     if not rows:
         return  # any rank but 0
-    out = Path(args.out)
+    out = Path(args.out).absolute()
     if args.as_manifest:
         write_teacher_manifest(rows, args.as_manifest)
     for row in rows:
@@ -262,7 +262,7 @@ def group_scored(rows) -> dict[tuple, list[dict]]:
     groups = defaultdict(list)
     scored = [row for row in rows if "text" in row]
     for row in scored:
-        language = row.get("language", "")
+        language = row.get("language") or ""
         groups[row["set"], language, data.rate_name(language)].append(row)
     if len(groups) > 1:
         groups["all", "pooled", "pooled"] = scored
@@ -365,16 +365,17 @@ def read_hyps(path) -> dict[tuple, dict]:
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
-        found = data.json_object(line, f"{path}:{number}")
-        row = {"set": "test"} | {key: value for key, value in found.items() if value is not None}
-        for key in {"id", "hyp"} | row.keys() & {"set", "text", "language", "speaker"}:
+        where = f"{path}:{number}"
+        row = {"set": "test", "language": None} | data.json_object(line, where)
+        if row.get("text") is None:
+            continue
+        for key in ("id", "set", "text", "hyp"):
             if not isinstance(row.get(key), str):
-                raise ValueError(f"{path}:{number}: expected a string as {key!r}: {line[:60]!r}")
-        clip = tuple(row.get(key) for key in ("id", "set", "text", "language"))
+                raise ValueError(f"{where}: expected a string as {key!r}: {line[:60]!r}")
+        clip = (row["id"], row["set"], row["text"], row["language"])
         if clip in rows:
-            raise ValueError(f"{path}:{number}: id {row['id']!r} occurs twice")
-        if "text" in row:
-            rows[clip] = count_errors(row)
+            raise ValueError(f"{where}: id {row['id']!r} occurs twice")
+        rows[clip] = count_errors(row)
     if not rows:
         raise ValueError(f"{path}: no line with a text")
     return rows

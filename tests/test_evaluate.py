@@ -326,7 +326,7 @@ def test_two_sets_with_a_name_and_an_id_in_common(spoken, tmp_path, corpus):
 
 @pytest.mark.parametrize("line, message", [
     (b'{"id": "u0", "hyp": "y", "text": "x"}', "id 'u0' occurs twice"),
-    (b'{"id": "b"}', "expected a string as 'hyp'"),
+    (b'{"id": "b", "text": "x"}', "expected a string as 'hyp'"),
     (b'{"id": "b", "hyp": "", "text": ["x"]}', "expected a string as 'text'"),
     (b"[1]", "expected a JSON object"), (b'{"id": "b", "hyp": "\xff"}', "expected a JSON object")])
 def test_a_line_that_can_not_be_scored_is_named(tmp_path, line, message):
