@@ -203,8 +203,8 @@ def transcribe_share(asr, utterances, args, rank, world) -> None:
                        "text": u.text, "language": u.language, "start": u.start_sec or None,
                        "duration": u.duration_sec, "speaker": u.speaker, "channel": u.channel}
                 row = {key: value for key, value in row.items() if value is not None}
-                line = json.dumps([i, count_errors(row | found[u.line])], ensure_ascii=False)
-                file.write(line + "\n")
+                row = count_errors(row | found[u.line])
+                file.write(json.dumps([i, row], ensure_ascii=False) + "\n")
             file.flush()  # what is killed after this loses nothing
 
 
@@ -435,8 +435,9 @@ def worst_clips(rows) -> str:
     wrong = [row for row in rows if row.get("errors")]
     blocks = []
     for row in heapq.nlargest(50, wrong, key=lambda row: row["errors"]):
-        pair = [data.normalize(row[key], row.get("language")) for key in ("text", "hyp")]
-        aligned = jiwer.visualize_alignment(jiwer.process_words(*pair), show_measures=False,
+        ref = data.normalize(row["text"], row.get("language"))
+        hyp = data.normalize(row["hyp"], row.get("language"))
+        aligned = jiwer.visualize_alignment(jiwer.process_words(ref, hyp), show_measures=False,
                                             skip_correct=False, line_width=100)
         blocks.append("{set} {id}: {errors} errors, {units} units\n".format(**row)
                       + aligned.removeprefix("=== SENTENCE 1 ===\n"))

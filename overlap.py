@@ -65,9 +65,7 @@ def parse_args(argv=None):
     add("--out", help="folder for overlap.json and overlap.png")
     add("--check", action="store_true", help="try one student and the teacher on up to 200 clips")
     add = parser.add_argument
-    # states
-    add("--states", default="rollout", choices=["rollout", "reference"],
-        help="whose prefixes: the student's rollouts, or the manifest's transcripts")
+    # rollouts
     add("--temperature", type=at_least(0.0), default=1.0, help="of rollouts; 0 = greedy")
     add("--max_new_tokens", type=at_least(1), default=64, help="longest rollout, tokens")
     add("--seed", type=at_least(0), default=0, help="of the rollouts and of the batches")
@@ -78,11 +76,8 @@ def parse_args(argv=None):
     add("--chunk", type=at_least(1), default=256, help="tokens whose logits exist at a time")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
-    for flag in ("states", "top_k"):
-        if args.check and getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--check does not read --{flag}")
-    if args.states == "reference" and args.temperature != parser.get_default("temperature"):
-        parser.error("--temperature is of rollouts, and --states reference has none")
+    if args.check and args.top_k != parser.get_default("top_k"):
+        parser.error("--check does not read --top_k")
     if args.check and len(args.student) > 1:
         parser.error("--check takes one --student")
     return args
@@ -94,8 +89,7 @@ def main(args) -> None:
     rank, world, device = model.setup(args)
     if args.check and rank > 0:
         return model.finish()  # one process is enough
-    need = ("text",) if args.states == "reference" else ()
-    utterances = data.read_manifest(args.data, need, args.language)
+    utterances = data.read_manifest(args.data, language=args.language)
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, utterances)
 
@@ -107,7 +101,7 @@ def main(args) -> None:
         if args.check:
             return check(student, teacher, to_teacher, utterances, args)
         tables = measure(
-            student, teacher, to_teacher, utterances, args, args.states, rank, world)
+            student, teacher, to_teacher, utterances, args, "rollout", rank, world)
         summary, drawn = summarize(tables)
         students.append({"student": name} | summary)
         draws.append(drawn)

@@ -189,8 +189,8 @@ def run(folder, out, *more):
 def test_what_is_written(folder, student, teacher, capsys):
     """Means over the states of all batches, as measure_batch gives them."""
     result = run(folder, "one", "--seed", 3)
-    assert [result[key] for key in ("teacher", "top_k", "states", "difference")] == [
-        str(folder / "teacher"), 4, "rollout", {}]
+    assert [result[key] for key in ("teacher", "top_k", "difference")] == [
+        str(folder / "teacher"), 4, {}]
     s, = result["students"]
     utterances, plan = data.read_manifest(folder / "set.jsonl"), data.Plan(11, 4, 3)
     tables = []
@@ -220,15 +220,6 @@ def test_students_side_by_side_on_two_processes_are_what_each_is_alone_on_one(fo
     e, last, first = third["kl_reverse"], alone[2]["kl_reverse"], alone[0]["kl_reverse"]
     assert e["mean"] == pytest.approx(first["mean"] - last["mean"]), "points below the first"
     assert e["low"] < e["mean"] < e["high"] and abs(alone[1]["kl_reverse"]["mean"]) < 1e-5
-
-
-def test_reference_states_want_text(folder, corpus, teacher):
-    with pytest.raises(ValueError, match="set.jsonl:5: no 'text'"):
-        run(folder, "reference", "--states", "reference")
-    result = run(folder, "reference", "--states", "reference", "--data", corpus / "dev.jsonl")
-    dev = data.read_manifest(corpus / "dev.jsonl")
-    assert result["students"][0]["logp_t"]["mean"] == pytest.approx(
-        torch.cat([logp_of(teacher, u, u.text) for u in dev]).mean().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("line, message", [
