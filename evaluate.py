@@ -279,15 +279,17 @@ def score(systems) -> list[dict]:
     entries = []
     for key, of_first in groups[first].items():
         name, language, metric = key
-        print(f"\n{name} {language}: {metric}, % [95 % interval]; points below {first}; "
-              "substituted + deleted + inserted")
+        print(f"\n{name} {language}: {metric}, % [95 %]; substituted + deleted + inserted")
         for system, group in groups.items():
             entry = {"system": system, "set": name, "language": language, "metric": metric}
             entry |= rates(group[key], of_first)
             entries.append(entry)
-            print("{system:20} {rate:6.2f} [{low:.2f}, {high:.2f}] {difference:+7.2f} "
-                  "[{difference_low:+.2f}, {difference_high:+.2f}]  "
-                  "{substitutions} + {deletions} + {insertions}".format(**entry))
+            line = ("{system:20} {rate:6.2f} [{low:.2f}, {high:.2f}]; "
+                    "{substitutions} + {deletions} + {insertions}")
+            if system != first:
+                line += ("; below the first: {difference:+.2f} "
+                         "[{difference_low:+.2f}, {difference_high:+.2f}]")
+            print(line.format(**entry))
         print("{utterances} clips, {units} units; intervals over {resampled}".format(**entry))
     return entries
 

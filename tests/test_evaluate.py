@@ -68,8 +68,7 @@ def test_rates_by_hand(spoken, capsys):
         ["out", "all", "pooled", "pooled", 50, 2, 2, 3, 7, 14, 6, pytest.approx(500 / 6)]]
     assert (summary["clips"], summary["without_text"]) == (7, 1)
     shown = capsys.readouterr().out
-    assert "lines zh: CER, %" in shown and "25.00 [nan, nan]" in shown
-    assert "  1 + 1 + 2\n4 clips, 5 units" in shown
+    assert "lines zh: CER, %" in shown and "25.00 [nan, nan]; 0 + 0 + 1\n1 clips" in shown
     assert "1 lines without a text" in shown
 
 
@@ -337,7 +336,8 @@ def test_comparing_one_system_counts_its_errors_anew(whole, tmp_path):
     """Counts that a file holds are not believed, keys that nothing reads do no harm."""
     summary, rows = read_outputs(whole)
     stale = tmp_path / whole.name / "stale.jsonl"
-    data.write_jsonl(stale, [row | {"deletions": 99, "more": 1, "speaker": None} for row in rows])
+    data.write_jsonl(stale, [row | {"text": row.get("text"), "deletions": 99, "more": 1,
+                                    "speaker": None} for row in rows])
     run("--compare", stale, "--out", tmp_path)
     assert json.loads((tmp_path / "compare.json").read_text()) == summary["results"]
 
@@ -359,10 +359,11 @@ def test_compare_by_hand(tmp_path, capsys):
     first, e, even = entries
     assert [entry["system"] for entry in entries] == ["a", "b", "c"]
     assert [first["rate"], e["rate"], e["difference"]] == [10, 2.5, 7.5], "points below the first"
+    assert [first[key] for key in ("set", "language", "metric")] == ["test", "", "WER"]
     half = 1.96 * (np.array(errors["a"]) - errors["b"]).std() / np.sqrt(200) * 10
     assert (e["difference_low"], e["difference_high"]) == pytest.approx(
         (7.5 - half, 7.5 + half), abs=0.15)
-    assert "+7.50" in capsys.readouterr().out
+    assert "0 + 0; below the first: +7.50 [" in capsys.readouterr().out
     assert first["difference_low"] == first["difference_high"] == even["difference"] == 0
     assert json.loads((tmp_path / "compare.json").read_text()) == entries
     assert (tmp_path / "compare.png").stat().st_size > 5000

@@ -140,11 +140,11 @@ def table_of(*values, rest=0):
 
 def test_means_by_hand():
     """Means over states, not over clips; of those at one index, as far as 20 clips have one."""
-    s, _ = overlap.summarize([table_of(1, 4, 9), table_of(rest=2), table_of(5, rest=3),
-                              *[table_of(7, 2)] * 19])
-    assert (s["clips"], s["states"], s["states_not_scored"]) == (22, 42, 5)
+    s, _ = overlap.summarize([table_of(1, 4), table_of(rest=2), table_of(5, rest=3),
+                              *[table_of(7, 2, 9)] * 19])
+    assert (s["clips"], s["states"], s["states_not_scored"]) == (22, 60, 5)
     means = [s[name]["mean"] for name in overlap.STATISTICS]
-    assert means == pytest.approx([(14 + 5 + 19 * 9) / 42 + i for i in range(len(means))])
+    assert means == pytest.approx([(5 + 5 + 19 * 18) / 60 + i for i in range(len(means))])
     assert [(e["vuss"]["mean"], e["states"]) for e in s["by_token"]] == [
         (pytest.approx((1 + 5 + 19 * 7) / 21), 21), (pytest.approx((4 + 19 * 2) / 20), 20)]
 
