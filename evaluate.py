@@ -41,8 +41,8 @@ errors.txt: the 50 clips with the most errors, aligned.
 
 --compare counts anew the errors of any JSON Lines with id, text and hyp, of one system or several,
 without a model. With --out it writes compare.png and compare.json, such entries of every system:
-  difference, difference_low, difference_high    how far its rate is below the first system's: the
-                        first one's minus its own, points, paired; above 0 is better than the first
+  difference, difference_low, difference_high    how far its rate is below the first system's (that
+                        one's minus its own, points, paired): 0 of the first, above 0 of better ones
 """
 
 import argparse
@@ -270,10 +270,7 @@ def group_scored(rows) -> dict[tuple, list[dict]]:
 
 
 def score(systems) -> list[dict]:
-    """Prints and returns entries of rates: of every set and language, one per system.
-
-    systems: {name: rows}, the same clips in one order.
-    """
+    """Prints and returns the entries of all sets and languages. systems: {name: rows}, in step."""
     groups = {name: group_scored(rows) for name, rows in systems.items()}
     first = next(iter(systems))
     entries = []
@@ -418,8 +415,7 @@ def write_teacher_manifest(rows, path) -> None:
         line["text"] = row["hyp"]
         kept.append(line)
     data.write_jsonl(path, kept)
-    said = [f", {n} {reason} left out" for reason, n in left_out.items()]
-    print(f"{path}: {len(kept)} transcripts kept", *said, sep="")
+    print(f"{path}: {len(kept)} transcripts kept; left out: {dict(left_out)}")
 
 
 def provenance() -> dict:

@@ -15,8 +15,9 @@ student and T_t of the teacher.
 Rollouts are sampled at temperature 1, as in training, from uniforms keyed on (seed, utterance).
 
 --out receives overlap.png and overlap.json: the flags, "students" (a list), and "difference":
-{later student: how far it is below the first, paired by utterance}. A statistic is {"mean", "low",
-"high"}: the mean over states, and a 95 % interval that resamples utterances. Of a student:
+{later student: how far it is below the first one, first minus later, paired by utterance}. Each
+statistic is {"mean", "low", "high"}: the mean over states, and a 95 % interval that resamples
+utterances. Of a student:
 
   vuss          |S_t ∪ T_t|, the Valid Union Support Size, up to 2k: smaller is closer. It is
                 2k - |S_t ∩ T_t| when nothing is dropped
