@@ -199,8 +199,9 @@ def transcribe_share(asr, utterances, args, rank, world) -> None:
             clips = [utterances[i] for i in batch]
             found = transcribe_clips(asr, clips, args)
             for i, u in zip(batch, clips):
-                row = {"id": u.id, "set": sets[u.line.rpartition(":")[0]], "audio": u.audio,
-                       "text": u.text, "language": u.language, "start": u.start_sec or None,
+                manifest, _, _ = u.line.rpartition(":")
+                row = {"id": u.id, "set": sets[manifest], "audio": u.audio, "text": u.text,
+                       "language": u.language, "start": u.start_sec or None,
                        "duration": u.duration_sec, "speaker": u.speaker, "channel": u.channel}
                 row = {key: value for key, value in row.items() if value is not None}
                 row = count_errors(row | found[u.line])
@@ -310,7 +311,8 @@ def rates(rows, first) -> dict:
     rate, difference = 100 * both.sum(0) / (entry["units"] or math.nan)
     entry |= {"rate": rate, "low": low[0], "high": high[0]}
     entry |= {"difference": difference, "difference_low": low[1], "difference_high": high[1]}
-    return entry | {"sentence_error": 100 * (errors > 0).mean()}
+    entry["sentence_error"] = 100 * (errors > 0).mean()
+    return entry
 
 
 def summarize(name, rows) -> dict:

@@ -59,8 +59,8 @@ def test_rates_by_hand(spoken, capsys):
         ("c", "en", "", "hum"), ("d", "zh", "打开红灯", "打开了红灯。"),
         ("e", None, "明天有个 meeting", "明天有 Meetings"), ("f", "en", None, "who knows"),
         ("g", "en", "", "")])
-    keys = ("system", "set", "language", "metric", "rate", "substitutions", "deletions", "insertions",
-            "errors", "units", "utterances", "sentence_error")
+    keys = ("system", "set", "language", "metric", "rate", "substitutions", "deletions",
+            "insertions", "errors", "units", "utterances", "sentence_error")
     assert [[e[key] for key in keys] for e in summary["results"]] == [
         ["out", "lines", "en", "WER", 80, 1, 1, 2, 4, 5, 4, 75],
         ["out", "lines", "zh", "CER", 25, 0, 0, 1, 1, 4, 1, 100],

@@ -231,7 +231,8 @@ def test_check_stops_a_teacher_that_does_not_know_the_audio(
         folder, student, teacher, monkeypatch, capsys):
     """On 10 of 11 clips: one has no text. What is printed is what it says it is."""
     seen, measure = [], overlap.measure
-    monkeypatch.setattr(overlap, "measure", lambda *words: seen.append(words[3:]) or measure(*words))
+    monkeypatch.setattr(overlap, "measure", lambda *words: (
+        seen.append(words[3:]) or measure(*words)))
     with pytest.raises(SystemExit, match="do not fit.*the teacher does not know this audio"):
         overlap.main(flags(folder, "--check"))
     (clips, _, at), (same, _, at_same), (others, _, at_others) = seen
