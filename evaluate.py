@@ -12,7 +12,6 @@ line names one (if there are fewer than twenty, they are too narrow), else utter
     python evaluate.py --model TEACHER --data pool.jsonl --out runs/x/t --as_manifest td.jsonl  # TD
     python evaluate.py --model runs/x/opd --audio a.wav b.flac              # only transcripts
     python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl   # each with the first
-    python evaluate.py --rescore runs/x/eval/hyps.jsonl --out runs/x/again  # same numbers; no model
 
 TD is teacher data: transcripts that become references for sft.py. Decoding is greedy; for
 --as_manifest it may be sampled, from numbers keyed on (seed, utterance). Every process appends to
@@ -23,30 +22,31 @@ hyps.jsonl: a manifest in the order of --data, with these keys added to each lin
   set                   its manifest: the file's name without .jsonl
   hyp                   the transcript as it is: empty and truncated ones are never mended
   stopped, n_tokens     false if it was cut at --max_new_tokens; its length, end token included
-  audio_sec             seconds of audio heard
   substitutions, deletions, insertions, errors, units    where the line has a text
   failed                only where the clip could not be decoded (--keep_going): the reason
 
 summary.json
   results: an entry per set and language ("" where lines have none); of several, also one over all
   of them (set all, language and metric pooled)
-    set, language, metric    metric is WER or CER
-    rate, low, high          percent, with its interval; null where there is none
-    resampled                what the interval rests on, such as "40 speakers"
-    sentence_error           percent of utterances with an error
-    substitutions, deletions, insertions, errors, units, utterances, set_audio_sec    sums
+    system, set, language, metric    the name of --out's folder; metric is WER or CER
+    rate, low, high                  percent, with its interval; null where there is none
+    resampled                        what the interval rests on, such as "40 speakers"
+    sentence_error                   percent of utterances with an error
+    substitutions, deletions, insertions, errors, units, utterances    sums
   clips, without_text, empty, truncated, failed    how many lines, with a text or without
   normaliser, versions, commit, command, device, model, language, temperature, seed, max_new_tokens,
-  files (when weights and manifests were written, or what --rescore read)    what made the numbers
-
-compare.json (--compare with --out, beside compare.png): such entries of every system, with
-  system
-  difference, difference_low, difference_high    points below the first system, and their interval
+  files (when weights and manifests were written)    what made the numbers
 
 errors.txt: the 50 clips with the most errors, aligned.
+
+--compare counts anew the errors of any JSON Lines with id, text and hyp, of one system or several,
+without a model. With --out it writes compare.png and compare.json, such entries of every system:
+  difference, difference_low, difference_high    how far its rate is below the first system's (that
+                        one's minus its own, points, paired): 0 of the first, above 0 of better ones
 """
 
 import argparse
+import heapq
 import json
 import math
 import os
@@ -72,7 +72,6 @@ READS = {  # the flag that names a mode: the others that it reads
     "data": "model out as_manifest temperature seed language keep_going resume batch "
             "max_new_tokens device",
     "audio": "model language keep_going max_new_tokens device",
-    "rescore": "out",
     "compare": "out",
 }
 
@@ -85,7 +84,6 @@ def parse_args(argv=None):
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--data", nargs="+", help="manifests to transcribe")
     add("--audio", nargs="+", help="audio files to transcribe and print")
-    add("--rescore", help="hyps.jsonl to score again")
     add("--compare", nargs="+", help="hyps.jsonl of several systems, same clips")
     add = parser.add_argument
     add("--model", help="checkpoint directory or Hub id, student or teacher")
@@ -99,7 +97,7 @@ def parse_args(argv=None):
     add("--keep_going", action="store_true", help="count broken clips as deleted")
     add("--resume", action="store_true", help="go on where a run into --out stopped")
     add("--batch", type=at_least(1), default=32, help="utterances per forward")
-    add("--max_new_tokens", type=at_least(1), default=128, help="longest transcript, tokens")
+    add("--max_new_tokens", type=at_least(1), default=64, help="longest transcript, tokens")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
@@ -121,25 +119,26 @@ def parse_args(argv=None):
 def main(args):
     """Does what the flags ask for, see the top of this file. Returns the entries of --compare."""
     if args.compare:
-        return compare(args.compare, args.out)
+        entries = score(read_systems(args.compare))
+        if args.out:
+            data.write_json(Path(args.out) / "compare.json", entries)
+            draw_rates(entries, Path(args.out) / "compare.png")
+        return entries
     if args.audio:
         return print_transcripts(args)
-    out = Path(args.out)
-    if args.rescore:
-        rows = read_hyps(args.rescore)
-        facts = {"files": {args.rescore: os.path.getmtime(args.rescore)}}
-    else:
-        rows, facts = transcribe_data(args)
-        if not rows:
-            return  # any rank but 0
-    write_manifest(out / "hyps.jsonl", rows)
-    data.write_json(out / "summary.json", summarize(rows) | provenance() | facts)
-    (out / "errors.txt").write_text(worst_clips(rows), encoding="utf-8")
+    rows, made_with = transcribe_data(args)
+    if not rows:
+        return  # any rank but 0
+    out = Path(args.out).absolute()
     if args.as_manifest:
         write_teacher_manifest(rows, args.as_manifest)
-    if args.data:  # all is in hyps.jsonl
-        for path in (*out.glob("part-*.jsonl"), out / "part.json"):
-            path.unlink()
+    for row in rows:
+        row["audio"] = os.path.relpath(row["audio"], os.path.realpath(out))
+    data.write_jsonl(out / "hyps.jsonl", rows)
+    data.write_json(out / "summary.json", summarize(out.name, rows) | provenance() | made_with)
+    (out / "errors.txt").write_text(worst_clips(rows), encoding="utf-8")
+    for path in (*out.glob("part-*.jsonl"), out / "part.json"):  # all is in hyps.jsonl
+        path.unlink()
 
 
 # ------------------------------------------------------------------------------------- transcribe
@@ -198,13 +197,15 @@ def transcribe_share(asr, utterances, args, rank, world) -> None:
     with (out / f"part-{rank}-{time.time_ns()}.jsonl").open("w", encoding="utf-8") as file:
         for batch in data.progress(len(share), "transcripts", "batch", rank, rows=share):
             clips = [utterances[i] for i in batch]
-            for i, u, result in zip(batch, clips, transcribe_clips(asr, clips, args)):
-                row = {"id": u.id, "set": sets[u.line.rpartition(":")[0]], "audio": u.audio,
-                       "text": u.text, "language": u.language, "start": u.start_sec or None,
+            found = transcribe_clips(asr, clips, args)
+            for i, u in zip(batch, clips):
+                manifest, _, _ = u.line.rpartition(":")
+                row = {"id": u.id, "set": sets[manifest], "audio": u.audio, "text": u.text,
+                       "language": u.language, "start": u.start_sec or None,
                        "duration": u.duration_sec, "speaker": u.speaker, "channel": u.channel}
                 row = {key: value for key, value in row.items() if value is not None}
-                line = json.dumps([i, count_errors(row | result)], ensure_ascii=False)
-                file.write(line + "\n")
+                row = count_errors(row | found[u.line])
+                file.write(json.dumps([i, row], ensure_ascii=False) + "\n")
             file.flush()  # what is killed after this loses nothing
 
 
@@ -217,24 +218,21 @@ def read_parts(out) -> dict[int, dict]:
     return rows
 
 
-def transcribe_clips(asr, clips, args) -> list[dict]:
-    """A forward: of each clip "hyp", "stopped", "n_tokens", "audio_sec".
+def transcribe_clips(asr, clips, args) -> dict[str, dict]:
+    """A forward -> {line in the manifest: "hyp", "stopped", "n_tokens"} of each clip.
 
     A clip that can't be decoded has an empty transcript and the reason in "failed", or raises
     data.AudioError without --keep_going.
     """
     batch = data.load_batch(clips, (asr.n_mels,), args.keep_going, data.MAX_EVAL_SEC,
                             for_training=False)
-    hyps = model.transcribe(asr, batch, args.max_new_tokens, args.temperature, args.seed)
-    found = {}
-    for u, hyp, n_frames in zip(batch.utterances, hyps, batch.n_frames.tolist()):
-        found[u.line] = hyp | {"audio_sec": n_frames * data.HOP / data.SAMPLE_RATE}
+    results = model.transcribe(asr, batch, args.max_new_tokens, args.temperature, args.seed)
+    found = {u.line: result for u, result in zip(batch.utterances, results)}
     lost = [u for u in clips if u.line not in found]
     for u, (reason, message) in zip(lost, batch.rejected):  # in the same order
         print(f"not decoded: {message}", file=sys.stderr)
-        found[u.line] = {"hyp": "", "stopped": True, "n_tokens": 0, "audio_sec": 0.0,
-                         "failed": reason}
-    return [found[u.line] for u in clips]
+        found[u.line] = {"hyp": "", "stopped": True, "n_tokens": 0, "failed": reason}
+    return found
 
 
 def print_transcripts(args) -> None:
@@ -243,7 +241,7 @@ def print_transcripts(args) -> None:
     asr = model.load(args.model, device)
     for path in args.audio:
         u = data.Utterance(path, os.path.abspath(path), language=args.language, line="--audio")
-        result, = transcribe_clips(asr, [u], args)
+        result = transcribe_clips(asr, [u], args)[u.line]
         cut = "" if result["stopped"] else " [cut at --max_new_tokens]"
         if "failed" not in result:
             print(f"{path}: {result['hyp']}{cut}")
@@ -251,32 +249,6 @@ def print_transcripts(args) -> None:
 
 
 # ------------------------------------------------------------------------------------------ score
-
-def read_hyps(path) -> list[dict]:
-    """The rows of a hyps.jsonl, counted anew, with absolute audio paths.
-
-    Any JSON Lines with "id" and "hyp" will do. Raises ValueError naming the line.
-    """
-    rows = {}
-    folder = os.path.realpath(Path(path).parent)
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        found = data.json_object(line, f"{path}:{number}")
-        row = {"set": "test", "stopped": True}
-        row |= {key: value for key, value in found.items() if value is not None}
-        for key in {"id", "hyp"} | row.keys() & {"set", "text", "language", "speaker", "audio"}:
-            if not isinstance(row.get(key), str):
-                raise ValueError(f"{path}:{number}: expected a string as {key!r}: {line[:60]!r}")
-        if (row["set"], row["id"]) in rows:
-            raise ValueError(f"{path}:{number}: id {row['id']!r} occurs twice")
-        if "audio" in row:
-            row["audio"] = data.audio_path(folder, row["audio"])
-        rows[row["set"], row["id"]] = count_errors(row)
-    if not rows:
-        raise ValueError(f"{path}: no transcript in it")
-    return list(rows.values())
-
 
 def count_errors(row) -> dict:
     """The row with the edit counts of its "hyp", if it has a "text"."""
@@ -291,56 +263,65 @@ def group_scored(rows) -> dict[tuple, list[dict]]:
     groups = defaultdict(list)
     scored = [row for row in rows if "text" in row]
     for row in scored:
-        language = row.get("language", "")
+        language = row.get("language") or ""
         groups[row["set"], language, data.rate_name(language)].append(row)
     if len(groups) > 1:
         groups["all", "pooled", "pooled"] = scored
     return groups
 
 
-def score(rows, first=None) -> dict:
-    """What summary.json holds of rows with a text: their rate, its interval, the sums behind it.
+def score(systems) -> list[dict]:
+    """Prints and returns the entries of all sets and languages. systems: {name: rows}, in step."""
+    groups = {name: group_scored(rows) for name, rows in systems.items()}
+    first = next(iter(systems))
+    entries = []
+    for key, of_first in groups[first].items():
+        name, language, metric = key
+        print(f"\n{name} {language}: {metric}, % [95 %]; substituted + deleted + inserted")
+        for system, group in groups.items():
+            entry = {"system": system, "set": name, "language": language, "metric": metric}
+            entry |= rates(group[key], of_first)
+            entries.append(entry)
+            line = ("{system:20} {rate:6.2f} [{low:.2f}, {high:.2f}]; "
+                    "{substitutions} + {deletions} + {insertions}")
+            if system != first:
+                line += ("; below the first: {difference:+.2f} "
+                         "[{difference_low:+.2f}, {difference_high:+.2f}]")
+            print(line.format(**entry))
+        print("{utterances} clips, {units} units; intervals over {resampled}".format(**entry))
+    return entries
 
-    first: the same clips of another system; then how far the rate is below that one's, too, by
-    a paired bootstrap.
-    """
+
+def rates(rows, first) -> dict:
+    """The numbers of an entry, of rows with a text. first: the same clips of the first system."""
     entry = {"utterances": len(rows)}
     for key in ("substitutions", "deletions", "insertions", "errors", "units"):
         entry[key] = sum(row[key] for row in rows)
-    per_unit = 100 / (entry["units"] or math.nan)
-    entry["rate"] = per_unit * entry["errors"]
-    errors = [row["errors"] for row in rows]
+    errors = np.array([row["errors"] for row in rows])
+    below = np.array([row["errors"] for row in first]) - errors
     units = [row["units"] for row in rows]
     speakers = [row.get("speaker") for row in rows]
     entry["resampled"] = f"{len(set(speakers))} speakers"
     if not all(speakers) or len(set(speakers)) < 2:  # else: a speaker's clips share a voice
         speakers = None
         entry["resampled"] = f"{len(rows)} utterances"
-    entry["low"], entry["high"] = data.interval(100 * data.bootstrap(errors, units, speakers))
-    entry["sentence_error"] = 100 * sum(n > 0 for n in errors) / len(rows)
-    entry["set_audio_sec"] = sum(row.get("audio_sec", 0) for row in rows)
-    if first:
-        gained = [row["errors"] - n for row, n in zip(first, errors)]
-        gains = 100 * data.bootstrap(gained, units, speakers)
-        entry["difference"] = per_unit * sum(gained)
-        entry["difference_low"], entry["difference_high"] = data.interval(gains)
+    both = np.stack([errors, below], axis=1)                # (n, 2) on the same draws: paired
+    drawn = data.bootstrap(both, np.stack([units, units], axis=1), speakers)
+    low, high = data.interval(100 * drawn)
+    rate, difference = 100 * both.sum(0) / (entry["units"] or math.nan)
+    entry |= {"rate": rate, "low": low[0], "high": high[0]}
+    entry |= {"difference": difference, "difference_low": low[1], "difference_high": high[1]}
+    entry["sentence_error"] = 100 * (errors > 0).mean()
     return entry
 
 
-def summarize(rows) -> dict:
-    """Prints and returns summary.json, but for its provenance."""
-    results = []
-    for (name, language, metric), group in group_scored(rows).items():
-        entry = {"set": name, "language": language, "metric": metric} | score(group)
-        results.append(entry)
-        print("{set} {language}: {metric} {rate:.2f} % [{low:.2f}, {high:.2f}] over {resampled}; "
-              "{substitutions} substituted, {deletions} deleted, {insertions} inserted of {units}; "
-              "{sentence_error:.1f} % of {utterances} sentences".format(**entry))
+def summarize(name, rows) -> dict:
+    """Prints and returns summary.json, but for its provenance. name: the system's."""
     troubles = Counter(trouble(row) for row in rows)
-    summary = {
-        "results": results, "clips": len(rows), "empty": troubles["empty"],
-        "truncated": troubles["truncated"], "failed": troubles["failed"],
-        "without_text": sum("text" not in row for row in rows)}
+    summary = {"results": score({name: rows}), "clips": len(rows)}
+    summary["without_text"] = sum("text" not in row for row in rows)
+    for reason in ("empty", "truncated", "failed"):
+        summary[reason] = troubles[reason]
     print("{clips} clips: {empty} empty, {truncated} truncated, {failed} failed to decode and "
           "counted as deleted, {without_text} lines without a text".format(**summary))
     return summary
@@ -357,27 +338,6 @@ def trouble(row) -> str | None:
 
 # ---------------------------------------------------------------------------------------- compare
 
-def compare(paths, out=None) -> list[dict]:
-    """Prints and returns the entries of compare.json; with `out`, writes it and compare.png."""
-    systems = {name: group_scored(rows) for name, rows in read_systems(paths).items()}
-    first = next(iter(systems))
-    entries = []
-    for key, of_first in systems[first].items():
-        name, language, metric = key
-        print(f"\n{name} {language}: {metric}, % [95 % interval]; below {first}, points")
-        for system, groups in systems.items():
-            entry = {"system": system, "set": name, "language": language, "metric": metric}
-            entry |= score(groups[key], of_first)
-            entries.append(entry)
-            print("{system:20} {rate:6.2f} [{low:.2f}, {high:.2f}] {difference:+7.2f} "
-                  "[{difference_low:+.2f}, {difference_high:+.2f}]".format(**entry))
-        print("{utterances} clips, {units} units; intervals over {resampled}".format(**entry))
-    if out:
-        data.write_json(Path(out) / "compare.json", entries)
-        draw_rates(entries, Path(out) / "compare.png")
-    return entries
-
-
 def read_systems(paths) -> dict[str, list[dict]]:
     """{system: its rows that have a text}, clip by clip in the first system's order.
 
@@ -387,92 +347,97 @@ def read_systems(paths) -> dict[str, list[dict]]:
     names = [Path(path).absolute().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    systems = {}
-    for name, path in zip(names, paths):
-        systems[name] = {}
-        for row in read_hyps(path):
-            if "text" in row:
-                clip = (row["id"], row["set"], row["text"], row.get("language"))
-                systems[name][clip] = row
+    systems = {name: read_hyps(path) for name, path in zip(names, paths)}
     first = systems[names[0]]
     for name, rows in systems.items():
         odd = first.keys() ^ rows.keys()
-        if odd or not rows:
+        if odd:
             raise ValueError(f"{names[0]} and {name}: {len(odd)} clips are not in both with one "
-                             f"reference, such as {next(iter(odd), None)}")
+                             f"reference, such as {next(iter(odd))}")
     return {name: [rows[clip] for clip in first] for name, rows in systems.items()}
+
+
+def read_hyps(path) -> dict[tuple, dict]:
+    """{clip: its row} of a hyps.jsonl where there is a text, errors counted anew.
+
+    Raises ValueError naming the line, or the file if it has no text.
+    """
+    rows = {}
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        row = {"set": "test", "language": None} | data.json_object(line, where)
+        if row.get("text") is None:
+            continue
+        for key in ("id", "set", "text", "hyp"):
+            if not isinstance(row.get(key), str):
+                raise ValueError(f"{where}: expected a string as {key!r}: {line[:60]!r}")
+        clip = (row["id"], row["set"], row["text"], row["language"])
+        if clip in rows:
+            raise ValueError(f"{where}: id {row['id']!r} occurs twice")
+        rows[clip] = count_errors(row)
+    if not rows:
+        raise ValueError(f"{path}: no line with a text")
+    return rows
 
 
 def draw_rates(entries, path) -> None:
     """Every system's error rate as a dot with its interval, one panel per set and language."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     panels = defaultdict(list)
     for e in entries:
         panels[f"{e['set']} {e['language']}"].append(e)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels) + 1, 2.6),
-                                   sharey=True, layout="constrained", squeeze=False)
-    for axis, (title, chosen) in zip(axes[0], panels.items()):
-        names = [e["system"] for e in chosen]
-        axis.hlines(names, [e["low"] for e in chosen], [e["high"] for e in chosen], "tab:gray")
-        axis.plot([e["rate"] for e in chosen], names, "o")
+    figure = Figure(figsize=(3.2 * len(panels) + 1, 2.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, chosen) in zip(axes, panels.items()):
+        for e in chosen:
+            axis.plot([e["low"], e["high"]], [e["system"]] * 2, color="tab:gray")
+            axis.plot(e["rate"], e["system"], "o", color="tab:blue")
         axis.set(title=title, xlabel=f"{chosen[0]['metric']}, %", xlim=(0, None))
-    axes[0][0].invert_yaxis()
+    axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
 
 
 # -------------------------------------------------------------------------------- what is written
 
-def write_manifest(path, rows) -> None:
-    """Rows as JSON Lines, their audio relative to the file's folder."""
-    folder = os.path.realpath(Path(path).parent)
-    moved = []
-    for row in rows:
-        if "audio" in row:
-            row = row | {"audio": os.path.relpath(row["audio"], folder)}
-        moved.append(row)
-    data.write_jsonl(path, moved)
-
-
 def write_teacher_manifest(rows, path) -> None:
     """Transcripts as references, for the TD stage. What is left out is counted by reason."""
+    folder = os.path.realpath(Path(path).parent)
+    copied = ("language", "start", "duration", "speaker", "channel")
     kept = []
     left_out = Counter()
-    several = len({row["set"] for row in rows}) > 1  # two sets may have an id in common
-    copied = ("id", "audio", "language", "start", "duration", "speaker", "channel")
     for row in rows:
         if trouble(row):
             left_out[trouble(row)] += 1
             continue
-        line = {key: row[key] for key in copied if key in row} | {"text": row["hyp"]}
-        if several:
-            line["id"] = f"{row['set']}/{row['id']}"
+        line = {key: row[key] for key in copied if key in row}
+        line["id"] = f"{row['set']}/{row['id']}"  # two sets may have an id in common
+        line["audio"] = os.path.relpath(row["audio"], folder)
+        line["text"] = row["hyp"]
         kept.append(line)
-    write_manifest(path, kept)
-    said = [f", {n} {reason} left out" for reason, n in left_out.items()]
-    print(f"{path}: {len(kept)} transcripts kept", *said, sep="")
+    data.write_jsonl(path, kept)
+    print(f"{path}: {len(kept)} transcripts kept; left out: {dict(left_out)}")
 
 
 def provenance() -> dict:
-    """What scored the transcripts: metric, versions, commit (-dirty if changed since), command."""
+    """What scored the transcripts: versions, commit (-dirty if changed since), command."""
     packages = ("torch", "torchaudio", "transformers", "numpy", "jiwer", "wetext", "kaldifst", "av")
     describe = "git describe --always --dirty --abbrev=40 --exclude='*'"
     commit = subprocess.run(describe, shell=True, cwd=Path(__file__).resolve().parent,
                             capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    return {"normaliser": data.METRIC, "versions": versions, "commit": commit or None,
-            "command": shlex.join(sys.argv)}
+    return {"versions": versions, "commit": commit or None, "command": shlex.join(sys.argv)}
 
 
 def worst_clips(rows) -> str:
     """The 50 clips with the most errors: reference over transcript, as they are scored."""
     wrong = [row for row in rows if row.get("errors")]
-    wrong.sort(key=lambda row: -row["errors"])
     blocks = []
-    for row in wrong[:50]:
-        pair = [data.normalize(row[key], row.get("language")) for key in ("text", "hyp")]
-        aligned = jiwer.visualize_alignment(jiwer.process_words(*pair), show_measures=False,
+    for row in heapq.nlargest(50, wrong, key=lambda row: row["errors"]):
+        ref = data.normalize(row["text"], row.get("language"))
+        hyp = data.normalize(row["hyp"], row.get("language"))
+        aligned = jiwer.visualize_alignment(jiwer.process_words(ref, hyp), show_measures=False,
                                             skip_correct=False, line_width=100)
         blocks.append("{set} {id}: {errors} errors, {units} units\n".format(**row)
                       + aligned.removeprefix("=== SENTENCE 1 ===\n"))

@@ -15,9 +15,9 @@ student and T_t of the teacher.
 Rollouts are sampled at temperature 1, as in training, from uniforms keyed on (seed, utterance).
 
 --out receives overlap.png and overlap.json: the flags, "students" (a list), and "difference":
-{later student: it minus the first one, paired by utterance}. A statistic is {"mean", "low",
-"high"}: the mean over states, and a 95 % interval that resamples utterances (null where too few
-have such a state).
+{later student: how far it is below the first one, first minus later, paired by utterance}. Each
+statistic is {"mean", "low", "high"}: the mean over states, and a 95 % interval that resamples
+utterances. Of a student:
 
   vuss          |S_t ∪ T_t|, the Valid Union Support Size, up to 2k: smaller is closer. It is
                 2k - |S_t ∩ T_t| when nothing is dropped
@@ -26,10 +26,8 @@ have such a state).
   logp_t        log p_T of the written token, nats
   kl_reverse    KL(p_S || p_T), which OPD minimises, nats, over all ids that both models may write
   kl_forward    KL(p_T || p_S), likewise
-  by_token      all above by the token's index in the rollout: "0", "1" ... "20 and later", each
-                with its number of "states" and "clips"
+  by_token      a list: all above at the token of that index, as far as 20 clips have one
   student, clips, states, states_not_scored    the last: at or after a token without a counterpart
-  shared_ids    ids that both vocabularies have
 
 Differs from the paper and the public code (numbers go on from sft.py):
   [dev 11] VUSS is a mean over the states of all ranks, and stop tokens stay in the student's set;
@@ -46,6 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 import model
@@ -62,11 +61,12 @@ def parse_args(argv=None):
     add("--teacher", required=True, help="checkpoint that scores them")
     add("--data", nargs="+", required=True, help="manifests")
     add("--language", help="of lines that name none (Qwen3-ASR is told it)")
+    # what to do
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--out", help="folder for overlap.json and overlap.png")
     add("--check", action="store_true", help="try one student and the teacher on up to 200 clips")
-    # states
-    add("--states", default="rollout", choices=["rollout", "reference"],
-        help="whose prefixes: the student's rollouts, or the manifest's transcripts")
+    add = parser.add_argument
+    # rollouts
     add("--temperature", type=at_least(0.0), default=1.0, help="of rollouts; 0 = greedy")
     add("--max_new_tokens", type=at_least(1), default=64, help="longest rollout, tokens")
     add("--seed", type=at_least(0), default=0, help="of the rollouts and of the batches")
@@ -77,29 +77,20 @@ def parse_args(argv=None):
     add("--chunk", type=at_least(1), default=256, help="tokens whose logits exist at a time")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     args = parser.parse_args(argv)
-    for flag in ("out", "states", "top_k"):
-        if args.check and getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--check does not read --{flag}")
-    if args.states == "reference" and args.temperature != parser.get_default("temperature"):
-        parser.error("--temperature is of rollouts, and --states reference has none")
-    if not args.check and not args.out:
-        parser.error("--out is needed (only --check goes without it)")
-    allowed = 1 if args.check else len(set(args.student))
-    if len(args.student) > allowed:
-        parser.error("--student: each one once, and one alone for --check")
+    if args.check and args.top_k != parser.get_default("top_k"):
+        parser.error("--check does not read --top_k")
+    if args.check and len(args.student) > 1:
+        parser.error("--check takes one --student")
     return args
 
 
 @record  # torchrun then shows what stopped a process, at the end
 def main(args) -> None:
     """Measures one student after the other; writes, prints and draws what was found."""
-    if args.check:
-        return check(args)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     rank, world, device = model.setup(args)
-    need = ("text",) if args.states == "reference" else ()
-    utterances = data.read_manifest(args.data, need, args.language)
+    if args.check and rank > 0:
+        return model.finish()  # one process is enough
+    utterances = data.read_manifest(args.data, language=args.language)
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, utterances)
 
@@ -108,23 +99,29 @@ def main(args) -> None:
     for name in args.student:
         student = model.load(name, device)
         to_teacher = model.vocabulary_map(student, teacher)
-        clips = measure(student, teacher, to_teacher, utterances, args, rank, world)
-        summary, drawn = summarize_student(clips)
-        summary["student"] = name
-        summary["shared_ids"] = int((to_teacher >= 0).sum())
-        students.append(summary)
+        if args.check:
+            return check(student, teacher, to_teacher, utterances, args)
+        tables = measure(
+            student, teacher, to_teacher, utterances, args, "rollout", rank, world)
+        summary, drawn = summarize(tables)
+        students.append({"student": name} | summary)
         draws.append(drawn)
     model.finish()
     if rank > 0:
         return
     difference = {}
-    for later, drawn in zip(students[1:], draws[1:]):  # on the same draws of utterances: paired
-        gaps = [later[name]["mean"] - students[0][name]["mean"] for name in STATISTICS]
-        difference[later["student"]] = as_entries(gaps, drawn - draws[0])
-    print_table(students, difference)
+    for later, drawn in zip(args.student[1:], draws[1:]):  # the same utterances are drawn: paired
+        difference[later] = as_entries(draws[0] - drawn)
+    for summary in students:
+        print("\n{student}: mean [95 %] of {states} states of {clips} clips; {states_not_scored} more "
+              "can't be scored".format(**summary))
+        print_entries(summary)
+    for later, entries in difference.items():
+        print(f"\n{later} below {args.student[0]}:")
+        print_entries(entries)
     result = vars(args) | {"students": students, "difference": difference}
-    data.write_json(out / "overlap.json", result)
-    draw_overlap(students, args.top_k, out / "overlap.png")
+    data.write_json(Path(args.out) / "overlap.json", result)
+    draw_overlap(students, args.top_k, Path(args.out) / "overlap.png")
 
 
 # ------------------------------------------------- the statistics: pure tensors, copies out alone
@@ -135,7 +132,7 @@ def overlap_stats(z_s, z_t, mask, k, written=None) -> dict[str, torch.Tensor]:
     z_s, z_t (..., V): logits over the same columns, -inf where a model may not write. A column that
         is -inf on either side is in neither set, but takes its place among the top k of the side
         where it is finite.
-    mask (...): True on the n states that count.
+    mask (...): True on the n states that count; or slice(None), if these are all.
     written (...): the emitted ids, each finite on both sides; without them no "logp_t".
     """
     z_s = z_s[mask]                                                         # (n, V)
@@ -169,35 +166,31 @@ STATISTICS = ("vuss", "overlap", "top1", "logp_t", "kl_reverse", "kl_forward")
 
 # ---------------------------------------------------------------------------------------- measure
 
-def measure(student, teacher, to_teacher, utterances, args, rank=0, world=1):
-    """The statistics of every clip, in the order of `utterances`.
+def measure(student, teacher, to_teacher, utterances, args, states, rank=0, world=1):
+    """A table (R, M) of every clip, in the order of `utterances`: M STATISTICS at its R states.
 
-    A clip: values (n, STATISTICS) of its n scored states, a prefix of its rollout; how many of its
-    states are not scored. Raises data.AudioError if a clip can't be read, ValueError if no state of
-    any can be scored.
+    states: "rollout" or "reference". A row is nan where the state can't be scored. Raises
+    data.AudioError if a clip can't be read.
     """
-    measured = {}  # by the line in the manifest
+    tables = {}  # by the line in the manifest
     plan = data.Plan(len(utterances), args.batch, args.seed)
     steps = range(rank, plan.steps_per_epoch, world)
     for step in data.progress(len(steps), "overlap", "batch", rank, rows=steps):
         clips = [utterances[i] for i in plan[step]]
         batch = data.load_batch(clips, (student.n_mels, teacher.n_mels), keep_going=False,
                                 max_sec=data.MAX_EVAL_SEC, for_training=False)
-        measured |= measure_batch(student, teacher, to_teacher, batch, args, args.states)
+        tables |= measure_batch(student, teacher, to_teacher, batch, args, states)
     if world > 1:
         parts = [None] * world
-        dist.all_gather_object(parts, measured)
+        dist.all_gather_object(parts, tables)
         for part in parts:
-            measured |= part
-    if not any(len(values) for values, _ in measured.values()):
-        raise ValueError("no state could be scored: every text begins with a token that has no "
-                         "counterpart in the teacher's vocabulary")
-    return [measured[u.line] for u in utterances]
+            tables |= part
+    return [tables[u.line] for u in utterances]
 
 
 @torch.no_grad()
 def measure_batch(student, teacher, to_teacher, batch, args, states):
-    """Statistics at the states of a batch: {line: clip}, see `measure`.
+    """{line: table} of a batch, see `measure`.
 
     Raises FloatingPointError, naming the clips, where a statistic is not finite.
     """
@@ -227,7 +220,7 @@ def measure_batch(student, teacher, to_teacher, batch, args, states):
     weight_s = student.head.weight.float()                                          # (V, width)
     weight_t = teacher.head.weight.float()                                          # (V_t, width_t)
     y = ids[scored]                                                                     # (n,)
-    values = [np.zeros((0, len(STATISTICS)), np.float32)]
+    values = torch.zeros(len(y), len(STATISTICS), device=y.device)                      # (n, M)
     for i in range(0, len(y), args.chunk):
         rows = slice(i, i + args.chunk)
         z_s = model.logits(hidden_s[rows], weight_s)                                    # (C, V)
@@ -236,92 +229,61 @@ def measure_batch(student, teacher, to_teacher, batch, args, states):
         z_only = z_t[:, teacher_only]                                                   # (C, E)
         z_s = torch.cat([z_s, torch.full_like(z_only, -math.inf)], dim=1)           # (C, V + E)
         z_t = torch.cat([model.map_logits(z_t, to_teacher), z_only], dim=1)         # (C, V + E)
-        every = torch.ones(len(z_s), dtype=torch.bool, device=z_s.device)
-        stats = overlap_stats(z_s, z_t, every, args.top_k, y[rows])
-        table = torch.stack([stats[name] for name in STATISTICS], dim=1)                # (C, M)
-        values.append(table.float().cpu().numpy())
-    values = np.concatenate(values)                                             # (n, STATISTICS)
-    if not np.isfinite(values).all():
+        stats = overlap_stats(z_s, z_t, slice(None), args.top_k, y[rows])
+        values[rows] = torch.stack([stats[name] for name in STATISTICS], dim=1)         # (C, M)
+    if not values.isfinite().all():
         raise FloatingPointError(f"not finite: some statistic of the batch with clips {names}")
-    n_scored = scored.sum(1).cpu()                                                      # (B,)
-    rest = (mask.sum(1).cpu() - n_scored).tolist()
-    clips = zip(np.split(values, n_scored.cumsum(0)[:-1]), rest)
-    return dict(zip([u.line for u in batch.utterances], clips))
+    table = values.new_full((*ids.shape, len(STATISTICS)), math.nan)                # (B, R, M)
+    table[scored] = values
+    return {u.line: rows[written].cpu()
+            for u, rows, written in zip(batch.utterances, table, mask)}
 
 
 # ----------------------------------------------------------------------------------------- reduce
 
-LAST_TOKEN = 20  # this index and all later ones are taken together
+def summarize(tables) -> tuple[dict, np.ndarray]:
+    """Tables of all clips, see `measure` -> a student's part of overlap.json, `average` of all."""
+    padded = pad_sequence(tables, batch_first=True, padding_value=math.nan).double().numpy()
+    n_states = (~np.isnan(padded[:, :, 0])).sum(0).tolist()         # of each index of a token
+    drawn = average(padded)
+    summary = as_entries(drawn) | {"clips": len(tables), "states": sum(n_states)}
+    summary["states_not_scored"] = sum(map(len, tables)) - sum(n_states)
+    summary["by_token"] = [as_entries(average(padded[:, t:t + 1])) | {"states": n}
+                           for t, n in enumerate(n_states) if n >= 20]
+    return summary, drawn
 
 
-def summarize_student(clips) -> tuple[dict, np.ndarray]:
-    """A student's part of overlap.json, and means over all states of drawn utterances (draws, M).
-
-    clips: see `measure`. M statistics.
-    """
-    longest = max(len(values) for values, _ in clips)
-    table = np.full((len(clips), longest, len(STATISTICS)), np.nan)  # nan behind a clip's states
-    for row, (values, _) in zip(table, clips):
-        row[:len(values)] = values
-    summary, draws = average(table)
-    summary["clips"] = len(clips)
-    summary["states_not_scored"] = sum(rest for _, rest in clips)
-    summary["by_token"] = {}
-    for t in range(min(longest, LAST_TOKEN)):
-        summary["by_token"][str(t)], _ = average(table[:, t:t + 1])
-    if longest > LAST_TOKEN:
-        summary["by_token"][f"{LAST_TOKEN} and later"], _ = average(table[:, LAST_TOKEN:])
-    return summary, draws
+def average(padded) -> np.ndarray:
+    """Means over states of all clips, then of clips drawn anew: (clips, R, M) -> (1 + draws, M)."""
+    counts = (~np.isnan(padded)).sum(1)                             # (clips, M)
+    sums = np.nansum(padded, axis=1)                                # (clips, M)
+    return np.vstack([sums.sum(0) / counts.sum(0), data.bootstrap(sums, counts)])
 
 
-def average(table) -> tuple[dict, np.ndarray]:
-    """Means over states with intervals: table (clips, R, M), nan where there is no state.
-
-    -> {statistic: entry, "states", "clips"}, the means of drawn utterances (draws, M).
-    """
-    counts = (~np.isnan(table)).sum(1)                              # (clips, M)
-    sums = np.nansum(table, axis=1)                                 # (clips, M)
-    draws = data.bootstrap(sums, counts)                            # (draws, M)
-    entries = as_entries(sums.sum(0) / counts.sum(0), draws)
-    entries["states"] = int(counts[:, 0].sum())
-    entries["clips"] = int((counts[:, 0] > 0).sum())
-    return entries, draws
-
-
-def as_entries(means, draws) -> dict[str, dict]:
-    """Means (M,), draws (draws, M) -> {statistic: {"mean", "low", "high"}}."""
+def as_entries(drawn) -> dict[str, dict]:
+    """What `average` returns -> {statistic: {"mean", "low", "high"}}."""
+    low, high = data.interval(drawn[1:])                            # (M,) each
     entries = {}
-    for name, mean, low, high in zip(STATISTICS, means, *data.interval(draws)):
-        entries[name] = {"mean": float(mean), "low": float(low), "high": float(high)}
+    for name, *values in zip(STATISTICS, drawn[0].tolist(), low.tolist(), high.tolist()):
+        entries[name] = dict(zip(("mean", "low", "high"), values))
     return entries
 
 
 # ------------------------------------------------------------------------------------------- show
 
-def print_table(students, difference) -> None:
-    """Every statistic over all states, students side by side, then later ones minus the first."""
-    for s in students:
-        print("{student}: {clips} clips, {states} states, {states_not_scored} more can't be scored"
-              .format(**s))
-    columns = {s["student"]: s for s in students}
-    columns |= {f"{name} - first": entries for name, entries in difference.items()}
-    print("mean [95 %] ", *[f"{name[-28:]:>28}" for name in columns])
+def print_entries(entries) -> None:
     for name in STATISTICS:
-        cells = ["{mean:.3f} [{low:.3f}, {high:.3f}]".format(**c[name]) for c in columns.values()]
-        print(f"{name:12}", *[f"{cell:>28}" for cell in cells])
+        print(f"{name:12}", "{mean:8.3f} [{low:.3f}, {high:.3f}]".format(**entries[name]))
 
 
 def draw_overlap(students, k, path) -> None:
-    """Overlap and KL by token, with intervals. Lines end where fewer than 20 clips have a token."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    """Overlap and KL by token, with intervals."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, name in zip(axes, ("overlap", "kl_reverse")):
         for student in students:
-            tokens = list(student["by_token"].values())[:LAST_TOKEN]
-            shown = [e[name] for e in tokens if e["clips"] >= 20]
+            shown = [token[name] for token in student["by_token"]]
             x = range(len(shown))
             axis.plot(x, [e["mean"] for e in shown], "o-", label=Path(student["student"]).name)
             axis.fill_between(x, [e["low"] for e in shown], [e["high"] for e in shown], alpha=0.2)
@@ -335,54 +297,41 @@ def draw_overlap(students, k, path) -> None:
 
 # ---------------------------------------------------------------------------------------- --check
 
-def check(args) -> None:
+def check(student, teacher, to_teacher, utterances, args) -> None:
     """Prints what up to 200 clips tell of the pair; exits with 1 if the two do not fit.
 
     A teacher given the right audio and the right ids finds a reference far likelier than another
     clip's. A wrong vocabulary map, a wrong prompt, random weights or unheard audio bring the two
     numbers together. Raises ValueError without two clips of different transcripts.
     """
-    rank, _, device = model.setup(args)
-    if rank > 0:
-        return model.finish()  # one process is enough
-    student = model.load(args.student[0], device)
-    teacher = model.load_teacher(args.teacher, device)
-    to_teacher = model.vocabulary_map(student, teacher)
-    utterances = data.read_manifest(args.data, language=args.language)
-    model.check_languages(teacher, utterances)
     chosen = [utterances[i] for i in data.Plan(len(utterances), 200, args.seed)[0]]
     clips = list({u.text: u for u in chosen if u.text}.values())  # each with another text
     if len(clips) < 2:
         raise ValueError(f"--check wants two different transcripts, in {', '.join(args.data)}")
-    others = {u.line: replace(u, text=clips[i - 1].text) for i, u in enumerate(clips)}
-
-    values = {"rollout": [], "reference": [], "other": []}  # statistics of their states
-    counts = []                                             # of each clip: errors of both, units
+    mixed_up = [replace(u, text=clips[i - 1].text) for i, u in enumerate(clips)]
+    means = []
+    for heard, states in ((clips, "rollout"), (clips, "reference"), (mixed_up, "reference")):
+        tables = measure(student, teacher, to_teacher, heard, args, states)
+        means.append(dict(zip(STATISTICS, torch.cat(tables).nanmean(0).tolist())))
+    rollout, reference, other = means
+    counts = []  # of each clip: errors of both, units
     for i in range(0, len(clips), args.batch):
         batch = data.load_batch(clips[i:i + args.batch], (student.n_mels, teacher.n_mels),
                                 keep_going=False, max_sec=data.MAX_EVAL_SEC, for_training=False)
-        mixed_up = replace(batch, utterances=[others[u.line] for u in batch.utterances])
-        for name, heard in (("rollout", batch), ("reference", batch), ("other", mixed_up)):
-            states = "rollout" if name == "rollout" else "reference"
-            measured = measure_batch(student, teacher, to_teacher, heard, args, states)
-            values[name] += [of_clip for of_clip, _ in measured.values()]
-        hyps_s = model.transcribe(student, batch, args.max_new_tokens)
-        hyps_t = model.transcribe(teacher, batch, args.max_new_tokens)
-        for u, hyp_s, hyp_t in zip(batch.utterances, hyps_s, hyps_t):
-            of_s = data.edit_counts(u.text, hyp_s["hyp"], u.language)
-            of_t = data.edit_counts(u.text, hyp_t["hyp"], u.language)
+        found = [model.transcribe(asr, batch, args.max_new_tokens) for asr in (student, teacher)]
+        for u, *results in zip(batch.utterances, *found):
+            hyps = [result["hyp"] for result in results]
+            of_s, of_t = [data.edit_counts(u.text, hyp, u.language) for hyp in hyps]
             counts.append((of_s.errors, of_t.errors, of_s.units))
     errors_s, errors_t, units = np.array(counts).T                          # (clips,) each
     low, high = data.interval(100 * data.bootstrap(errors_s - errors_t, units))
-    rollout, reference, other = [dict(zip(STATISTICS, np.concatenate(of_clips).mean(0)))
-                                 for of_clips in values.values()]
     model.finish()
 
     print(f"clips                 {len(clips)}, each with another text; one of them: {u.id}\n"
           f"  teacher's prompt    ...{teacher.tokenizer.decode(teacher.suffix_of(u))[-40:]}\n"
           f"  reference           {u.text}\n"
-          f"  student             {hyp_s['hyp']}\n"
-          f"  teacher             {hyp_t['hyp']}\n"
+          f"  student             {hyps[0]}\n"
+          f"  teacher             {hyps[1]}\n"
           f"errors                student {100 * errors_s.sum() / units.sum():.1f} %, "
           f"teacher {100 * errors_t.sum() / units.sum():.1f} %\n"
           f"at rollouts           {100 * rollout['top1']:.1f} % equal first choices, KL(student || "

@@ -1,7 +1,6 @@
-"""evaluate.py: transcripts and their resume, rates by hand, comparison, teacher data, the page."""
+"""evaluate.py: transcripts and their resume, rates by hand, comparison, teacher data, errors."""
 
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -28,22 +27,19 @@ def read_jsonl(path):
 
 def read_outputs(out):
     """summary.json, rows of hyps.jsonl."""
-    return json.loads((out / "summary.json").read_text()), read_jsonl(out / "hyps.jsonl")
+    return data.read_json(out / "summary.json"), read_jsonl(out / "hyps.jsonl")
 
 
 @pytest.fixture
 def spoken(corpus, tmp_path, monkeypatch, checkpoints):
     """evaluate(lines, *flags) of [(id, language, reference, transcript), ...] -> summary, rows.
     The model is made to say the transcripts; "..." at the end: cut. extra(i): further keys of line
-    i of the manifest. A language or reference None: no such key.
-    """
+    i of the manifest."""
     def evaluate_lines(lines, *flags, extra=lambda i: {}):
-        hyps, rows = {name: hyp for name, *_, hyp in lines}, []
-        for i, (name, language, ref, _) in enumerate(lines):
-            row = {"id": name, "audio": str(corpus / f"dev-{i % 6}.wav"), "language": language,
-                   "text": ref} | extra(i)
-            rows.append({key: value for key, value in row.items() if value is not None})
-        data.write_jsonl(tmp_path / "lines.jsonl", rows)
+        hyps = {name: hyp for name, *_, hyp in lines}
+        data.write_jsonl(tmp_path / "lines.jsonl", [
+            {"id": name, "audio": str(corpus / f"dev-{i % 6}.wav"), "language": language,
+             "text": ref} | extra(i) for i, (name, language, ref, _) in enumerate(lines)])
         monkeypatch.setattr(model, "transcribe", lambda asr, batch, *_: [
             {"hyp": hyps[u.id], "stopped": not hyps[u.id].endswith("..."), "n_tokens": 1}
             for u in batch.utterances])
@@ -63,17 +59,17 @@ def test_rates_by_hand(spoken, capsys):
         ("c", "en", "", "hum"), ("d", "zh", "打开红灯", "打开了红灯。"),
         ("e", None, "明天有个 meeting", "明天有 Meetings"), ("f", "en", None, "who knows"),
         ("g", "en", "", "")])
-    keys = ("set", "language", "metric", "rate", "substitutions", "deletions", "insertions",
-            "errors", "units", "utterances", "sentence_error")
+    keys = ("system", "set", "language", "metric", "rate", "substitutions", "deletions",
+            "insertions", "errors", "units", "utterances", "sentence_error")
     assert [[e[key] for key in keys] for e in summary["results"]] == [
-        ["lines", "en", "WER", 80, 1, 1, 2, 4, 5, 4, 75],
-        ["lines", "zh", "CER", 25, 0, 0, 1, 1, 4, 1, 100],
-        ["lines", "", "WER", 40, 1, 1, 0, 2, 5, 1, 100],
-        ["all", "pooled", "pooled", 50, 2, 2, 3, 7, 14, 6, 500 / 6]]
+        ["out", "lines", "en", "WER", 80, 1, 1, 2, 4, 5, 4, 75],
+        ["out", "lines", "zh", "CER", 25, 0, 0, 1, 1, 4, 1, 100],
+        ["out", "lines", "", "WER", 40, 1, 1, 0, 2, 5, 1, 100],
+        ["out", "all", "pooled", "pooled", 50, 2, 2, 3, 7, 14, 6, pytest.approx(500 / 6)]]
     assert (summary["clips"], summary["without_text"]) == (7, 1)
     shown = capsys.readouterr().out
-    assert "lines zh: CER 25.00 % [nan, nan] over 1 utterances" in shown
-    assert "lines en: WER 80.00 % [" in shown and "1 lines without a text" in shown
+    assert "lines zh: CER, %" in shown and "25.00 [nan, nan]; 0 + 0 + 1\n1 clips" in shown
+    assert "1 lines without a text" in shown
 
 
 @pytest.mark.parametrize("speaker, resampled", [
@@ -138,7 +134,7 @@ def assert_same(out, whole):
 def test_hyps_is_a_manifest_in_the_order_of_the_data(checkpoints, manifests, whole):
     """Its transcripts are model.transcribe's on each clip alone."""
     asr = model.load(checkpoints / "student")
-    summary, rows = read_outputs(whole)
+    _, rows = read_outputs(whole)
     assert [(row["set"], row["id"]) for row in rows] == (
         [("a", f"u{i}") for i in range(12)] + [("b", f"u{i}") for i in range(5)])
     for u, row in zip(data.read_manifest(manifests), rows, strict=True):
@@ -148,10 +144,7 @@ def test_hyps_is_a_manifest_in_the_order_of_the_data(checkpoints, manifests, who
             assert os.path.samefile(u.audio, whole / row["audio"])
             result, = model.transcribe(asr, data.load_batch([u], (asr.n_mels,)), 8)
             assert {key: row[key] for key in result} == result
-            assert row["audio_sec"] == data.load_batch([u]).audio_sec
     assert not any(os.path.isabs(row["audio"]) for row in rows)
-    english = sum(row["audio_sec"] for row in rows[:12:2])
-    assert summary["results"][0]["set_audio_sec"] == pytest.approx(english)
 
 
 def test_a_broken_clip_counts_as_deleted_or_stops_the_run(
@@ -160,7 +153,6 @@ def test_a_broken_clip_counts_as_deleted_or_stops_the_run(
     assert rows[5].items() >= {"failed": "unreadable", "hyp": "", "stopped": True}.items()
     assert rows[5]["deletions"] == rows[5]["units"] > 0
     assert summary["failed"] == 1
-    assert evaluate.trouble(rows[5]) == "failed"
     flags = [flag for flag in words(checkpoints, manifests, tmp_path) if flag != "--keep_going"]
     with pytest.raises(data.AudioError, match="a.jsonl:6: u5"):
         run(*flags)
@@ -288,12 +280,12 @@ def test_teacher_data_is_what_fits(spoken, tmp_path, corpus, capsys):
     assert [summary[key] for key in ("empty", "truncated", "failed")] == [1, 1, 0]
     written = data.read_manifest(manifest)
     assert [(u.id, u.text, u.language) for u in written] == [
-        ("whole", "The lamp.", "en"), ("part", "bed lamp", "en"), ("unknown", "who knows", None),
-        ("from nothing", "words", "en")]
+        ("lines/whole", "The lamp.", "en"), ("lines/part", "bed lamp", "en"),
+        ("lines/unknown", "who knows", None), ("lines/from nothing", "words", "en")]
     assert read_jsonl(manifest)[1].items() >= segment.items()
     assert os.path.samefile(written[1].audio, corpus / "dev-1.wav")
-    assert "td.jsonl: 4 transcripts kept, 1 empty left out, 1 truncated left out\n" in (
-        capsys.readouterr().out)
+    said = "td.jsonl: 4 transcripts kept; left out: {'empty': 1, 'truncated': 1}\n"
+    assert said in capsys.readouterr().out
 
 
 def test_sampled_transcripts_are_those_of_a_rollout_with_keyed_numbers(
@@ -326,89 +318,67 @@ def test_two_sets_with_a_name_and_an_id_in_common(spoken, tmp_path, corpus):
     assert ids == [f"{path}/{name}" for path in paths for name in "12"]
 
 
-def test_rescoring_gives_the_same_numbers(whole, tmp_path):
-    """Counts that a file holds are not believed, keys that nothing reads do no harm."""
-    first, rows = read_outputs(whole)
-    stale, out = tmp_path / "stale.jsonl", tmp_path / "again"
-    data.write_jsonl(stale, [row | {"audio": os.path.relpath(whole / row["audio"], tmp_path),
-                                    "deletions": 99, "more": 1, "speaker": None} for row in rows])
-    data.write_jsonl(out / "part-0-1.jsonl", [{}])  # of a run that was stopped
-    run("--rescore", stale, "--out", out)
-    again, rows_again = read_outputs(out)
-    for key in ("results", "clips", "without_text", "failed"):
-        assert again[key] == first[key]
-    assert list(again["files"]) == [str(stale)] and "model" not in again
-    assert os.path.samefile(out / rows_again[0]["audio"], whole / rows[0]["audio"])
-    assert (out / "part-0-1.jsonl").exists()
-
-
 @pytest.mark.parametrize("line, message", [
-    (b'{"id": "u0", "hyp": "x"}', "id 'u0' occurs twice"),
-    (b'{"id": "b"}', "expected a string as 'hyp'"),
+    (b'{"id": "u0", "hyp": "y", "text": "x"}', "id 'u0' occurs twice"),
+    (b'{"id": "b", "text": "x"}', "expected a string as 'hyp'"),
     (b'{"id": "b", "hyp": "", "text": ["x"]}', "expected a string as 'text'"),
     (b"[1]", "expected a JSON object"), (b'{"id": "b", "hyp": "\xff"}', "expected a JSON object")])
 def test_a_line_that_can_not_be_scored_is_named(tmp_path, line, message):
-    (tmp_path / "h.jsonl").write_bytes(b'{"id": "u0", "hyp": "x"}\n\n' + line)
+    (tmp_path / "h.jsonl").write_bytes(b'{"id": "u0", "hyp": "x", "text": "x"}\n\n' + line)
     with pytest.raises(ValueError, match=f"h.jsonl:3: {message}"):
-        evaluate.read_hyps(tmp_path / "h.jsonl")
+        run("--compare", tmp_path / "h.jsonl")
+    (tmp_path / "h.jsonl").write_bytes(b'{"id": "u0", "hyp": "x"}\n')
+    with pytest.raises(ValueError, match="h.jsonl: no line with a text"):
+        run("--compare", tmp_path / "h.jsonl")
+
+
+def test_comparing_one_system_counts_its_errors_anew(whole, tmp_path):
+    """Counts that a file holds are not believed, keys that nothing reads do no harm."""
+    summary, rows = read_outputs(whole)
+    stale = tmp_path / whole.name / "stale.jsonl"
+    data.write_jsonl(stale, [row | {"text": row.get("text"), "deletions": 99, "more": 1,
+                                    "speaker": None} for row in rows])
+    run("--compare", stale, "--out", tmp_path)
+    assert json.loads((tmp_path / "compare.json").read_text()) == summary["results"]
 
 
 def test_compare_by_hand(tmp_path, capsys):
     """200 clips of 10 words: A has two errors in each of the first 100; B one in 40 of them and one
-    in 10 others; C as many as A, elsewhere."""
+    in 10 others; C as many as A, elsewhere. Systems are called by their folders."""
     right = "put the red lamp upon a green shelf near here".split()
-    errors = {"a": [2 * (i < 100) for i in range(200)], "c": [2 * (i % 2) for i in range(200)],
-              "b": [int(i < 40 or 150 <= i < 160) for i in range(200)]}
+    errors = {"a": [2 * (i < 100) for i in range(200)],
+              "b": [int(i < 40 or 150 <= i < 160) for i in range(200)],
+              "c": [2 * (i % 2) for i in range(200)]}
     for name, numbers in errors.items():
         rows = [{"id": f"u{i}", "text": " ".join(right), "hyp": " ".join(["xxx"] * n + right[n:])}
                 for i, n in enumerate(numbers)]
-        if name == "b":  # the order is no matter
-            rows = rows[::-1]
-        data.write_jsonl(tmp_path / f"{name}.jsonl", rows)
-    paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
-    first, e, even = run("--compare", *paths)
-    assert [row["system"] for row in (first, e, even)] == list(map(str, paths))
-    assert [first["rate"], e["rate"], e["difference"]] == [10, 2.5, 7.5]
+        rows = rows[::-1] if name == "b" else rows  # the order is no matter
+        data.write_jsonl(tmp_path / name / "hyps.jsonl", rows)
+    paths = [tmp_path / name / "hyps.jsonl" for name in errors]
+    entries = run("--compare", *paths, "--out", tmp_path)
+    first, e, even = entries
+    assert [entry["system"] for entry in entries] == ["a", "b", "c"]
+    assert [first["rate"], e["rate"], e["difference"]] == [10, 2.5, 7.5], "points below the first"
+    assert [first[key] for key in ("set", "language", "metric")] == ["test", "", "WER"]
     half = 1.96 * (np.array(errors["a"]) - errors["b"]).std() / np.sqrt(200) * 10
     assert (e["difference_low"], e["difference_high"]) == pytest.approx(
         (7.5 - half, 7.5 + half), abs=0.15)
-    assert "+7.50" in capsys.readouterr().out
+    assert "0 + 0; below the first: +7.50 [" in capsys.readouterr().out
     assert first["difference_low"] == first["difference_high"] == even["difference"] == 0
+    assert json.loads((tmp_path / "compare.json").read_text()) == entries
+    assert (tmp_path / "compare.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("change", [{"id": "new"}, {"text": "else"}, {"language": "de"}, None])
 def test_compare_wants_the_same_clips(tmp_path, change):
+    """Systems in one folder are called by their paths."""
     rows = [{"id": f"u{i}", "text": "red", "language": "en", "hyp": "bed"} for i in range(3)]
-    data.write_jsonl(tmp_path / "a.jsonl", rows)
-    data.write_jsonl(tmp_path / "b.jsonl", rows[:2] + [rows[2] | change] if change else rows[:2])
-    for pair in ("ab", "ba"):
-        with pytest.raises(ValueError, match="clips are not in both with one reference"):
-            run("--compare", *(tmp_path / f"{name}.jsonl" for name in pair))
-
-
-def test_compare_pools_resamples_speakers_and_writes_what_it_prints(tmp_path, capsys):
-    """Systems are called by their folders, where these differ."""
-    rows = [{"id": f"u{i}", "set": "t", "language": ("en", "zh")[i % 2], "speaker": f"s{i % 7}",
-             "text": ("red lamp", "红灯")[i % 2]} for i in range(70)]
-    data.write_jsonl(tmp_path / "base" / "hyps.jsonl", [row | {"hyp": ""} for row in rows])
-    data.write_jsonl(tmp_path / "opd" / "hyps.jsonl", [row | {"hyp": row["text"]} for row in rows])
-    paths = [tmp_path / name / "hyps.jsonl" for name in ("base", "opd")]
-    out = tmp_path / "new" / "out"
-    entries = run("--compare", *paths, "--out", out)
-    keys = ("system", "set", "language", "metric", "utterances", "difference")
-    assert [[e[key] for key in keys] for e in entries] == [
-        ["base", "t", "en", "WER", 35, 0], ["opd", "t", "en", "WER", 35, 100],
-        ["base", "t", "zh", "CER", 35, 0], ["opd", "t", "zh", "CER", 35, 100],
-        ["base", "all", "pooled", "pooled", 70, 0], ["opd", "all", "pooled", "pooled", 70, 100]]
-    assert {e["resampled"] for e in entries} == {"7 speakers"}
-    assert "intervals over 7 speakers" in capsys.readouterr().out
-    assert json.loads((out / "compare.json").read_text()) == entries
-    assert (out / "compare.png").stat().st_size > 5000
-    for path in paths:  # of one block there is no interval
-        data.write_jsonl(path, [rows[0] | {"hyp": "red"}])
-    _, e = run("--compare", *paths, "--out", out)
-    assert math.isnan(e["low"]) and e["rate"] == 50
-    assert json.loads((out / "compare.json").read_text())[1]["low"] is None
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    data.write_jsonl(a, rows)
+    data.write_jsonl(b, rows[:2] + [rows[2] | change] if change else rows[:2])
+    for pair in ((a, b), (b, a)):
+        with pytest.raises(ValueError, match="{} and {}: . clips are not in both".format(*pair)):
+            run("--compare", *pair)
 
 
 def test_the_worst_clips_are_aligned(spoken, tmp_path):
@@ -420,11 +390,10 @@ def test_the_worst_clips_are_aligned(spoken, tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("--model m", "is required"), ("--data d --rescore h --out o", "not allowed with"),
+    ("--model m", "is required"), ("--data d --compare h --out o", "not allowed with"),
     ("--model m --data d", "--data needs --out"), ("--audio a", "--audio needs --model"),
-    ("--rescore h", "--rescore needs --out"),
     ("--model m --data d --out o --as_manifest ./d", "would write over"),
-    ("--model m --rescore h --out o", "--rescore does not read --model"),
+    ("--model m --compare h --out o", "--compare does not read --model"),
     ("--model m --audio a --as_manifest t", "--audio does not read --as_manifest"),
     ("--model m --data d --out o --temperature 1", "go with --as_manifest"),
     ("--model m --data d --out o --seed 1", "go with --as_manifest")])

@@ -19,6 +19,7 @@ from test_evaluate import run_on_two
 
 INF = math.inf
 
+
 def probabilities(scores):  # the oracle: floats, loops and sets, no tensors
     weights = {v: math.exp(z) for v, z in scores.items()}
     return {v: w / sum(weights.values()) for v, w in weights.items()}
@@ -66,15 +67,14 @@ def test_every_statistic_equals_sets_and_copies_out_alone(k, v, out_s, out_t):
 def measured(student, teacher, batch, **changes):
     args = {"seed": 0, "max_new_tokens": 8, "temperature": 1.0, "chunk": 7, "top_k": 4} | changes
     to_teacher = model.vocabulary_map(student, teacher)
-    args = SimpleNamespace(**args)
-    clips = overlap.measure_batch(student, teacher, to_teacher, batch, args, "rollout")
-    return [clips[u.line] for u in batch.utterances]
+    tables = overlap.measure_batch(
+        student, teacher, to_teacher, batch, SimpleNamespace(**args), "rollout")
+    return [tables[u.line] for u in batch.utterances]
 
 
-def means_of(clips):
-    """{statistic: its mean over the states of clips}."""
-    values = np.concatenate([values for values, _ in clips])
-    return dict(zip(overlap.STATISTICS, values.mean(0), strict=True))
+def means_of(tables):
+    """{statistic: its mean over states}."""
+    return dict(zip(overlap.STATISTICS, torch.cat(tables).mean(0).tolist(), strict=True))
 
 
 def logits_of(asr, utterance, ids):
@@ -97,21 +97,21 @@ def test_a_foreign_teachers_sets_are_of_its_own_vocabulary(student, foreign_teac
     only one side has takes its place in that side's top k, and is dropped."""
     pairs = twins(student, foreign_teacher)
     back = {j: i for i, j in pairs.items()}
-    clips = measured(student, foreign_teacher, batch, max_new_tokens=4, seed=58)
+    tables = measured(student, foreign_teacher, batch, max_new_tokens=4, seed=58)
     whole = dropped = moved = 0
-    for u, (values, not_scored) in zip(batch.utterances, clips, strict=True):
+    for u, table in zip(batch.utterances, tables, strict=True):
         prompt = model.encode_audio(student, data.load_batch([u]))
         ids, mask = rollout(student, prompt, 4, 1.0, data.keyed_uniforms(58, 0, [u.id], 4))
         ids = ids[mask].tolist()
         n = next((t for t, i in enumerate(ids) if i not in pairs), len(ids))
-        assert (len(values), not_scored) == (n, len(ids) - n)
+        assert len(table) == len(ids) and table[n:].isnan().all()
         whole += n == len(ids)
         moved += any(pairs[i] != i for i in ids[:n - 1])
         if n == 0:
             continue
         of_student = logits_of(student, u, ids[:n]).tolist()
         of_teacher = logits_of(foreign_teacher, u, [pairs[i] for i in ids[:n]]).tolist()
-        for row, z_s, z_t, y in zip(values.tolist(), of_student, of_teacher, ids):
+        for row, z_s, z_t, y in zip(table.tolist(), of_student, of_teacher, ids):
             s = {i: z for i, z in enumerate(z_s) if not student.blocked[i]}
             t = {back.get(j, f"theirs {j}"): z for j, z in enumerate(z_t)
                  if not foreign_teacher.blocked[j]}
@@ -132,37 +132,33 @@ def test_what_is_not_finite_is_an_error_that_names_the_clips(student, teacher, b
         measured(student, teacher, batch)
 
 
-def clip_of(*rows, rest=0):
-    """A clip with a value per state; that of statistic i is i higher."""
-    values = np.array(rows, dtype=np.float32).reshape(-1, 1) + np.arange(len(overlap.STATISTICS))
-    return values, rest
+def table_of(*values, rest=0):
+    """A clip with a value per state, then `rest` without; that of statistic i is i higher."""
+    states = torch.tensor([*values, *[math.nan] * rest], dtype=torch.float32)
+    return states[:, None] + torch.arange(len(overlap.STATISTICS))
 
 
 def test_means_by_hand():
-    """24 states: means over states, not over clips; bins hold the states in them."""
-    clips = [clip_of(1, 4), clip_of(*[7] * 20, 2, 3), clip_of(rest=2), clip_of(rest=3)]
-    s, _ = overlap.summarize_student(clips)
-    assert (s["clips"], s["states"], s["states_not_scored"]) == (4, 24, 5)
+    """Means over states, not over clips; of those at one index, as far as 20 clips have one."""
+    s, _ = overlap.summarize([table_of(1, 4), table_of(rest=2), table_of(5, rest=3),
+                              *[table_of(7, 2, 9)] * 19])
+    assert (s["clips"], s["states"], s["states_not_scored"]) == (22, 60, 5)
     means = [s[name]["mean"] for name in overlap.STATISTICS]
-    assert means == pytest.approx([150 / 24 + i for i in range(len(means))])
-    assert list(s["by_token"]) == [str(t) for t in range(20)] + ["20 and later"]
-    bins = [s["by_token"][t] for t in ("0", "1", "2", "19", "20 and later")]
-    assert [(b["vuss"]["mean"], b["states"], b["clips"]) for b in bins] == [
-        (4, 2, 2), (5.5, 2, 2), (7, 1, 1), (7, 1, 1), (2.5, 2, 1)]
-    assert math.isnan(s["by_token"]["2"]["top1"]["low"]), "a third of the draws have no such state"
-    assert list(overlap.summarize_student(clips[:1])[0]["by_token"]) == ["0", "1"]
+    assert means == pytest.approx([(5 + 5 + 19 * 18) / 60 + i for i in range(len(means))])
+    assert [(e["vuss"]["mean"], e["states"]) for e in s["by_token"]] == [
+        (pytest.approx((1 + 5 + 19 * 7) / 21), 21), (pytest.approx((4 + 19 * 2) / 20), 20)]
 
 
 def test_intervals_are_the_bootstraps_and_students_are_paired():
     """Clips differ by far more than the two students do on any of them."""
     rng = np.random.default_rng(0)
     n = rng.normal(np.arange(40)[:, None, None] % 5 + [0.0, 1.0], 0.1, size=(40, 3, 2))
-    clips = [[clip_of(*states) for states in n[:, :, i]] for i in range(2)]
-    (_, drawn_a), (b, drawn_b) = (overlap.summarize_student(of) for of in clips)
+    tables = [[table_of(*states) for states in n[:, :, i]] for i in range(2)]
+    (_, drawn_a), (b, drawn_b) = (overlap.summarize(of) for of in tables)
     draws = data.bootstrap(n.sum(1), np.full((40, 2), 3))
-    np.testing.assert_allclose(np.stack([drawn_a[:, 0], drawn_b[:, 0]], 1), draws, rtol=1e-5)
+    np.testing.assert_allclose(np.stack([drawn_a[1:, 0], drawn_b[1:, 0]], 1), draws, rtol=1e-5)
     last = data.bootstrap(n[:, 2, 1], np.ones(40))
-    for entry, expected in ((b["vuss"], draws[:, 1]), (b["by_token"]["2"]["vuss"], last)):
+    for entry, expected in ((b["vuss"], draws[:, 1]), (b["by_token"][2]["vuss"], last)):
         assert (entry["low"], entry["high"]) == pytest.approx(data.interval(expected))
     assert (drawn_b - drawn_a).std() < 0.2 * drawn_a.std()
 
@@ -191,22 +187,18 @@ def run(folder, out, *more):
 
 
 def test_what_is_written(folder, student, teacher, capsys):
-    """Means over the states of all batches, as measure_batch gives them."""
+    """Means over the states of three batches are those of one."""
     result = run(folder, "one", "--seed", 3)
-    assert [result[key] for key in ("teacher", "top_k", "states", "difference")] == [
-        str(folder / "teacher"), 4, "rollout", {}]
+    assert [result[key] for key in ("teacher", "top_k", "difference")] == [
+        str(folder / "teacher"), 4, {}]
     s, = result["students"]
-    utterances, plan = data.read_manifest(folder / "set.jsonl"), data.Plan(11, 4, 3)
-    clips = []
-    for step in range(3):
-        batch = data.load_batch([utterances[i] for i in plan[step]])
-        clips += measured(student, teacher, batch, seed=3)
-    for name, mean in means_of(clips).items():
+    batch = data.load_batch(data.read_manifest(folder / "set.jsonl"))
+    for name, mean in means_of(measured(student, teacher, batch, seed=3)).items():
         assert s[name]["mean"] == pytest.approx(mean, rel=1e-5)
-    assert s["by_token"]["0"]["states"] == s["clips"] == 11
-    assert s["shared_ids"] == int((model.vocabulary_map(student, teacher) >= 0).sum())
+    assert s["clips"] == 11
     assert (folder / "one" / "overlap.png").stat().st_size > 5000
-    assert f"{s['vuss']['mean']:.3f} [{s['vuss']['low']:.3f}" in capsys.readouterr().out
+    assert "vuss {mean:16.3f} [{low:.3f}, {high:.3f}]\n".format(**s["vuss"]) in (
+        capsys.readouterr().out)
 
 
 def test_students_side_by_side_on_two_processes_are_what_each_is_alone_on_one(folder):
@@ -220,31 +212,15 @@ def test_students_side_by_side_on_two_processes_are_what_each_is_alone_on_one(fo
     assert together["students"] == alone and alone[0]["states_not_scored"] > 0
     assert list(together["difference"]) == list(map(str, names[1:]))
     second, third = together["difference"].values()
-    assert second["vuss"]["high"] == pytest.approx(4 - alone[0]["vuss"]["low"])  # its own: 4
+    assert second["vuss"]["high"] == pytest.approx(alone[0]["vuss"]["high"] - 4)  # its own: 4
     e, last, first = third["kl_reverse"], alone[2]["kl_reverse"], alone[0]["kl_reverse"]
-    assert e["mean"] == pytest.approx(last["mean"] - first["mean"])
+    assert e["mean"] == pytest.approx(first["mean"] - last["mean"]), "points below the first"
     assert e["low"] < e["mean"] < e["high"] and abs(alone[1]["kl_reverse"]["mean"]) < 1e-5
 
 
-def test_reference_states_want_text(folder, corpus, teacher):
-    with pytest.raises(ValueError, match="set.jsonl:5: no 'text'"):
-        run(folder, "reference", "--states", "reference")
-    result = run(folder, "reference", "--states", "reference", "--data", corpus / "dev.jsonl")
-    dev = data.read_manifest(corpus / "dev.jsonl")
-    assert result["students"][0]["logp_t"]["mean"] == pytest.approx(
-        torch.cat([logp_of(teacher, u, u.text) for u in dev]).mean().item(), abs=1e-4)
-
-
-def test_a_rollout_that_nothing_can_be_scored_of_is_an_error(folder, monkeypatch):
-    monkeypatch.setattr(model, "vocabulary_map", lambda student, teacher: -torch.ones(384).long())
-    with pytest.raises(ValueError, match="no state could be scored"):
-        run(folder, "none")
-
-
 @pytest.mark.parametrize("line, message", [
-    ("", "--out is needed"), ("--check --out o", "does not read --out"),
-    ("--check --student a b", "--student"), ("--out o --student a a", "--student"),
-    ("--check --top_k 9", "does not read --top_k")])
+    ("", "--out --check is required"), ("--check --out o", "not allowed with"),
+    ("--check --student a b", "takes one"), ("--check --top_k 9", "does not read --top_k")])
 def test_flags_that_do_not_go_together(line, message, capsys):
     with pytest.raises(SystemExit):
         overlap.parse_args(["--student", "s", "--teacher", "t", "--data", "d", *line.split()])
@@ -254,32 +230,33 @@ def test_flags_that_do_not_go_together(line, message, capsys):
 def test_check_stops_a_teacher_that_does_not_know_the_audio(
         folder, student, teacher, monkeypatch, capsys):
     """On 10 of 11 clips: one has no text. What is printed is what it says it is."""
-    seen, measure_batch = [], overlap.measure_batch
-    monkeypatch.setattr(overlap, "measure_batch", lambda *words: (
-        seen.append((words[3].utterances, words[5])) or measure_batch(*words)))
+    seen, measure = [], overlap.measure
+    monkeypatch.setattr(overlap, "measure", lambda *words: (
+        seen.append(words[3:]) or measure(*words)))
     with pytest.raises(SystemExit, match="do not fit.*the teacher does not know this audio"):
         overlap.main(flags(folder, "--check"))
-    assert [states for _, states in seen] == 3 * ["rollout", "reference", "reference"]
-    clips, same, others = (sum((of for of, _ in seen[i::3]), []) for i in range(3))
-    assert same == clips
+    (clips, _, at), (same, _, at_same), (others, _, at_others) = seen
+    assert (at, at_same, at_others) == ("rollout", "reference", "reference") and same == clips
     assert len({u.text for u in clips}) == len(clips) == 10
     assert all(u == replace(v, text=u.text) and u.text != v.text for u, v in zip(others, clips))
     assert {u.text for u in others} == {u.text for u in clips}
-    means = means_of(measured(student, teacher, data.load_batch(clips)))
+    batch = data.load_batch(clips)
+    means = means_of(measured(student, teacher, batch))
     logp = [torch.cat([logp_of(teacher, u, u.text) for u in lines]).mean().item()
             for lines in (clips, others)]
-    hyps, rates, batch = [], [], data.load_batch(clips)
+    shown = data.load_batch(clips[8:]).utterances[-1]
+    hyps, rates = [], []
     for asr in (student, teacher):
-        found = model.transcribe(asr, batch, 8)
-        counts = [data.edit_counts(u.text, hyp["hyp"], u.language)
-                  for u, hyp in zip(batch.utterances, found)]
+        said = [result["hyp"] for result in model.transcribe(asr, batch, 8)]
+        counts = [data.edit_counts(u.text, hyp, u.language)
+                  for u, hyp in zip(batch.utterances, said)]
         rates.append(100 * sum(c.errors for c in counts) / sum(c.units for c in counts))
-        hyps.append({u.id: hyp["hyp"] for u, hyp in zip(batch.utterances, found)}[clips[-1].id])
+        hyps.append(said[batch.utterances.index(shown)])
     table = capsys.readouterr().out
     for said in (
-            f"clips                 10, each with another text; one of them: {clips[-1].id}\n",
+            f"clips                 10, each with another text; one of them: {shown.id}\n",
             "...ease transcribe this audio.<|assistant|>\n",
-            f"  reference           {clips[-1].text}\n  student             {hyps[0]}\n"
+            f"  reference           {shown.text}\n  student             {hyps[0]}\n"
             f"  teacher             {hyps[1]}\n",
             f"{100 * means['top1']:.1f} % equal first", f"{means['kl_reverse']:.3f} nats per token",
             f"{logp[0]:.3f} nats of references, {logp[1]:.3f} of other clips'",
@@ -288,26 +265,22 @@ def test_check_stops_a_teacher_that_does_not_know_the_audio(
 
 
 @pytest.mark.parametrize("margin, teachers, said", [
-    (0.99, 0, None), (1.01, 0, "is something to learn: the teacher makes 75.0 to 75.0"),
-    (1.01, 3, "may be nothing to learn: the teacher makes 0.0 to 0.0")])
+    (0.99, (0, 0), None), (1.01, (1, 5), "may be nothing to learn: the teacher makes -"),
+    (1.01, (0, 0), "is something to learn: the teacher makes 75.0 to 75.0 points fewer errors.")])
 def test_check_wants_one_nat_per_token_and_a_better_teacher(
         folder, monkeypatch, capsys, margin, teachers, said):
-    counts = itertools.cycle((data.Counts(3, 0, 0, 4), data.Counts(teachers, 0, 0, 4)))
+    errors = (3, teachers[0], 3, teachers[1])  # of the student and the teacher, on two clips
+    counts = itertools.cycle([data.Counts(n, 0, 0, 4) for n in errors])
     monkeypatch.setattr(data, "edit_counts", lambda *_: next(counts))
-    calls = itertools.count()
-
-    def measure_batch(*words):
-        value = margin if next(calls) % 3 == 1 else 0.0
-        values = np.full((3, len(overlap.STATISTICS)), value)
-        return {u.line: (values, 0) for u in words[3].utterances}
-
-    monkeypatch.setattr(overlap, "measure_batch", measure_batch)
+    means = iter((0.0, margin, 0.0))  # at rollouts, references, other clips' references
+    monkeypatch.setattr(overlap, "measure", lambda *_: [
+        torch.full((3, len(overlap.STATISTICS)), next(means))])
     if margin < 1:
         with pytest.raises(SystemExit, match="do not fit"):
             overlap.main(flags(folder, "--check"))
         return
     overlap.main(flags(folder, "--check"))
-    assert f"The two fit. There {said} points fewer errors." in capsys.readouterr().out
+    assert f"The two fit. There {said}" in capsys.readouterr().out
 
 
 def test_check_wants_two_transcripts_and_ends_on_two_processes(folder, corpus, tmp_path):

@@ -63,7 +63,7 @@ def test_every_command_runs_as_the_readme_spells_it(home, capsys):
     assert records[0]["tokens"] > 0 and "dev_error" in records[1]
     said = capsys.readouterr().out
     assert "language English<asr_text>" in said and "reference" in said  # --check says what it read
-    assert said.count("intervals over") == 1
+    assert said.count("below the first") == 3  # the four systems of --compare
 
 
 def test_a_teacher_is_told_a_language_or_says_which_line_lacks_it(home):
