@@ -12,6 +12,7 @@ line names one (if there are fewer than twenty, they are too narrow), else utter
     python evaluate.py --model TEACHER --data pool.jsonl --out runs/x/t --as_manifest td.jsonl  # TD
     python evaluate.py --model runs/x/opd --audio a.wav b.flac              # only transcripts
     python evaluate.py --compare runs/base/hyps.jsonl runs/opd/hyps.jsonl   # each with the first
+    python evaluate.py --rescore runs/x/eval/hyps.jsonl --out runs/x/again  # same numbers; no model
 
 TD is teacher data: transcripts that become references for sft.py. Decoding is greedy; for
 --as_manifest it may be sampled, from numbers keyed on (seed, utterance). Every process appends to
@@ -35,12 +36,12 @@ summary.json
     substitutions, deletions, insertions, errors, units, utterances    sums
   clips, without_text, empty, truncated, failed    how many lines, with a text or without
   normaliser, versions, commit, command, device, model, language, temperature, seed, max_new_tokens,
-  files (when weights and manifests were written)    what made the numbers
+  files (when weights and manifests, or --rescore's, were written)    what made the numbers
 
 errors.txt: the 50 clips with the most errors, aligned.
 
---compare counts anew the errors of any JSON Lines with id, text and hyp, of one system or several,
-without a model. With --out it writes compare.png and compare.json, such entries of every system:
+--rescore and --compare count the errors anew of any JSON Lines with id, text and hyp. With --out,
+--compare writes compare.png and compare.json, such entries of every system:
   difference, difference_low, difference_high    how far its rate is below the first system's (that
                         one's minus its own, points, paired): 0 of the first, above 0 of better ones
 """
@@ -72,6 +73,7 @@ READS = {  # the flag that names a mode: the others that it reads
     "data": "model out as_manifest temperature seed language keep_going resume batch "
             "max_new_tokens device",
     "audio": "model language keep_going max_new_tokens device",
+    "rescore": "out",
     "compare": "out",
 }
 
@@ -84,6 +86,7 @@ def parse_args(argv=None):
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--data", nargs="+", help="manifests to transcribe")
     add("--audio", nargs="+", help="audio files to transcribe and print")
+    add("--rescore", help="hyps.jsonl to score again")
     add("--compare", nargs="+", help="hyps.jsonl of several systems, same clips")
     add = parser.add_argument
     add("--model", help="checkpoint directory or Hub id, student or teacher")
@@ -126,19 +129,26 @@ def main(args):
         return entries
     if args.audio:
         return print_transcripts(args)
-    rows, made_with = transcribe_data(args)
-    if not rows:
-        return  # any rank but 0
+    if args.rescore:
+        rows = list(read_hyps(args.rescore).values())
+        made_with = {"files": {args.rescore: os.path.getmtime(args.rescore)},
+                     "normaliser": data.METRIC}
+    else:
+        rows, made_with = transcribe_data(args)
+        if not rows:
+            return  # any rank but 0
     out = Path(args.out).absolute()
     if args.as_manifest:
         write_teacher_manifest(rows, args.as_manifest)
     for row in rows:
-        row["audio"] = os.path.relpath(row["audio"], os.path.realpath(out))
+        if "audio" in row:
+            row["audio"] = os.path.relpath(row["audio"], os.path.realpath(out))
     data.write_jsonl(out / "hyps.jsonl", rows)
     data.write_json(out / "summary.json", summarize(out.name, rows) | provenance() | made_with)
     (out / "errors.txt").write_text(worst_clips(rows), encoding="utf-8")
-    for path in (*out.glob("part-*.jsonl"), out / "part.json"):  # all is in hyps.jsonl
-        path.unlink()
+    if args.data:  # all is in hyps.jsonl
+        for path in (*out.glob("part-*.jsonl"), out / "part.json"):
+            path.unlink()
 
 
 # ------------------------------------------------------------------------------------- transcribe
@@ -347,38 +357,36 @@ def read_systems(paths) -> dict[str, list[dict]]:
     names = [Path(path).absolute().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    systems = {name: read_hyps(path) for name, path in zip(names, paths)}
+    systems = {}
+    for name, path in zip(names, paths):
+        systems[name] = {clip: row for clip, row in read_hyps(path).items() if "text" in row}
     first = systems[names[0]]
     for name, rows in systems.items():
         odd = first.keys() ^ rows.keys()
-        if odd:
+        if odd or not rows:
             raise ValueError(f"{names[0]} and {name}: {len(odd)} clips are not in both with one "
-                             f"reference, such as {next(iter(odd))}")
+                             f"reference, such as {next(iter(odd), None)}")
     return {name: [rows[clip] for clip in first] for name, rows in systems.items()}
 
 
 def read_hyps(path) -> dict[tuple, dict]:
-    """{clip: its row} of a hyps.jsonl where there is a text, errors counted anew.
-
-    Raises ValueError naming the line, or the file if it has no text.
-    """
+    """{clip: its row} of a hyps.jsonl, errors counted anew. Raises ValueError naming the line."""
     rows = {}
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        row = {"set": "test", "language": None} | data.json_object(line, where)
-        if row.get("text") is None:
-            continue
-        for key in ("id", "set", "text", "hyp"):
+        row = {"set": "test", "stopped": True}
+        row |= {k: v for k, v in data.json_object(line, where).items() if v is not None}
+        for key in {"id", "hyp"} | row.keys() & {"set", "text", "language", "audio"}:
             if not isinstance(row.get(key), str):
                 raise ValueError(f"{where}: expected a string as {key!r}: {line[:60]!r}")
-        clip = (row["id"], row["set"], row["text"], row["language"])
+        if "audio" in row:
+            row["audio"] = os.path.join(os.path.realpath(Path(path).parent), row["audio"])
+        clip = (row["id"], row["set"], row.get("text"), row.get("language"))
         if clip in rows:
             raise ValueError(f"{where}: id {row['id']!r} occurs twice")
         rows[clip] = count_errors(row)
-    if not rows:
-        raise ValueError(f"{path}: no line with a text")
     return rows
 
 

@@ -90,6 +90,8 @@ def main(args) -> None:
     rank, world, device = model.setup(args)
     if args.check and rank > 0:
         return model.finish()  # one process is enough
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
     utterances = data.read_manifest(args.data, language=args.language)
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, utterances)

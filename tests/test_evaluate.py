@@ -328,11 +328,11 @@ def test_a_line_that_can_not_be_scored_is_named(tmp_path, line, message):
     with pytest.raises(ValueError, match=f"h.jsonl:3: {message}"):
         run("--compare", tmp_path / "h.jsonl")
     (tmp_path / "h.jsonl").write_bytes(b'{"id": "u0", "hyp": "x"}\n')
-    with pytest.raises(ValueError, match="h.jsonl: no line with a text"):
+    with pytest.raises(ValueError, match="0 clips are not in both with one reference, such as None"):
         run("--compare", tmp_path / "h.jsonl")
 
 
-def test_comparing_one_system_counts_its_errors_anew(whole, tmp_path):
+def test_rescoring_and_comparing_count_errors_anew(whole, tmp_path):
     """Counts that a file holds are not believed, keys that nothing reads do no harm."""
     summary, rows = read_outputs(whole)
     stale = tmp_path / whole.name / "stale.jsonl"
@@ -340,6 +340,15 @@ def test_comparing_one_system_counts_its_errors_anew(whole, tmp_path):
                                     "speaker": None} for row in rows])
     run("--compare", stale, "--out", tmp_path)
     assert json.loads((tmp_path / "compare.json").read_text()) == summary["results"]
+    out = tmp_path / "again" / whole.name
+    data.write_jsonl(out / "part-0-1.jsonl", [{}])  # of a run that was stopped
+    run("--rescore", stale, "--out", out)
+    again, rows_again = read_outputs(out)
+    for key in ("results", "clips", "without_text", "failed", "normaliser"):
+        assert again[key] == summary[key]
+    assert list(again["files"]) == [str(stale)] and "model" not in again
+    assert (out / rows_again[0]["audio"]).resolve() == (stale.parent / rows[0]["audio"]).resolve()
+    assert (out / "part-0-1.jsonl").exists()
 
 
 def test_compare_by_hand(tmp_path, capsys):
@@ -394,6 +403,7 @@ def test_the_worst_clips_are_aligned(spoken, tmp_path):
     ("--model m --data d", "--data needs --out"), ("--audio a", "--audio needs --model"),
     ("--model m --data d --out o --as_manifest ./d", "would write over"),
     ("--model m --compare h --out o", "--compare does not read --model"),
+    ("--rescore h", "--rescore needs --out"),
     ("--model m --audio a --as_manifest t", "--audio does not read --as_manifest"),
     ("--model m --data d --out o --temperature 1", "go with --as_manifest"),
     ("--model m --data d --out o --seed 1", "go with --as_manifest")])
