@@ -1216,17 +1216,13 @@ def dev_error(asr, manifest, args, rank=0, world=1) -> float:
 
 def draw_metrics(metrics, path) -> None:
     """metrics.jsonl -> a picture: a panel over steps for each of these columns that it has."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     logged = set().union(*records)
     names = [name for name in "loss ctc dev_error truncated empty".split() if name in logged]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 3),
-                                   layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], names):
+    figure = Figure(figsize=(3.6 * len(names), 3), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         known = [record for record in records if name in record]
         axis.plot([r["step"] for r in known], [r[name] for r in known], ".-")
         axis.set(title=name, xlabel="step", ylim=(0, None))
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
