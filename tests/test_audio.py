@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -20,22 +19,18 @@ CODECS = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame", "opus": "libo
           "m4a": "aac", "webm": "libopus", "aiff": "pcm_s16be"}
 
 
-def encode(path, audio, codec=None, rate=RATE, **options):
+def encode(path, audio, codec=None, rate=RATE):
     """(n,) or (n, 2) -> a file of the format that its suffix names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     layout = "mono" if audio.ndim == 1 else "stereo"
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec or CODECS[path.suffix[1:].lower()], rate=rate,
-                                      layout=layout, options=options)
+        codec = codec or CODECS[path.suffix[1:].lower()]
+        stream = container.add_stream(codec, rate, layout=layout)
         planes = np.ascontiguousarray(np.atleast_2d(audio.T), dtype=np.float32)
         frame = av.AudioFrame.from_ndarray(planes, "fltp", layout)
         frame.sample_rate = rate
-        frame.time_base = Fraction(1, rate)
         frame.pts = 0
-        convert = av.AudioResampler(stream.format, layout, stream.rate, stream.frame_size or 1024)
-        for part in convert.resample(frame) + convert.resample(None):
-            container.mux(stream.encode(part))
-        container.mux(stream.encode(None))
+        container.mux(stream.encode(frame) + stream.encode(None))
     return path
 
 

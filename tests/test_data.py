@@ -56,9 +56,7 @@ def test_the_fields_of_a_line(tmp_path):
     ({"audio_filepath": "a.wav", "offset": 1.5, "duration": 2.0, "lang": "zh"}, 1.5, 2.0),  # NeMo
     ({"audio": "a.wav", "begin_time": 1.5, "end_time": 3.5}, 1.5, 2.0),     # open-audio-opd
     ({"audio": "a.wav", "begin_time": -1, "end_time": -1}, 0.0, None),      # -1: whole file
-    ({"audio": "a.wav", "begin_time": 1.5, "end_time": -1}, 1.5, None),
     ({"audio": "a.wav", "begin_time": 0, "end_time": 3.5}, 0.0, 3.5),
-    ({"audio": "a.wav", "start": 1.5, "end": 3.5}, 1.5, 2.0),
     ({"audio": "a.wav", "start": 1.5, "end": 3.5, "duration": 2.0}, 1.5, 2.0),
     ({"audio": "a.wav", "sentence": "Hi!", "label": 3, "path": None}, 0.0, None),
     ({"audio": "a.wav", "start": None, "duration": None, "text": None}, 0.0, None)])
@@ -70,18 +68,17 @@ def test_other_spellings_of_a_line(tmp_path, row, start, duration):
 
 @pytest.mark.parametrize("line, names", [
     ('{"audio": "a.wav"', "{\"audio\": \"a.wav\""), ('["a.wav"]', "a.wav"), ("[]", "[]"),
-    ('{"id": "x"}', "'id'"), ('{"audio": ""}', "'audio'"), ('{"audio": 3}', "3"),
+    ('{"id": "x"}', "no 'audio'; the keys are ['id']"), ('{"audio": 3}', "3"),
     ('{"audio": "a.wav", "id": 17}', "17"), ('{"audio": "a.wav", "text": ["hi"]}', "hi"),
-    ('{"audio": "a.wav", "duration": "2.5"}', "2.5"),
-    ('{"audio": "a.wav", "duration": true}', "True"),
+    ('{"audio": "a.wav", "duration": "2.5"}', "2.5"), ('{"audio": "a.wav", "end": true}', "True"),
     ('{"audio": "a.wav", "duration": NaN}', "nan"), ('{"audio": "a.wav", "duration": 0}', "0"),
     ('{"audio": "a.wav", "duration": -2.25}', "-2.25"),
-    ('{"audio": "a.wav", "end": Infinity}', "inf"), ('{"audio": "a.wav", "offset": -1}', "-1"),
-    ('{"audio": "a.wav", "begin_time": 4, "end_time": 3}', "'end': 3"),
-    ('{"audio": "a.wav", "start": 1, "end": 1}', "'end': 1"),
-    ('{"audio": "a.wav", "start": 1, "end": 3, "duration": 1.97}', "'duration': 1.97"),
-    ('{"audio": "a.wav", "channel": -1}', "-1"), ('{"audio": "a.wav", "channel": 0.5}', "0.5"),
-    ('{"audio": "a.wav", "text": "good \\ud83d"}', "'text'"), ('{"wav": "a.wav"}', "'wav'"),
+    ('{"audio": "a.wav", "end": Infinity}', "inf"), ('{"audio": "a.wav", "offset": -2}', "-2"),
+    ('{"audio": "a.wav", "begin_time": 4, "end_time": 3}', "end 3"),
+    ('{"audio": "a.wav", "start": 1, "end": 1}', "end 1"),
+    ('{"audio": "a.wav", "start": 1, "end": 3, "duration": 1.97}', "duration 1.97"),
+    ('{"audio": "a.wav", "channel": -2}', "-2"), ('{"audio": "a.wav", "channel": 0.5}', "0.5"),
+    ('{"audio": "a.wav", "text": "good \\ud83d"}', "'text'"),
     ('{"audio": {"path": "a.wav", "array": [' + "0.125, " * 999 + '1]}}', "'audio'"),
     ('{"audio": "a.wav", "id": "first"}', "line 1 has the id 'first'")])
 def test_errors_name_line_and_value(tmp_path, line, names):
@@ -104,14 +101,6 @@ def test_what_is_needed_and_missing_is_said(tmp_path):
         data.read_manifest(path, need=("text", "language"))
 
 
-@pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
-def test_a_manifest_in_another_encoding_is_refused(tmp_path, encoding):
-    line = json.dumps({"audio": "a.wav", "text": "打开红色台灯"}, ensure_ascii=False)
-    (tmp_path / "m.jsonl").write_bytes(line.encode(encoding))
-    with pytest.raises(ValueError, match="m.jsonl:1: .* 'utf-8' codec can't decode"):
-        data.read_manifest(tmp_path / "m.jsonl")
-
-
 def test_a_language_is_given_to_lines_that_name_none(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", {"audio": "a.wav"}, {"audio": "b.wav", "lang": "en"},
                        {"audio": "c.wav"})
@@ -120,7 +109,7 @@ def test_a_language_is_given_to_lines_that_name_none(tmp_path):
     assert {code: u.id for code, u in manifest.languages.items()} == {"zh-tw": "a", "en": "b"}
 
 
-def test_a_byte_order_mark_and_blank_lines_are_no_text(tmp_path):
+def test_a_byte_order_mark_and_blank_lines_hold_nothing(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"audio": "a.wav"}\r\n\r\n\n{"audio": "b.wav"}')
     assert [(u.id, u.line[-2:]) for u in data.read_manifest(path)] == [("a", ":1"), ("b", ":4")]
@@ -140,8 +129,7 @@ def test_two_points_lead_from_where_a_link_leads(tmp_path, monkeypatch):
 
 
 def test_a_manifest_is_a_sequence_that_travels_to_other_processes(tmp_path):
-    rows = [{"id": str(i), "audio": f"{i}.wav"} | ({"duration": i / 4} if i % 3 else {})
-            for i in range(10)]
+    rows = [{"id": str(i), "audio": f"{i}.wav"} for i in range(10)]
     paths = [write_lines(tmp_path / "a.jsonl", *rows[:4]),
              write_lines(tmp_path / "b.jsonl", *rows[4:])]
     assert len(data.read_manifest([*paths, paths[0]])) == 14  # an id is twice, in two files
@@ -151,9 +139,6 @@ def test_a_manifest_is_a_sequence_that_travels_to_other_processes(tmp_path):
     assert [u.id for u in manifest[3:6]] == ["3", "4", "5"]
     with pytest.raises(IndexError):
         manifest[10]
-    assert manifest.durations.dtype == np.float32
-    np.testing.assert_array_equal(
-        manifest.durations, [np.nan if i % 3 == 0 else i / 4 for i in range(10)])
     assert list(pickle.loads(pickle.dumps(manifest))) == list(manifest)
 
 
@@ -174,7 +159,7 @@ def test_what_is_written_can_be_read(tmp_path):
 
 @pytest.mark.parametrize("raw, found", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs"), (b"", "b''"),
-    (b"[1]", r"\[1\]"), (b"\x80\x02}", "x80")])
+    (b"[1]", r"\[1\]"), ('{"text": "打开"}'.encode("gbk"), "'utf-8' codec can't decode")])
 def test_json_of_another_kind_is_named(tmp_path, raw, found):
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(ValueError, match=f"config.json: expected a JSON object, found .*{found}"):
@@ -389,7 +374,7 @@ def test_sentences_of_the_demo_stay_apart_when_they_run_short(tmp_path, monkeypa
     speech = sound(np.random.default_rng(0), 0.1)
     monkeypatch.setattr(data, "start_espeak", lambda: (RATE, lambda *_, **__: speech))
     monkeypatch.setattr(data, "add_noise", lambda audio, rng: audio)
-    monkeypatch.setitem(data.GRAMMAR, "en", (["{n}"], {"n": " ".join(map(str, range(40)))}))
+    monkeypatch.setitem(data.GRAMMAR, "en", (["{n}"], {"n": " ".join(map(str, range(40)))}, ["en-us"], 180))
     (tmp_path / "wav").mkdir()
     sizes = {"test": 16, "dev": 16, "train": 20, "teacher": 100, "pool": 100}
     rows = data.speak_language("en", tmp_path, 0, sizes)
