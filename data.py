@@ -330,7 +330,7 @@ def check_wav(path) -> None:
 
 # ------------------------------------------------------------------------------------ 3. features
 
-def log_mel(audio: np.ndarray, n_mels: int = 128) -> torch.Tensor:
+def log_mel(audio, n_mels=128) -> torch.Tensor:
     """Whisper's features of one clip: (n,) at 16 kHz -> (n_mels, T = n // 160) float32."""
     power = mel_transform(n_mels)(torch.from_numpy(audio))  # (n_mels, T + 1)
     logs = power[:, :-1].clamp(min=1e-10).log10()           # Whisper drops the half-empty frame
@@ -406,7 +406,7 @@ def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
     return Batch([utterance for utterance, _ in clips], mel, n_frames, rejected)
 
 
-def pad_rows(rows, pad_id, device=None, side="right") -> tuple[torch.Tensor, torch.Tensor]:
+def pad_rows(rows, pad_id, device=None, side="right"):
     """Lists of ids -> ids (B, R), padded with pad_id on one side; mask (B, R), True at real ids."""
     n = torch.tensor([len(row) for row in rows]).reshape(-1, 1)
     mask = torch.arange(max(map(len, rows), default=0)) < n  # (B, R)
@@ -684,7 +684,6 @@ def wenetspeech(root):
     Manifests of segments: train (L), train_m, train_s (parts of L), dev, test_net, test_meeting.
     """
     path = root / "WenetSpeech.json"
-    audio = None
     try:  # object by object: as a whole, its 6 GB take tens in memory
         for audio in ijson.items(path.open("rb"), "audios.item", use_float=True):
             file = str(root / audio["path"])
@@ -693,12 +692,10 @@ def wenetspeech(root):
                 row = {"id": segment["sid"], "audio": file, "text": segment["text"] or "",
                        "language": "zh", "start": start,
                        "duration": round(segment["end_time"] - start, 4)}
-                for subset in segment["subsets"]:
-                    if subset in WENETSPEECH:  # not so the weakly labelled W
-                        yield WENETSPEECH[subset], row
+                for subset in filter(WENETSPEECH.get, segment["subsets"]):  # W has no manifest
+                    yield WENETSPEECH[subset], row
     except (ijson.JSONError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cut off, or of another form: {error!r} after {str(audio)[:200]}"
-                         ) from None
+        raise ValueError(f"{path}: cut off, or of another form: {error!r}") from None
 
 
 def folder(root, language=None):
@@ -842,7 +839,7 @@ def make_demo(out, seed=0, sizes=SIZES) -> None:
         print(f"{out / split}.jsonl: {len(rows)} clips")
 
 
-def speak_language(language, out, seed, sizes) -> dict[str, list[dict]]:
+def speak_language(language, out, seed, sizes):
     """Synthesises one language of the demo in this (fresh) process -> {split: rows of manifest}."""
     torch.set_num_threads(1)  # clips are short: a second thread would only wait
     rate, say = start_espeak()

@@ -146,7 +146,7 @@ def test_wenetspeech_errors(wenet, tmp_path):
     whole = path.read_text(encoding="utf-8")
     for broken, named in ((whole[:len(whole) // 2], str(path)), ("not json", str(path)),
                           ('{"audio": []}', "no utterance is left"),
-                          ('{"audios": [{"aid": "Y17"}]}', "Y17"), ('{"audios": ["Y18"]}', "Y18"),
+                          ('{"audios": [{"aid": "Y17"}]}', "'path'"), ('{"audios": ["Y"]}', "form"),
                           (whole.replace('"sid": "Y_S00003"', '"sid": "Y_S00000"'), "'Y_S00000'")):
         text(path, broken)
         assert named in fails("wenetspeech", wenet, out)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -134,11 +135,9 @@ def test_a_manifest_is_a_sequence_that_travels_to_other_processes(tmp_path):
              write_lines(tmp_path / "b.jsonl", *rows[4:])]
     assert len(data.read_manifest([*paths, paths[0]])) == 14  # an id is twice, in two files
     manifest = data.read_manifest(paths)
-    assert len(manifest) == 10 and [u.id for u in manifest] == list("0123456789")
-    assert [manifest[i].id for i in (-1, 4, np.int64(3))] == ["9", "4", "3"]
+    assert [u.id for u in manifest] == list("0123456789")  # __len__, __getitem__ and its IndexError
+    assert [manifest[i].id for i in (-1, np.int64(3))] == ["9", "3"]
     assert [u.id for u in manifest[3:6]] == ["3", "4", "5"]
-    with pytest.raises(IndexError):
-        manifest[10]
     assert list(pickle.loads(pickle.dumps(manifest))) == list(manifest)
 
 
@@ -168,36 +167,26 @@ def test_json_of_another_kind_is_named(tmp_path, raw, found):
 
 # ---------------------------------------------------------------------------- batches
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    """A manifest of 13 clips of 0.2 to 1.2 s, no two of one length, not sorted."""
-    folder = tmp_path_factory.mktemp("clips")
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(13):
-        write_wav(folder / f"{i}.wav", sound(rng, 0.2 + (i * 5 % 13) / 12))
-        rows.append({"id": f"u{i}", "audio": f"{i}.wav", "text": f"text {i}", "language": "en"})
-    data.write_jsonl(folder / "m.jsonl", rows)
-    return data.read_manifest(folder / "m.jsonl")
+@pytest.fixture
+def clips(corpus):
+    return data.read_manifest(corpus / "train.jsonl")  # 24, of 0.3 to 1.2 s, not sorted
 
 
 def test_a_row_is_its_clips_features_and_zeros(clips, tmp_path):
     write_wav(tmp_path / "s.wav", np.zeros(RATE))
     silent = data.Utterance("s", str(tmp_path / "s.wav"), line="m.jsonl:7")
     gone = data.Utterance("gone", str(tmp_path / "gone.wav"), line="m.jsonl:9")
-    batch = data.load_batch([clips[0], silent, *clips[3:7], gone], n_mels=(80, 128))
-    assert sorted(u.id for u in batch.utterances) == ["u0", "u3", "u4", "u5", "u6"]
-    lengths = []
-    for k, (u, n) in enumerate(zip(batch.utterances, batch.n_frames)):
-        audio = data.load_audio(u)
-        lengths.append(len(audio))
+    batch = data.load_batch([*clips[14:19], silent, clips[19], gone], n_mels=(80, 128))
+    audios = sorted([data.load_audio(u) for u in clips[14:20]], key=len)
+    assert sorted(batch.mel) == [80, 128]
+    for k, (u, audio, n) in enumerate(zip(batch.utterances, audios, batch.n_frames, strict=True)):
+        np.testing.assert_array_equal(audio, data.load_audio(u))
         audio = np.concatenate([audio, np.zeros(max(0, 8000 - len(audio)), np.float32)])
         assert n == len(audio) // 160
         for n_mels, mel in batch.mel.items():
-            assert mel.shape == (5, n_mels, batch.n_frames.max()) and mel.dtype == np.float32
+            assert mel.shape == (6, n_mels, batch.n_frames.max()) and mel.dtype == np.float32
             np.testing.assert_array_equal(mel[k, :, :n], data.log_mel(audio, n_mels).numpy())
             assert (mel[k, :, n:] == 0).all()
-    assert lengths == sorted(lengths) and sorted(batch.mel) == [80, 128]
     assert batch.n_frames.dtype == np.int64 and batch.n_frames.min() == 50  # half a second, padded
     assert batch.audio_sec == pytest.approx(batch.n_frames.sum() / 100)
     assert [reason for reason, _ in batch.rejected] == ["silent", "unreadable"]
@@ -206,7 +195,7 @@ def test_a_row_is_its_clips_features_and_zeros(clips, tmp_path):
         data.load_batch([clips[0], silent], keep_going=False)
     with pytest.warns(UserWarning, match="silent"):
         assert len(data.load_batch([silent], for_training=False)) == 1
-    assert data.load_batch([clips[2]], max_sec=0.5).rejected[0][0] == "too_long"
+    assert data.load_batch([clips[0]], max_sec=0.2).rejected[0][0] == "too_long"
 
 
 def test_a_batch_without_a_clip_is_a_batch():
@@ -217,11 +206,11 @@ def test_a_batch_without_a_clip_is_a_batch():
 
 def test_parts_of_a_batch_are_cropped_to_their_own_longest_row(clips):
     batch = data.load_batch(clips)
-    parts = batch.split(5)
-    assert [len(part) for part in parts] == [5, 5, 3]
-    assert [u for part in parts for u in part.utterances] == batch.utterances
+    parts = batch.split(10)
+    assert [len(part) for part in parts] == [10, 10, 4]
     for k, part in enumerate(parts):
-        rows = slice(5 * k, 5 * k + 5)
+        rows = slice(10 * k, 10 * k + 10)
+        assert part.utterances == batch.utterances[rows]
         np.testing.assert_array_equal(part.n_frames, batch.n_frames[rows])
         np.testing.assert_array_equal(part.mel[128], batch.mel[128][rows, :, :part.n_frames.max()])
 
@@ -230,6 +219,7 @@ def test_rows_of_ids_are_padded_on_one_side():
     ids, mask = data.pad_rows([[5, 6, 7], [], [8]], pad_id=9)
     assert ids.tolist() == [[5, 6, 7], [9, 9, 9], [8, 9, 9]] and ids.dtype == torch.long
     assert mask.tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+    assert [x.shape for x in data.pad_rows([], 9)] == [(0, 0), (0, 0)]
     ids, mask = data.pad_rows([[9, 1], [9]], pad_id=9, side="left")  # an id may be pad_id
     assert ids.tolist() == [[9, 1], [9, 9]] and mask.tolist() == [[True, True], [False, True]]
 
@@ -246,12 +236,11 @@ def test_a_step_is_a_function_of_seed_and_number(n, size):
         for i in range(plan.steps_per_epoch):
             step = epoch * plan.steps_per_epoch + i
             assert plan[step] == order[i * size:(i + 1) * size].tolist()
-            assert data.Plan(n, size, 4)[step] != plan[step] or n < 24
 
 
 def test_ranks_share_out_each_step(clips):
-    plan = data.Plan(len(clips), 4, 0)
-    for step in (0, 3, 4):  # step 3 has one row left: a rank without a clip takes part all the same
+    plan = data.Plan(24, 23, 0)
+    for step in (0, 1, 2):  # step 1 has one row left: a rank without a clip takes part all the same
         for rank in range(2):
             part = data.Steps(clips, plan, rank, 2, (80,))[step]
             mine = {clips[i].id for i in plan[step][rank::2]}
@@ -326,18 +315,12 @@ def test_no_worker_outlives_the_trainer(how):
 # ---------------------------------------------------------------------------- keyed uniforms
 
 def test_uniforms_depend_on_their_key_alone():
-    ids = [f"u{i}" for i in range(50)]
-    table = data.keyed_uniforms(1, 2, ids, 40)
-    assert table.shape == (50, 40) and table.dtype == np.float32
-    assert table.min() >= 0 and table.max() < 1 and abs(table.mean() - 0.5) < 0.03
-    np.testing.assert_array_equal(data.keyed_uniforms(1, 2, ids[::-7], 12), table[::-7, :12])
-    for other in (data.keyed_uniforms(2, 2, ids, 40), data.keyed_uniforms(1, 3, ids, 40),
-                  data.keyed_uniforms(2, 1, ids, 40), np.roll(table, 1, 0), np.roll(table, 1, 1)):
-        assert (other == table).mean() < 0.01
-    # What a resume relies on, in every process and version.
-    key = [7, 11, *hashlib.blake2b("en-17".encode(), digest_size=8).digest()]
-    np.testing.assert_array_equal(data.keyed_uniforms(7, 11, ["en-17"], 5)[0],
-                                  np.random.default_rng(key).random(5, dtype=np.float32))
+    names = ["en-17", "zh-3"]
+    table = data.keyed_uniforms(7, 11, names, 5)
+    for row, name in zip(table, names, strict=True):  # what a resume relies on, in every process
+        key = [7, 11, *hashlib.blake2b(name.encode(), digest_size=8).digest()]
+        np.testing.assert_array_equal(row, np.random.default_rng(key).random(5, dtype=np.float32))
+    np.testing.assert_array_equal(data.keyed_uniforms(7, 11, names[1:], 3), table[1:, :3])
 
 
 # ---------------------------------------------------------------------------- demo corpus
@@ -374,7 +357,8 @@ def test_sentences_of_the_demo_stay_apart_when_they_run_short(tmp_path, monkeypa
     speech = sound(np.random.default_rng(0), 0.1)
     monkeypatch.setattr(data, "start_espeak", lambda: (RATE, lambda *_, **__: speech))
     monkeypatch.setattr(data, "add_noise", lambda audio, rng: audio)
-    monkeypatch.setitem(data.GRAMMAR, "en", (["{n}"], {"n": " ".join(map(str, range(40)))}, ["en-us"], 180))
+    numbers = " ".join(map(str, range(40)))
+    monkeypatch.setitem(data.GRAMMAR, "en", (["{n}"], {"n": numbers}, ["en-us"], 180))
     (tmp_path / "wav").mkdir()
     sizes = {"test": 16, "dev": 16, "train": 20, "teacher": 100, "pool": 100}
     rows = data.speak_language("en", tmp_path, 0, sizes)
@@ -382,19 +366,16 @@ def test_sentences_of_the_demo_stay_apart_when_they_run_short(tmp_path, monkeypa
     samples = np.frombuffer((tmp_path / "wav/dev-en-00000.wav").read_bytes()[44:], "<i2")
     np.testing.assert_array_equal(samples, np.floor(speech * 32768.0))
     text = {split: {row["text"] for row in rows[split]} for split in rows}
-    assert not text["test"] & (text["dev"] | text["train"] | text["teacher"] | text["pool"])
-    assert not text["dev"] & (text["train"] | text["teacher"] | text["pool"])
-    assert not text["teacher"] & text["train"]
+    for split, others in {"test": ["dev", "train", "teacher", "pool"],
+                          "dev": ["train", "teacher", "pool"], "train": ["teacher"]}.items():
+        assert all(text[split].isdisjoint(text[other]) for other in others)
     assert text["pool"] & text["train"]  # the pool is new audio, not new sentences
 
 
 def test_noise_and_level_of_the_demo():
     speech = sound(np.random.default_rng(0), 1.0) * (np.arange(RATE) > RATE // 2)
     for seed in range(20):
-        audio = data.add_noise(speech, data.random.Random(seed))
-        peak = 20 * np.log10(np.abs(audio).max())
-        assert -16 <= peak <= -6
-        noise = audio[:RATE // 2]  # nothing is said there
-        rest = audio[RATE // 2:]
-        ratio = 10 * np.log10(((rest ** 2).mean() - (noise ** 2).mean()) / 2 / (noise ** 2).mean())
-        assert 24 < ratio < 41
+        audio = data.add_noise(speech, random.Random(seed))
+        assert -16 <= 20 * np.log10(np.abs(audio).max()) <= -6
+        noise, rest = (audio ** 2).reshape(2, -1).mean(1)  # nothing is said in the first half
+        assert 24 < 10 * np.log10((rest - noise) / 2 / noise) < 41
