@@ -255,7 +255,7 @@ def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
     return audio
 
 
-def decode(path, start_sec, seconds) -> np.ndarray:
+def decode(path, start_sec, seconds):
     """`seconds` of a file from start_sec on, or less at its end: -> (C, n) float32 at 16 kHz."""
     samples = av.AudioFifo()  # at the file's own rate and format: cut first, resampled once
     run_up = None             # samples before start_sec
@@ -357,7 +357,7 @@ class Batch:
     utterances: list[Utterance]
     mel: dict[int, np.ndarray]            # n_mels: (B, n_mels, T) float32, zeros behind a row's end
     n_frames: np.ndarray                  # (B,) int64, mel frames of each row
-    rejected: list[tuple[str, str]]       # (reason, message) of clips that were left out
+    rejected: list                        # (reason, message) of clips that were left out
 
     def __len__(self):
         return len(self.utterances)
@@ -408,8 +408,8 @@ def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
 
 def pad_rows(rows, pad_id, device=None, side="right"):
     """Lists of ids -> ids (B, R), padded with pad_id on one side; mask (B, R), True at real ids."""
-    n = torch.tensor([len(row) for row in rows]).reshape(-1, 1)
-    mask = torch.arange(max(map(len, rows), default=0)) < n  # (B, R)
+    lengths = [len(row) for row in rows]
+    mask = torch.arange(max(lengths, default=0)) < torch.tensor(lengths)[:, None]
     if side == "left":
         mask = mask.flip(1)
     ids = torch.full(mask.shape, pad_id)
@@ -438,7 +438,7 @@ class Plan:
 
 
 @lru_cache(maxsize=1)  # the next step asks for the same one
-def shuffled(n, seed, epoch) -> np.ndarray:
+def shuffled(n, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(np.arange(n, dtype=np.uint32))
 
 
@@ -475,7 +475,7 @@ def start_worker(_number):
     threading.Thread(target=end_with_trainer, daemon=True).start()
 
 
-def keyed_uniforms(seed, step, ids, count) -> np.ndarray:
+def keyed_uniforms(seed, step, ids, count):
     """Uniforms in [0, 1) by (seed, step, id, column) alone: -> (len(ids), count) float32.
 
     A rollout drawn with them is the same in any batch, on any number of ranks, after a resume
@@ -606,14 +606,14 @@ def edit_counts(ref: str, hyp: str, language: str | None) -> Counts:
     return Counts(out.substitutions, out.deletions, out.insertions, units)
 
 
-def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0) -> np.ndarray:
+def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0):
     """Rates sum(numerators) / sum(denominators) of corpora drawn anew: (n,) -> (draws,).
 
     (n, K) -> (draws, K): K systems on the same draws, so a difference of columns is paired. Drawn
     are utterances (Bisani & Ney, ICASSP 2004) or whole `blocks`, each utterance's label: a speaker,
     say. nan: draws without a unit, and all if there is only one block.
     """
-    numerators = np.asarray(numerators, dtype=np.float64)
+    numerators, denominators = np.array([numerators, denominators], dtype=np.float64)
     if blocks is None:
         blocks = range(len(numerators))
     names, block = np.unique(blocks, return_inverse=True)  # block: (n,), places in `names`
@@ -622,7 +622,7 @@ def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0) -> np.n
     rng = np.random.default_rng(seed)
     for i in range(draws if n > 1 else 0):
         times = rng.multinomial(n, np.full(n, 1 / n))[block]  # how often each utterance is drawn
-        drawn = times @ np.asarray(denominators)
+        drawn = times @ denominators
         rates[i] = times @ numerators / np.where(drawn > 0, drawn, np.nan)
     return rates
 
@@ -753,8 +753,8 @@ def write_corpus(rows, out) -> None:
             remarks[name, "without text"].append(row["audio"])
         if row["duration"] > MAX_SEC:
             remarks[name, f"over {MAX_SEC} s, not trained on"].append(row["audio"])
-    for (name, remark), audios in remarks.items():
-        print(f"{name}: {len(audios)} {remark}; the first is {audios[0]}")
+    for (name, remark), found in remarks.items():
+        print(f"{name}: {len(found)} {remark}; the first is {found[0]}")
     if not manifests:
         raise ValueError("no utterance is left")
     for name, kept in manifests.items():
@@ -832,7 +832,7 @@ def make_demo(out, seed=0, sizes=SIZES) -> None:
     # A fresh process each: espeak-ng repeats its bytes only for the same calls in the same order.
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as processes:
         tasks = [(language, out, seed, sizes) for language in GRAMMAR]
-        english, mandarin = processes.starmap(speak_language, tasks, chunksize=1)
+        english, mandarin = processes.starmap(speak_language, tasks)
     for split in sizes:
         rows = [row for pair in zip(english[split], mandarin[split]) for row in pair]
         write_jsonl(out / f"{split}.jsonl", rows)
@@ -874,7 +874,7 @@ def speak_language(language, out, seed, sizes):
     return rows
 
 
-def add_noise(audio, rng) -> np.ndarray:
+def add_noise(audio, rng):
     """Clean speech -> a clip with noise 25 to 40 dB below it and a peak of -16 to -6 dBFS."""
     noise_rng = np.random.default_rng(rng.getrandbits(32))
     noise = noise_rng.standard_normal(len(audio)).astype(np.float32)
