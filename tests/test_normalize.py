@@ -151,7 +151,8 @@ def test_an_interval_is_reproducible_and_has_the_normal_width():
 def test_systems_are_drawn_together():
     rng = np.random.default_rng(10)
     errors, units = rng.integers(0, 5, 60), rng.integers(5, 20, 60)
-    rates = data.bootstrap(np.stack([errors, errors + 1], 1), np.stack([units, units], 1), draws=250)
+    pair = np.stack([errors, errors + 1], 1)
+    rates = data.bootstrap(pair, np.stack([units, units], 1), draws=250)
     np.testing.assert_array_equal(rates[:, 0], data.bootstrap(errors, units, draws=250))
     low, high = data.interval(rates)
     assert data.interval(rates[:, 1]) == (low[1], high[1])
