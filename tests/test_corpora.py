@@ -53,56 +53,49 @@ def test_librispeech(tmp_path, capsys):
     root = tmp_path / "corpora" / "LibriSpeech"
     for chapter, n in (("dev-clean/84/121123", 3), ("dev-clean/174/50561", 2),
                        ("train-clean-100/103/1240", 1)):
-        folder = root / chapter
-        start = "-".join(folder.parts[-2:])
-        for i in range(n):
-            audio(folder / f"{start}-{i:04d}.flac", 0.3 + 0.1 * i)
-        text(folder / f"{start}.trans.txt",
-             "".join(f"{start}-{i:04d} MISTER QUILTER'S {i}\n" for i in range(n)))
+        names = [f"{'-'.join(chapter.split('/')[1:])}-{i:04d}" for i in range(n)]
+        for i, name in enumerate(names):
+            audio(root / chapter / f"{name}.flac", 0.3 + 0.1 * i)
+        text(root / chapter / f"{names[0][:-5]}.trans.txt",
+             "".join(f"{name} MISTER QUILTER'S\n" for name in names))
     text(root / "SPEAKERS.TXT", ";ID  |SEX| SUBSET\n")
-    audio(root / "dev-clean/84/121123/84-121123-0009.flac")            # not in the transcript
-    (root / "dev-clean/84/121123/84-121123-0002.flac").unlink()        # in the transcript alone
-    (root / "dev-clean/174/50561/174-50561-0001.flac").write_bytes(b"half a download" * 99)
+    dev = root / "dev-clean"
+    audio(dev / "84/121123/84-121123-0009.flac")            # not in the transcript
+    (dev / "84/121123/84-121123-0002.flac").unlink()        # in the transcript alone
+    (dev / "174/50561/174-50561-0001.flac").write_bytes(b"half a download" * 99)
     text(root / "train-clean-100/103/1240/103-1240.trans.txt", "103-1240-0000\n")  # no words
 
     out = tmp_path / "deep" / "out"
     run("librispeech", root.parent, out)
     assert os.listdir(out) == ["dev-clean.jsonl"]
-    dev = read(out / "dev-clean.jsonl")
-    assert [(u.id, u.text, u.language, u.speaker, u.duration_sec) for u in dev] == [
-        ("174-50561-0000", "MISTER QUILTER'S 0", "en", "174", 0.3),
-        ("84-121123-0000", "MISTER QUILTER'S 0", "en", "84", 0.3),
-        ("84-121123-0001", "MISTER QUILTER'S 1", "en", "84", 0.4)]
-    assert dev[2].audio == str(root / "dev-clean/84/121123/84-121123-0001.flac")
-    left_out = {
-        "dev-clean: 1 left out, unreadable": "dev-clean/174/50561/174-50561-0001.flac",
-        "dev-clean: 1 left out, no transcript": "dev-clean/84/121123/84-121123-0009.flac",
-        "train-clean-100: 1 left out, no transcript":
-            "train-clean-100/103/1240/103-1240-0000.flac"}
+    rows = read(out / "dev-clean.jsonl")
+    assert [(u.id, u.text, u.language, u.speaker, u.duration_sec) for u in rows] == [
+        ("174-50561-0000", "MISTER QUILTER'S", "en", "174", 0.3),
+        ("84-121123-0000", "MISTER QUILTER'S", "en", "84", 0.3),
+        ("84-121123-0001", "MISTER QUILTER'S", "en", "84", 0.4)]
+    assert rows[2].audio == f"{dev}/84/121123/84-121123-0001.flac"
+    first = f"1 left out, no transcript; the first is {root}"
     assert set(capsys.readouterr().out.splitlines()) == {
         f"{out}/dev-clean.jsonl: 3 utterances, 0.00 hours; 2 left out",
         "transcripts: 1 left out, no audio file; the first is 84-121123-0002",
-        *(f"{remark}; the first is {root}/{path}" for remark, path in left_out.items())}
+        f"dev-clean: 1 left out, unreadable; the first is {dev}/174/50561/174-50561-0001.flac",
+        f"dev-clean: {first}/dev-clean/84/121123/84-121123-0009.flac",
+        f"train-clean-100: {first}/train-clean-100/103/1240/103-1240-0000.flac"}
 
 
 # ---------------------------------------------------------------------------- AISHELL-1
 
-def test_aishell1(tmp_path, capsys):
+def test_aishell1(tmp_path):
     root = tmp_path / "corpora" / "data_aishell"
-    for path in ("train/S0002/BAC009S0002W0122", "train/S0002/BAC009S0002W0123",
-                 "dev/S0724/BAC009S0724W0121"):
+    for path in ("train/S0002/BAC009S0002W0122", "dev/S0724/BAC009S0724W0121"):
         audio(root / "wav" / f"{path}.wav")
     text(root / "transcript/aishell_transcript_v0.8.txt",
-         "BAC009S0002W0122 而 对 楼市 成交\nBAC009S0724W0121 甚至 出现 T 恤\n\nBAC009S0764W0199 没有 声音\n")
+         "BAC009S0002W0122 而 对 楼市 成交\n\nBAC009S0724W0121 甚至 出现 T 恤\n")
     run("aishell1", root.parent, tmp_path / "out")
     rows = {p.stem: [(u.id, u.text, u.language, u.speaker, u.duration_sec) for u in read(p)]
             for p in (tmp_path / "out").iterdir()}
     assert rows == {"train": [("BAC009S0002W0122", "而对楼市成交", "zh", "S0002", 0.5)],
                     "dev": [("BAC009S0724W0121", "甚至出现T恤", "zh", "S0724", 0.5)]}
-    shown = capsys.readouterr().out  # the published transcript lacks some of the wavs
-    missing = root / "wav/train/S0002/BAC009S0002W0123.wav"
-    assert f"train: 1 left out, no transcript; the first is {missing}" in shown
-    assert "1 left out, no audio file; the first is BAC009S0764W0199" in shown
 
 
 # ---------------------------------------------------------------------------- WenetSpeech
@@ -144,7 +137,6 @@ def test_wenetspeech(wenet, tmp_path, capsys):
     assert u.audio == str(wenet / "audio/train/youtube/B00000/Y0.opus")
     shown = capsys.readouterr().out
     for remark in ("train: 2 left out, bad times;", "train: 1 left out, no transcript;",
-                   "other: 1 left out, in none of L M S DEV TEST_NET TEST_MEETING;",
                    "test_meeting: 1 left out, no audio file;"):
         assert remark in shown
 
@@ -154,7 +146,7 @@ def test_wenetspeech_errors(wenet, tmp_path):
     whole = path.read_text(encoding="utf-8")
     for broken, named in ((whole[:len(whole) // 2], str(path)), ("not json", str(path)),
                           ('{"audio": []}', "no utterance is left"),
-                          ('{"audios": [{"aid": "Y17"}]}', "Y17"), ('{"audios": ["Y18"]}', "Y18"),
+                          ('{"audios": [{"aid": "Y17"}]}', "'path'"), ('{"audios": ["Y"]}', "form"),
                           (whole.replace('"sid": "Y_S00003"', '"sid": "Y_S00000"'), "'Y_S00000'")):
         text(path, broken)
         assert named in fails("wenetspeech", wenet, out)
@@ -191,14 +183,15 @@ def test_a_folder(calls, tmp_path, capsys):
         ("a", "put two cups on the shelf", "yue"), ("b-c", "把杯子放在桌上", "yue"),
         ("b-d.e-f", None, "yue"), ("b-d", None, "yue"), ("b-long", None, "yue"),
         ("g", None, "yue"), ("linked", None, "yue")]
-    shown = capsys.readouterr().out
-    for remark in ("left out, *.md is not read", "left out, *.txt is not read"):
-        assert f"my calls: 1 {remark}; the first is {calls}/" in shown
-    assert f"my calls: 1 left out, no audio file; the first is {calls}/gone.wav" in shown
-    assert f"my calls: 1 left out, unreadable; the first is {calls}/z.wav" in shown
-    assert f"my calls: 5 without text; the first is {calls}/b/d.e/f.m4a" in shown
-    assert "my calls: 1 over 30.0 s, not trained on" in shown and len(shown.splitlines()) == 7
-    assert f"{tmp_path}/out/my calls.jsonl: 7 utterances, 0.01 hours; 4 left out" in shown
+    left_out = "my calls: 1 left out,"
+    assert set(capsys.readouterr().out.splitlines()) == {
+        f"{left_out} *.md is not read; the first is {calls}/b/notes.md",
+        f"{left_out} *.txt is not read; the first is {calls}/h.txt",
+        f"{left_out} no audio file; the first is {calls}/gone.wav",
+        f"{left_out} unreadable; the first is {calls}/z.wav",
+        f"my calls: 5 without text; the first is {calls}/b/d.e/f.m4a",
+        f"my calls: 1 over 30.0 s, not trained on; the first is {calls}/b/long.wav",
+        f"{tmp_path}/out/my calls.jsonl: 7 utterances, 0.01 hours; 4 left out"}
 
 
 def test_a_folder_from_inside_it_and_behind_a_link(calls, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -56,9 +57,7 @@ def test_the_fields_of_a_line(tmp_path):
     ({"audio_filepath": "a.wav", "offset": 1.5, "duration": 2.0, "lang": "zh"}, 1.5, 2.0),  # NeMo
     ({"audio": "a.wav", "begin_time": 1.5, "end_time": 3.5}, 1.5, 2.0),     # open-audio-opd
     ({"audio": "a.wav", "begin_time": -1, "end_time": -1}, 0.0, None),      # -1: whole file
-    ({"audio": "a.wav", "begin_time": 1.5, "end_time": -1}, 1.5, None),
     ({"audio": "a.wav", "begin_time": 0, "end_time": 3.5}, 0.0, 3.5),
-    ({"audio": "a.wav", "start": 1.5, "end": 3.5}, 1.5, 2.0),
     ({"audio": "a.wav", "start": 1.5, "end": 3.5, "duration": 2.0}, 1.5, 2.0),
     ({"audio": "a.wav", "sentence": "Hi!", "label": 3, "path": None}, 0.0, None),
     ({"audio": "a.wav", "start": None, "duration": None, "text": None}, 0.0, None)])
@@ -70,18 +69,17 @@ def test_other_spellings_of_a_line(tmp_path, row, start, duration):
 
 @pytest.mark.parametrize("line, names", [
     ('{"audio": "a.wav"', "{\"audio\": \"a.wav\""), ('["a.wav"]', "a.wav"), ("[]", "[]"),
-    ('{"id": "x"}', "'id'"), ('{"audio": ""}', "'audio'"), ('{"audio": 3}', "3"),
+    ('{"id": "x"}', "no 'audio'; the keys are ['id']"), ('{"audio": 3}', "3"),
     ('{"audio": "a.wav", "id": 17}', "17"), ('{"audio": "a.wav", "text": ["hi"]}', "hi"),
-    ('{"audio": "a.wav", "duration": "2.5"}', "2.5"),
-    ('{"audio": "a.wav", "duration": true}', "True"),
+    ('{"audio": "a.wav", "duration": "2.5"}', "2.5"), ('{"audio": "a.wav", "end": true}', "True"),
     ('{"audio": "a.wav", "duration": NaN}', "nan"), ('{"audio": "a.wav", "duration": 0}', "0"),
     ('{"audio": "a.wav", "duration": -2.25}', "-2.25"),
-    ('{"audio": "a.wav", "end": Infinity}', "inf"), ('{"audio": "a.wav", "offset": -1}', "-1"),
-    ('{"audio": "a.wav", "begin_time": 4, "end_time": 3}', "'end': 3"),
-    ('{"audio": "a.wav", "start": 1, "end": 1}', "'end': 1"),
-    ('{"audio": "a.wav", "start": 1, "end": 3, "duration": 1.97}', "'duration': 1.97"),
-    ('{"audio": "a.wav", "channel": -1}', "-1"), ('{"audio": "a.wav", "channel": 0.5}', "0.5"),
-    ('{"audio": "a.wav", "text": "good \\ud83d"}', "'text'"), ('{"wav": "a.wav"}', "'wav'"),
+    ('{"audio": "a.wav", "end": Infinity}', "inf"), ('{"audio": "a.wav", "offset": -2}', "-2"),
+    ('{"audio": "a.wav", "begin_time": 4, "end_time": 3}', "end 3"),
+    ('{"audio": "a.wav", "start": 1, "end": 1}', "end 1"),
+    ('{"audio": "a.wav", "start": 1, "end": 3, "duration": 1.97}', "duration 1.97"),
+    ('{"audio": "a.wav", "channel": -2}', "-2"), ('{"audio": "a.wav", "channel": 0.5}', "0.5"),
+    ('{"audio": "a.wav", "text": "good \\ud83d"}', "'text'"),
     ('{"audio": {"path": "a.wav", "array": [' + "0.125, " * 999 + '1]}}', "'audio'"),
     ('{"audio": "a.wav", "id": "first"}', "line 1 has the id 'first'")])
 def test_errors_name_line_and_value(tmp_path, line, names):
@@ -104,14 +102,6 @@ def test_what_is_needed_and_missing_is_said(tmp_path):
         data.read_manifest(path, need=("text", "language"))
 
 
-@pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
-def test_a_manifest_in_another_encoding_is_refused(tmp_path, encoding):
-    line = json.dumps({"audio": "a.wav", "text": "打开红色台灯"}, ensure_ascii=False)
-    (tmp_path / "m.jsonl").write_bytes(line.encode(encoding))
-    with pytest.raises(ValueError, match="m.jsonl:1: .* 'utf-8' codec can't decode"):
-        data.read_manifest(tmp_path / "m.jsonl")
-
-
 def test_a_language_is_given_to_lines_that_name_none(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", {"audio": "a.wav"}, {"audio": "b.wav", "lang": "en"},
                        {"audio": "c.wav"})
@@ -120,7 +110,7 @@ def test_a_language_is_given_to_lines_that_name_none(tmp_path):
     assert {code: u.id for code, u in manifest.languages.items()} == {"zh-tw": "a", "en": "b"}
 
 
-def test_a_byte_order_mark_and_blank_lines_are_no_text(tmp_path):
+def test_a_byte_order_mark_and_blank_lines_hold_nothing(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"audio": "a.wav"}\r\n\r\n\n{"audio": "b.wav"}')
     assert [(u.id, u.line[-2:]) for u in data.read_manifest(path)] == [("a", ":1"), ("b", ":4")]
@@ -140,20 +130,14 @@ def test_two_points_lead_from_where_a_link_leads(tmp_path, monkeypatch):
 
 
 def test_a_manifest_is_a_sequence_that_travels_to_other_processes(tmp_path):
-    rows = [{"id": str(i), "audio": f"{i}.wav"} | ({"duration": i / 4} if i % 3 else {})
-            for i in range(10)]
+    rows = [{"id": str(i), "audio": f"{i}.wav"} for i in range(10)]
     paths = [write_lines(tmp_path / "a.jsonl", *rows[:4]),
              write_lines(tmp_path / "b.jsonl", *rows[4:])]
     assert len(data.read_manifest([*paths, paths[0]])) == 14  # an id is twice, in two files
     manifest = data.read_manifest(paths)
-    assert len(manifest) == 10 and [u.id for u in manifest] == list("0123456789")
-    assert [manifest[i].id for i in (-1, 4, np.int64(3))] == ["9", "4", "3"]
+    assert [u.id for u in manifest] == list("0123456789")  # __len__, __getitem__ and its IndexError
+    assert [manifest[i].id for i in (-1, np.int64(3))] == ["9", "3"]
     assert [u.id for u in manifest[3:6]] == ["3", "4", "5"]
-    with pytest.raises(IndexError):
-        manifest[10]
-    assert manifest.durations.dtype == np.float32
-    np.testing.assert_array_equal(
-        manifest.durations, [np.nan if i % 3 == 0 else i / 4 for i in range(10)])
     assert list(pickle.loads(pickle.dumps(manifest))) == list(manifest)
 
 
@@ -174,7 +158,7 @@ def test_what_is_written_can_be_read(tmp_path):
 
 @pytest.mark.parametrize("raw, found", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs"), (b"", "b''"),
-    (b"[1]", r"\[1\]"), (b"\x80\x02}", "x80")])
+    (b"[1]", r"\[1\]"), ('{"text": "打开"}'.encode("gbk"), "'utf-8' codec can't decode")])
 def test_json_of_another_kind_is_named(tmp_path, raw, found):
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(ValueError, match=f"config.json: expected a JSON object, found .*{found}"):
@@ -183,36 +167,26 @@ def test_json_of_another_kind_is_named(tmp_path, raw, found):
 
 # ---------------------------------------------------------------------------- batches
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    """A manifest of 13 clips of 0.2 to 1.2 s, no two of one length, not sorted."""
-    folder = tmp_path_factory.mktemp("clips")
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(13):
-        write_wav(folder / f"{i}.wav", sound(rng, 0.2 + (i * 5 % 13) / 12))
-        rows.append({"id": f"u{i}", "audio": f"{i}.wav", "text": f"text {i}", "language": "en"})
-    data.write_jsonl(folder / "m.jsonl", rows)
-    return data.read_manifest(folder / "m.jsonl")
+@pytest.fixture
+def clips(corpus):
+    return data.read_manifest(corpus / "train.jsonl")  # 24, of 0.3 to 1.2 s, not sorted
 
 
 def test_a_row_is_its_clips_features_and_zeros(clips, tmp_path):
     write_wav(tmp_path / "s.wav", np.zeros(RATE))
     silent = data.Utterance("s", str(tmp_path / "s.wav"), line="m.jsonl:7")
     gone = data.Utterance("gone", str(tmp_path / "gone.wav"), line="m.jsonl:9")
-    batch = data.load_batch([clips[0], silent, *clips[3:7], gone], n_mels=(80, 128))
-    assert sorted(u.id for u in batch.utterances) == ["u0", "u3", "u4", "u5", "u6"]
-    lengths = []
-    for k, (u, n) in enumerate(zip(batch.utterances, batch.n_frames)):
-        audio = data.load_audio(u)
-        lengths.append(len(audio))
+    batch = data.load_batch([*clips[14:19], silent, clips[19], gone], n_mels=(80, 128))
+    audios = sorted([data.load_audio(u) for u in clips[14:20]], key=len)
+    assert sorted(batch.mel) == [80, 128]
+    for k, (u, audio, n) in enumerate(zip(batch.utterances, audios, batch.n_frames, strict=True)):
+        np.testing.assert_array_equal(audio, data.load_audio(u))
         audio = np.concatenate([audio, np.zeros(max(0, 8000 - len(audio)), np.float32)])
         assert n == len(audio) // 160
         for n_mels, mel in batch.mel.items():
-            assert mel.shape == (5, n_mels, batch.n_frames.max()) and mel.dtype == np.float32
+            assert mel.shape == (6, n_mels, batch.n_frames.max()) and mel.dtype == np.float32
             np.testing.assert_array_equal(mel[k, :, :n], data.log_mel(audio, n_mels).numpy())
             assert (mel[k, :, n:] == 0).all()
-    assert lengths == sorted(lengths) and sorted(batch.mel) == [80, 128]
     assert batch.n_frames.dtype == np.int64 and batch.n_frames.min() == 50  # half a second, padded
     assert batch.audio_sec == pytest.approx(batch.n_frames.sum() / 100)
     assert [reason for reason, _ in batch.rejected] == ["silent", "unreadable"]
@@ -221,7 +195,7 @@ def test_a_row_is_its_clips_features_and_zeros(clips, tmp_path):
         data.load_batch([clips[0], silent], keep_going=False)
     with pytest.warns(UserWarning, match="silent"):
         assert len(data.load_batch([silent], for_training=False)) == 1
-    assert data.load_batch([clips[2]], max_sec=0.5).rejected[0][0] == "too_long"
+    assert data.load_batch([clips[0]], max_sec=0.2).rejected[0][0] == "too_long"
 
 
 def test_a_batch_without_a_clip_is_a_batch():
@@ -232,11 +206,11 @@ def test_a_batch_without_a_clip_is_a_batch():
 
 def test_parts_of_a_batch_are_cropped_to_their_own_longest_row(clips):
     batch = data.load_batch(clips)
-    parts = batch.split(5)
-    assert [len(part) for part in parts] == [5, 5, 3]
-    assert [u for part in parts for u in part.utterances] == batch.utterances
+    parts = batch.split(10)
+    assert [len(part) for part in parts] == [10, 10, 4]
     for k, part in enumerate(parts):
-        rows = slice(5 * k, 5 * k + 5)
+        rows = slice(10 * k, 10 * k + 10)
+        assert part.utterances == batch.utterances[rows]
         np.testing.assert_array_equal(part.n_frames, batch.n_frames[rows])
         np.testing.assert_array_equal(part.mel[128], batch.mel[128][rows, :, :part.n_frames.max()])
 
@@ -245,6 +219,7 @@ def test_rows_of_ids_are_padded_on_one_side():
     ids, mask = data.pad_rows([[5, 6, 7], [], [8]], pad_id=9)
     assert ids.tolist() == [[5, 6, 7], [9, 9, 9], [8, 9, 9]] and ids.dtype == torch.long
     assert mask.tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+    assert [x.shape for x in data.pad_rows([], 9)] == [(0, 0), (0, 0)]
     ids, mask = data.pad_rows([[9, 1], [9]], pad_id=9, side="left")  # an id may be pad_id
     assert ids.tolist() == [[9, 1], [9, 9]] and mask.tolist() == [[True, True], [False, True]]
 
@@ -261,12 +236,11 @@ def test_a_step_is_a_function_of_seed_and_number(n, size):
         for i in range(plan.steps_per_epoch):
             step = epoch * plan.steps_per_epoch + i
             assert plan[step] == order[i * size:(i + 1) * size].tolist()
-            assert data.Plan(n, size, 4)[step] != plan[step] or n < 24
 
 
 def test_ranks_share_out_each_step(clips):
-    plan = data.Plan(len(clips), 4, 0)
-    for step in (0, 3, 4):  # step 3 has one row left: a rank without a clip takes part all the same
+    plan = data.Plan(24, 23, 0)
+    for step in (0, 1, 2):  # step 1 has one row left: a rank without a clip takes part all the same
         for rank in range(2):
             part = data.Steps(clips, plan, rank, 2, (80,))[step]
             mine = {clips[i].id for i in plan[step][rank::2]}
@@ -341,18 +315,12 @@ def test_no_worker_outlives_the_trainer(how):
 # ---------------------------------------------------------------------------- keyed uniforms
 
 def test_uniforms_depend_on_their_key_alone():
-    ids = [f"u{i}" for i in range(50)]
-    table = data.keyed_uniforms(1, 2, ids, 40)
-    assert table.shape == (50, 40) and table.dtype == np.float32
-    assert table.min() >= 0 and table.max() < 1 and abs(table.mean() - 0.5) < 0.03
-    np.testing.assert_array_equal(data.keyed_uniforms(1, 2, ids[::-7], 12), table[::-7, :12])
-    for other in (data.keyed_uniforms(2, 2, ids, 40), data.keyed_uniforms(1, 3, ids, 40),
-                  data.keyed_uniforms(2, 1, ids, 40), np.roll(table, 1, 0), np.roll(table, 1, 1)):
-        assert (other == table).mean() < 0.01
-    # What a resume relies on, in every process and version.
-    key = [7, 11, *hashlib.blake2b("en-17".encode(), digest_size=8).digest()]
-    np.testing.assert_array_equal(data.keyed_uniforms(7, 11, ["en-17"], 5)[0],
-                                  np.random.default_rng(key).random(5, dtype=np.float32))
+    names = ["en-17", "zh-3"]
+    table = data.keyed_uniforms(7, 11, names, 5)
+    for row, name in zip(table, names, strict=True):  # what a resume relies on, in every process
+        key = [7, 11, *hashlib.blake2b(name.encode(), digest_size=8).digest()]
+        np.testing.assert_array_equal(row, np.random.default_rng(key).random(5, dtype=np.float32))
+    np.testing.assert_array_equal(data.keyed_uniforms(7, 11, names[1:], 3), table[1:, :3])
 
 
 # ---------------------------------------------------------------------------- demo corpus
@@ -389,7 +357,8 @@ def test_sentences_of_the_demo_stay_apart_when_they_run_short(tmp_path, monkeypa
     speech = sound(np.random.default_rng(0), 0.1)
     monkeypatch.setattr(data, "start_espeak", lambda: (RATE, lambda *_, **__: speech))
     monkeypatch.setattr(data, "add_noise", lambda audio, rng: audio)
-    monkeypatch.setitem(data.GRAMMAR, "en", (["{n}"], {"n": " ".join(map(str, range(40)))}))
+    numbers = " ".join(map(str, range(40)))
+    monkeypatch.setitem(data.GRAMMAR, "en", (["{n}"], {"n": numbers}, ["en-us"], 180))
     (tmp_path / "wav").mkdir()
     sizes = {"test": 16, "dev": 16, "train": 20, "teacher": 100, "pool": 100}
     rows = data.speak_language("en", tmp_path, 0, sizes)
@@ -397,19 +366,16 @@ def test_sentences_of_the_demo_stay_apart_when_they_run_short(tmp_path, monkeypa
     samples = np.frombuffer((tmp_path / "wav/dev-en-00000.wav").read_bytes()[44:], "<i2")
     np.testing.assert_array_equal(samples, np.floor(speech * 32768.0))
     text = {split: {row["text"] for row in rows[split]} for split in rows}
-    assert not text["test"] & (text["dev"] | text["train"] | text["teacher"] | text["pool"])
-    assert not text["dev"] & (text["train"] | text["teacher"] | text["pool"])
-    assert not text["teacher"] & text["train"]
+    for split, others in {"test": ["dev", "train", "teacher", "pool"],
+                          "dev": ["train", "teacher", "pool"], "train": ["teacher"]}.items():
+        assert all(text[split].isdisjoint(text[other]) for other in others)
     assert text["pool"] & text["train"]  # the pool is new audio, not new sentences
 
 
 def test_noise_and_level_of_the_demo():
     speech = sound(np.random.default_rng(0), 1.0) * (np.arange(RATE) > RATE // 2)
     for seed in range(20):
-        audio = data.add_noise(speech, data.random.Random(seed))
-        peak = 20 * np.log10(np.abs(audio).max())
-        assert -16 <= peak <= -6
-        noise = audio[:RATE // 2]  # nothing is said there
-        rest = audio[RATE // 2:]
-        ratio = 10 * np.log10(((rest ** 2).mean() - (noise ** 2).mean()) / 2 / (noise ** 2).mean())
-        assert 24 < ratio < 41
+        audio = data.add_noise(speech, random.Random(seed))
+        assert -16 <= 20 * np.log10(np.abs(audio).max()) <= -6
+        noise, rest = (audio ** 2).reshape(2, -1).mean(1)  # nothing is said in the first half
+        assert 24 < 10 * np.log10((rest - noise) / 2 / noise) < 41

@@ -5,11 +5,9 @@ A change of the tables here is another metric and needs another data.METRIC.
     OMP_NUM_THREADS=1 python -m pytest tests/test_normalize.py -q
 """
 
-import functools
 import hashlib
 import json
 import math
-import random
 import unicodedata
 from pathlib import Path
 
@@ -124,36 +122,14 @@ def test_the_metric_has_a_version_and_its_spellings_are_whispers():
 
 # ---------------------------------------------------------------------------- counts
 
-def optimal_counts(ref, hyp):
-    """All (substitutions, deletions, insertions) of cheapest alignments, by trying every one."""
-    @functools.cache
-    def best(i, j):
-        if i == len(ref) or j == len(hyp):
-            return {(0, len(ref) - i, len(hyp) - j)}
-        found = {(s + (ref[i] != hyp[j]), d, n) for s, d, n in best(i + 1, j + 1)}
-        found |= {(s, d + 1, n) for s, d, n in best(i + 1, j)}
-        found |= {(s, d, n + 1) for s, d, n in best(i, j + 1)}
-        return {c for c in found if sum(c) == min(map(sum, found))}
-    return best(0, 0)
-
-
-@pytest.mark.parametrize("language, alphabet, glue", [
-    ("en", "lamp cup red blue".split(), " "), ("zh", list("灯桌子窗"), ""), (None, list("灯桌子窗"), "")])
-def test_edit_counts_are_optimal(language, alphabet, glue):
-    rng = random.Random(8)
-    for _ in range(200):
-        ref, hyp = (rng.choices(alphabet, k=rng.randint(0, 8)) for _ in range(2))
-        counts = data.edit_counts(glue.join(ref), glue.join(hyp), language)
-        assert tuple(counts[:3]) in optimal_counts(tuple(ref), tuple(hyp))
-        assert counts.units == len(ref) and counts.errors == sum(counts[:3])
-
-
 @pytest.mark.parametrize("ref, hyp, language, counts", [
     ("Don’t stop.", "don't STOP", "en", (0, 0, 0, 3)), ("打开 A 灯。", "打开ａ灯", "zh", (0, 0, 0, 4)),
     ("a b c", "a c", "en", (0, 1, 0, 3)), ("a c", "a b c", "en", (0, 0, 1, 2)),
+    ("灯桌子窗", "桌子门门门", "zh", (1, 1, 2, 4)), ("a b c", "x b c d d", None, (1, 0, 2, 3)),
     ("", "a b", "en", (0, 0, 2, 0)), ("", "", "en", (0, 0, 0, 0))])
-def test_both_sides_are_normalised(ref, hyp, language, counts):
-    assert data.edit_counts(ref, hyp, language) == counts
+def test_both_sides_are_normalised_and_aligned(ref, hyp, language, counts):
+    found = data.edit_counts(ref, hyp, language)
+    assert found == counts and found.errors == sum(counts[:3])
 
 
 # ---------------------------------------------------------------------------- intervals
@@ -161,23 +137,23 @@ def test_both_sides_are_normalised(ref, hyp, language, counts):
 def test_an_interval_is_reproducible_and_has_the_normal_width():
     rng = np.random.default_rng(9)
     units, errors = rng.integers(5, 20, 400), rng.poisson(1.0, 400)
-    low, high = data.interval(data.bootstrap(errors, units, draws=10_000))
+    low, high = data.interval(data.bootstrap(errors, units, draws=5000))
     rate = errors.sum() / units.sum()
     deviation = np.sqrt(((errors - rate * units) ** 2).sum()) / units.sum()  # delta method
     assert (low, high) == pytest.approx((rate - 1.96 * deviation, rate + 1.96 * deviation),
                                         abs=0.15 * deviation)
-    np.testing.assert_array_equal(data.bootstrap(errors, units), data.bootstrap(errors, units))
-    assert not np.array_equal(data.bootstrap(errors, units), data.bootstrap(errors, units, seed=1))
-    assert len(data.bootstrap(errors, units, draws=250)) == 250
+    draws = data.bootstrap(errors, units)
+    assert draws.shape == (1000,)
+    np.testing.assert_array_equal(draws, data.bootstrap(errors, units))
+    assert not np.array_equal(draws, data.bootstrap(errors, units, seed=1))
 
 
 def test_systems_are_drawn_together():
     rng = np.random.default_rng(10)
-    errors, units = rng.integers(0, 5, (60, 1)), rng.integers(5, 20, (60, 1))
-    pair = np.concatenate([errors, errors + 1], 1)
-    rates = data.bootstrap(pair, np.repeat(units, 2, 1), draws=250)
-    assert rates.shape == (250, 2)
-    np.testing.assert_array_equal(rates[:, 0], data.bootstrap(errors[:, 0], units[:, 0], draws=250))
+    errors, units = rng.integers(0, 5, 60), rng.integers(5, 20, 60)
+    pair = np.stack([errors, errors + 1], 1)
+    rates = data.bootstrap(pair, np.stack([units, units], 1), draws=250)
+    np.testing.assert_array_equal(rates[:, 0], data.bootstrap(errors, units, draws=250))
     low, high = data.interval(rates)
     assert data.interval(rates[:, 1]) == (low[1], high[1])
     width = np.ptp(rates[:, 1] - rates[:, 0])
@@ -187,13 +163,10 @@ def test_systems_are_drawn_together():
 def test_blocks_are_drawn_whole():
     # Each speaker says the same ten times over: ten times the clips, no more certainty.
     rng = np.random.default_rng(11)
-    errors, units = rng.integers(0, 5, 40), rng.integers(5, 20, 40)
+    errors, units = rng.integers(0, 5, (40, 1)), rng.integers(5, 20, (40, 1))
     speakers = [f"speaker {i:02d}" for i in range(40)] * 10
-    for shape in ((-1,), (-1, 1)):
-        many = data.bootstrap(np.tile(errors, 10).reshape(shape), np.tile(units, 10).reshape(shape),
-                              blocks=speakers)
-        np.testing.assert_allclose(
-            many, data.bootstrap(errors.reshape(shape), units.reshape(shape)))
+    many = data.bootstrap(np.tile(errors, (10, 1)), np.tile(units, (10, 1)), speakers)
+    np.testing.assert_allclose(many, data.bootstrap(errors, units))
 
 
 def test_an_interval_needs_enough_references():
