@@ -14,8 +14,8 @@ A line of a manifest (paths are relative to the manifest's folder):
   {"id": "en-17", "audio": "wav/en-17.wav", "text": "put two cups on the shelf", "language": "en"}
 Optional: "start" and "duration" or "end" in seconds (a segment of a longer file), "speaker", and
 "channel", from 0 (else the average of all). Read too: NeMo's audio_filepath, offset, lang, and
-open-audio-opd's begin_time, end_time. Other keys are ignored, and so is what is null or -1. An id
-that is missing is the audio's path without its suffix, then "@" and the start if it is a segment.
+open-audio-opd's begin_time, end_time. Other keys are ignored, and so are nulls and times of -1. An
+id that is missing is the audio's path without its suffix, then "@" and the start of a segment.
 
 Differs from the paper (numbers go on from model.py):
   [dev 8] A clip under half a second is heard with silence after it, by student and teacher alike.
@@ -222,14 +222,15 @@ class AudioError(ValueError):
 UNREADABLE = (av.FFmpegError, OSError, ValueError, IndexError)
 
 
-def load_audio(utterance, max_sec=MAX_SEC, for_training=True) -> np.ndarray:
+def load_audio(utterance, for_training=True) -> np.ndarray:
     """One clip: what FFmpeg reads (wav, flac, mp3, opus, m4a, ...) -> (n,) float32 at 16 kHz.
 
     Nothing is cut to fit. Raises AudioError, naming the line: unreadable (a cut-off file too, but
     for Ogg and webm, which look whole), past_end, too_short, too_long, no_channel, not_finite; and
-    silent, unless the text is "". for_training=False: silence only warns; evaluation hears it.
+    silent, unless the text is "". for_training=False: up to MAX_EVAL_SEC, and silence only warns.
     """
     u = utterance
+    max_sec = MAX_SEC if for_training else MAX_EVAL_SEC
     wanted_sec = min(u.duration_sec or math.inf, max_sec + 1.0)
     try:
         channels = decode(u.audio, u.start_sec, wanted_sec)  # (C, n)
@@ -378,17 +379,17 @@ class Batch:
         return [self.rows(i, i + size) for i in range(0, len(self), size)]
 
 
-def load_batch(utterances, n_mels=(128,), keep_going=True, max_sec=MAX_SEC,
-               for_training=True) -> Batch:
+def load_batch(utterances, n_mels=(128,), for_training=True, keep_going=True) -> Batch:
     """Decodes clips, sorts them by length, pads their features; n_mels: of all models of a run.
 
-    keep_going: a clip that can't be used goes to `rejected`; else its AudioError is raised.
+    for_training: see load_audio. keep_going: a clip that can't be used goes to `rejected`; else its
+    AudioError is raised.
     """
     clips = []  # (utterance, audio (n,))
     rejected = []
     for utterance in utterances:
         try:
-            clips.append((utterance, load_audio(utterance, max_sec, for_training)))
+            clips.append((utterance, load_audio(utterance, for_training)))
         except AudioError as error:
             if not keep_going:
                 raise

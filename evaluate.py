@@ -234,8 +234,8 @@ def transcribe_clips(asr, clips, args) -> dict[str, dict]:
     A clip that can't be decoded has an empty transcript and the reason in "failed", or raises
     data.AudioError without --keep_going.
     """
-    batch = data.load_batch(clips, (asr.n_mels,), args.keep_going, data.MAX_EVAL_SEC,
-                            for_training=False)
+    batch = data.load_batch(clips, (asr.n_mels,), for_training=False,
+                            keep_going=args.keep_going)
     results = model.transcribe(asr, batch, args.max_new_tokens, args.temperature, args.seed)
     found = {u.line: result for u, result in zip(batch.utterances, results)}
     lost = [u for u in clips if u.line not in found]

@@ -1066,7 +1066,7 @@ class Run:
             name = Path(path).stem if Path(path).stem not in self.dev else str(path)
             self.dev[name] = data.read_manifest(path, ("text",), self.args.language)
             for u in self.dev[name][self.rank::self.world]:  # a bad clip would end the run later
-                data.load_audio(u, data.MAX_EVAL_SEC, for_training=False)
+                data.load_audio(u, for_training=False)
         self.metrics = self.out / "metrics.jsonl"
         kept = self.restore() if self.resumed else {}
         self.start = kept.get("step", 0)       # updates made before this process began
@@ -1204,8 +1204,7 @@ def dev_error(asr, manifest, args, rank=0, world=1) -> float:
     sums = {"errors": 0, "units": 0}
     for first in range(rank * args.eval_batch, len(manifest), world * args.eval_batch):
         clips = manifest[first:first + args.eval_batch]
-        batch = data.load_batch(clips, (asr.n_mels,), keep_going=False, max_sec=data.MAX_EVAL_SEC,
-                                for_training=False)
+        batch = data.load_batch(clips, (asr.n_mels,), for_training=False, keep_going=False)
         for u, result in zip(batch.utterances, transcribe(asr, batch, args.max_new_tokens)):
             counts = data.edit_counts(u.text, result["hyp"], u.language)
             sums["errors"] += counts.errors

@@ -179,8 +179,8 @@ def measure(student, teacher, to_teacher, utterances, args, states, rank=0, worl
     steps = range(rank, plan.steps_per_epoch, world)
     for step in data.progress(len(steps), "overlap", "batch", rank, rows=steps):
         clips = [utterances[i] for i in plan[step]]
-        batch = data.load_batch(clips, (student.n_mels, teacher.n_mels), keep_going=False,
-                                max_sec=data.MAX_EVAL_SEC, for_training=False)
+        batch = data.load_batch(clips, (student.n_mels, teacher.n_mels), for_training=False,
+                                keep_going=False)
         tables |= measure_batch(student, teacher, to_teacher, batch, args, states)
     if world > 1:
         parts = [None] * world
@@ -319,7 +319,7 @@ def check(student, teacher, to_teacher, utterances, args) -> None:
     counts = []  # of each clip: errors of both, units
     for i in range(0, len(clips), args.batch):
         batch = data.load_batch(clips[i:i + args.batch], (student.n_mels, teacher.n_mels),
-                                keep_going=False, max_sec=data.MAX_EVAL_SEC, for_training=False)
+                                for_training=False, keep_going=False)
         found = [model.transcribe(asr, batch, args.max_new_tokens) for asr in (student, teacher)]
         for u, *results in zip(batch.utterances, *found):
             hyps = [result["hyp"] for result in results]

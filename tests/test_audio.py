@@ -158,6 +158,16 @@ def test_silence_is_heard_in_evaluation_and_where_nothing_is_said(tmp_path):
         assert len(data.load_audio(u, for_training=False)) == RATE
 
 
+@pytest.mark.parametrize("seconds, said", [(40.0, None), (40.5, "too_long")])
+def test_evaluation_hears_up_to_40_seconds(tmp_path, seconds, said):
+    u = clip(tmp_path / "a.wav", sound(np.random.default_rng(4), seconds))
+    assert reason(u) == "too_long"
+    if said:
+        assert reason(u, for_training=False) == said
+    else:
+        assert len(data.load_audio(u, for_training=False)) == 40 * RATE
+
+
 @pytest.mark.parametrize("name, content", [
     ("missing.wav", None), ("empty.wav", b""), ("text.wav", b"not audio at all" * 99),
     ("headerless.raw", b"\0\1" * 9000), ("stub.wav", b"RIFF")])
