@@ -23,6 +23,7 @@ hyps.jsonl: a manifest in the order of --data, with these keys added to each lin
   set                   its manifest: the file's name without .jsonl
   hyp                   the transcript as it is: empty and truncated ones are never mended
   stopped, n_tokens     false if it was cut at --max_new_tokens; its length, end token included
+  audio_sec             seconds of audio heard
   substitutions, deletions, insertions, errors, units    where the line has a text
   failed                only where the clip could not be decoded (--keep_going): the reason
 
@@ -33,7 +34,7 @@ summary.json
     rate, low, high                  percent, with its interval; null where there is none
     resampled                        what the interval rests on, such as "40 speakers"
     sentence_error                   percent of utterances with an error
-    substitutions, deletions, insertions, errors, units, utterances    sums
+    substitutions, deletions, insertions, errors, units, utterances, set_audio_sec    sums
   clips, without_text, empty, truncated, failed    how many lines, with a text or without
   normaliser, versions, commit, command, device, model, language, temperature, seed, max_new_tokens,
   files (when weights and manifests, or --rescore's, were written)    what made the numbers
@@ -229,7 +230,7 @@ def read_parts(out) -> dict[int, dict]:
 
 
 def transcribe_clips(asr, clips, args) -> dict[str, dict]:
-    """A forward -> {line in the manifest: "hyp", "stopped", "n_tokens"} of each clip.
+    """A forward -> {line in the manifest: "hyp", "stopped", "n_tokens", "audio_sec"} of each clip.
 
     A clip that can't be decoded has an empty transcript and the reason in "failed", or raises
     data.AudioError without --keep_going.
@@ -237,11 +238,14 @@ def transcribe_clips(asr, clips, args) -> dict[str, dict]:
     batch = data.load_batch(clips, (asr.n_mels,), for_training=False,
                             keep_going=args.keep_going)
     results = model.transcribe(asr, batch, args.max_new_tokens, args.temperature, args.seed)
-    found = {u.line: result for u, result in zip(batch.utterances, results)}
+    found = {}
+    for u, result, n_frames in zip(batch.utterances, results, batch.n_frames.tolist()):
+        found[u.line] = result | {"audio_sec": n_frames * data.HOP / data.SAMPLE_RATE}
     lost = [u for u in clips if u.line not in found]
     for u, (reason, message) in zip(lost, batch.rejected):  # in the same order
         print(f"not decoded: {message}", file=sys.stderr)
-        found[u.line] = {"hyp": "", "stopped": True, "n_tokens": 0, "failed": reason}
+        found[u.line] = {"hyp": "", "stopped": True, "n_tokens": 0, "audio_sec": 0.0,
+                         "failed": reason}
     return found
 
 
@@ -322,6 +326,7 @@ def rates(rows, first) -> dict:
     entry |= {"rate": rate, "low": low[0], "high": high[0]}
     entry |= {"difference": difference, "difference_low": low[1], "difference_high": high[1]}
     entry["sentence_error"] = 100 * (errors > 0).mean()
+    entry["set_audio_sec"] = sum(row.get("audio_sec", 0) for row in rows)
     return entry
 
 

@@ -134,7 +134,7 @@ def assert_same(out, whole):
 def test_hyps_is_a_manifest_in_the_order_of_the_data(checkpoints, manifests, whole):
     """Its transcripts are model.transcribe's on each clip alone."""
     asr = model.load(checkpoints / "student")
-    _, rows = read_outputs(whole)
+    summary, rows = read_outputs(whole)
     assert [(row["set"], row["id"]) for row in rows] == (
         [("a", f"u{i}") for i in range(12)] + [("b", f"u{i}") for i in range(5)])
     for u, row in zip(data.read_manifest(manifests), rows, strict=True):
@@ -144,6 +144,9 @@ def test_hyps_is_a_manifest_in_the_order_of_the_data(checkpoints, manifests, who
             assert os.path.samefile(u.audio, whole / row["audio"])
             result, = model.transcribe(asr, data.load_batch([u], (asr.n_mels,)), 8)
             assert {key: row[key] for key in result} == result
+            assert row["audio_sec"] == data.load_batch([u]).audio_sec
+    english = sum(row["audio_sec"] for row in rows[:12:2])
+    assert summary["results"][0]["set_audio_sec"] == pytest.approx(english)
     assert not any(os.path.isabs(row["audio"]) for row in rows)
 
 
