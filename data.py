@@ -374,10 +374,6 @@ class Batch:
         mel = {n_mels: frames[i:j, :, :longest] for n_mels, frames in self.mel.items()}
         return Batch(self.utterances[i:j], mel, n_frames, [])
 
-    def split(self, size) -> list["Batch"]:
-        """Parts of at most `size` rows each, in order."""
-        return [self.rows(i, i + size) for i in range(0, len(self), size)]
-
 
 def load_batch(utterances, n_mels=(128,), for_training=True, keep_going=True) -> Batch:
     """Decodes clips, sorts them by length, pads their features; n_mels: of all models of a run.

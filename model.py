@@ -559,9 +559,10 @@ def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, whisper_out=()) 
     """
     audio = []
     heard = []
-    for part in batch.split(micro_batch or len(batch)):
+    size = micro_batch or len(batch)
+    for i in range(0, len(batch), size):
         with autocast(asr.device):
-            part_audio, part_heard = asr.embed_audio(part, whisper_out)
+            part_audio, part_heard = asr.embed_audio(batch.rows(i, i + size), whisper_out)
         audio += part_audio
         heard += part_heard
     rows = []
