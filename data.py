@@ -603,22 +603,28 @@ def edit_counts(ref: str, hyp: str, language: str | None) -> Counts:
     return Counts(out.substitutions, out.deletions, out.insertions, units)
 
 
-def bootstrap(numerators, denominators, blocks=None, draws=1000, seed=0):
+def bootstrap(numerators, denominators, blocks=None, strata=None, draws=1000, seed=0):
     """Rates sum(numerators) / sum(denominators) of corpora drawn anew: (n,) -> (draws,).
 
     (n, K) -> (draws, K): K systems on the same draws, so a difference of columns is paired. Drawn
     are utterances (Bisani & Ney, ICASSP 2004) or whole `blocks`, each utterance's label: a speaker,
-    say. nan: draws without a unit, and all if there is only one block.
+    say. strata: labels too; as many blocks as a stratum has are drawn in it, so that a rate over
+    two languages keeps their mix. nan: draws without a unit, and all if no stratum has two blocks.
     """
     numerators, denominators = np.array([numerators, denominators], dtype=np.float64)
-    if blocks is None:
-        blocks = range(len(numerators))
-    names, block = np.unique(blocks, return_inverse=True)  # block: (n,), places in `names`
-    n = len(names)
+    blocks = np.arange(len(numerators)) if blocks is None else np.array(blocks)
+    strata = np.zeros(len(numerators)) if strata is None else np.array(strata)
+    groups = []  # of each stratum: its utterances, the place of each one's block, how many blocks
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        names, block = np.unique(blocks[members], return_inverse=True)
+        groups.append((members, block, len(names)))
     rates = np.full((draws, *numerators.shape[1:]), np.nan)
     rng = np.random.default_rng(seed)
-    for i in range(draws if n > 1 else 0):
-        times = rng.multinomial(n, np.full(n, 1 / n))[block]  # how often each utterance is drawn
+    times = np.zeros(len(numerators))  # how often each utterance is drawn
+    for i in range(draws if max(n for _, _, n in groups) > 1 else 0):
+        for members, block, n in groups:
+            times[members] = rng.multinomial(n, np.full(n, 1 / n))[block]
         drawn = times @ denominators
         rates[i] = times @ numerators / np.where(drawn > 0, drawn, np.nan)
     return rates

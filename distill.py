@@ -5,7 +5,7 @@ For every batch of audio x:
   (1) rollout  y ~ p_S(. | x)                     the student writes a transcript   no gradient
   (2) teacher  z_T[t] = logits of T at (x, y_<t)  the teacher reads the same ids    no gradient
   (3) student  z_S[t] = logits of S at (x, y_<t)  teacher forcing on its own words  differentiable
-  (4) loss     L = 1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t))
+  (4) loss     L = 1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   |t: given (x, y_<t)
                                         = sum_v p_S(v) (log p_S(v) - log p_T(v))
                exact: v runs over every id of text that both vocabularies have, and EOS; p_S
                and p_T are renormalised on these (the rollout draws from all that p_S may write)
@@ -140,7 +140,7 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------------- the objective
 # Pure functions of tensors. -inf marks ids that are ruled out, in the same places in z_s and z_t.
-# Each function normalises both sides itself: log-probabilities will do, too.
+# Each divergence normalises both sides itself: log-probabilities will do, too.
 
 def reverse_kl(z_s, z_t):
     """KL(p_S || p_T) of each row: logits (n, V) twice -> (n,) nats.
@@ -251,11 +251,11 @@ def main(args):
     resumed = model.find_save(args)
     need = ("text",) if args.states == "reference" else ()
     train = data.read_manifest(args.data, need, args.language)
-    student = model.load_student(resumed or args.student, device)           # in eval mode, too
+    student = model.load_student(resumed or args.student, device)           # both in eval mode
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, train)
     to_teacher = model.vocabulary_map(student, teacher)                     # (V,) -1: none
-    weight_t = teacher.head.weight.float()  # once; per chunk it would be 1.2 GB each time
+    weight_t = teacher.head.weight.float()  # once: 1.2 GB of Qwen3-ASR-1.7B's, per chunk else
     head_s = partial(model.logits, weight=student.head.weight)
     head_t = partial(model.logits, weight=weight_t)
     token_kl = partial(token_divergence, divergence=args.divergence, support=args.support,
@@ -282,7 +282,9 @@ def main(args):
         # ---- (1) rollout   y ~ p_S(. | x), all clips of this rank's share at once          [dev 2]
         #      An empty transcript (EOS at once) is a rollout like any other.                [dev 5]
         whisper_out = []  # of each clip, with --freeze encoder: (3) need not make it again
-        if args.states == "reference" or not len(batch):  # a control: the transcripts' states
+        if not len(batch):  # this rank has no clip; it still takes part in the collectives
+            ids, mask = data.pad_rows([], student.pad_id, device)           # (0, 0)
+        elif args.states == "reference":  # a control: the transcripts' states, off-policy
             responses = [student.encode_text(u.text) for u in batch.utterances]
             ids, mask = data.pad_rows(responses, student.pad_id, device)    # (B, R)
         else:
@@ -298,7 +300,7 @@ def main(args):
         # causal, so what comes after a row's scored columns changes nothing.
         scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R)
         ended = (student.stop[ids] & mask).any(1)                           # (B,)
-        totals = model.all_sum({
+        totals = model.all_sum({  # a collective
             "tokens": scored.sum(), "not_scored": (mask & ~scored).sum(), "clips": len(batch),
             "truncated": (~ended).sum(), "empty": (ended & (mask.sum(1) == 1)).sum(),
             "rejected": len(batch.rejected), "audio_sec": batch.audio_sec,
@@ -309,6 +311,7 @@ def main(args):
         for i in range(0, len(batch), args.micro_batch):
             rows = slice(i, i + args.micro_batch)
             part = batch.rows(i, i + args.micro_batch)
+            # No forward needs the columns behind the last scored one; one is kept if there is none.
             longest = max(1, int(scored[rows].sum(1).max()))                # r
             ids_s = ids[rows, :longest]                                     # (b, r)
             is_scored = scored[rows, :longest]                              # (b, r), n are True
@@ -323,6 +326,7 @@ def main(args):
                     teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, is_scored)
 
             # ---- (3) student   hidden_s[t] at (x, y_<t), now with gradients; z_S[t] in (4)
+            #      The audio is encoded again: a graph kept from (1) would hold the whole share.
             prompt_s = model.encode_audio(student, part, whisper_out=whisper_out[rows])
             hidden_s = model.response_hidden(                               # (n, width)
                 student.body, prompt_s.embeds, prompt_s.mask, ids_s, is_scored)
@@ -337,7 +341,7 @@ def main(args):
             loss += part_loss
 
         # ---- (5) update    one AdamW step on the gradient of the whole step, clipped to norm 1
-        model.sum_gradients(parameters)
+        model.sum_gradients(parameters)  # over the ranks: a collective
         grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if not math.isfinite(grad_norm):
             names = [train[i].id for i in plan[step]]
@@ -349,7 +353,7 @@ def main(args):
             optimizer.step()
         optimizer.zero_grad()
 
-        totals |= model.all_sum({"loss": loss * N}, device)
+        totals |= model.all_sum({"loss": loss * N}, device)  # for the log, a sum over tokens
         if run.end_step(step + 1, batch, totals, grad_norm, lr, time.time() - began):
             break
     run.close()

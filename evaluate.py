@@ -315,12 +315,13 @@ def rates(rows, first) -> dict:
     below = np.array([row["errors"] for row in first]) - errors
     units = [row["units"] for row in rows]
     speakers = [row.get("speaker") for row in rows]
+    strata = [f"{row['set']} {row.get('language')}" for row in rows]  # several, if it is pooled
     entry["resampled"] = f"{len(set(speakers))} speakers"
     if not all(speakers) or len(set(speakers)) < 2:  # else: a speaker's clips share a voice
         speakers = None
         entry["resampled"] = f"{len(rows)} utterances"
     both = np.stack([errors, below], axis=1)                # (n, 2) on the same draws: paired
-    drawn = data.bootstrap(both, np.stack([units, units], axis=1), speakers)
+    drawn = data.bootstrap(both, np.stack([units, units], axis=1), speakers, strata)
     low, high = data.interval(100 * drawn)
     rate, difference = 100 * both.sum(0) / (entry["units"] or math.nan)
     entry |= {"rate": rate, "low": low[0], "high": high[0]}

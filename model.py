@@ -23,8 +23,8 @@ is that of the LM. Prompts are padded on the left, responses on the right, so th
     input_ids   prompt         y_0    y_1   ...   y_{R-1} (= EOS)
     hidden[c] predicts column c+1: columns P-1 ... P+R-2 predict y_0 ... y_{R-1}
 
-A step of distill.py uses three functions: `encode_audio`, `generate` and `response_hidden`; one of
-sft.py the first and the last.
+The forwards of a step of distill.py are `encode_audio`, `generate` and `response_hidden`; of sft.py
+the first and the last.
 
 Weights have the names of the published ARK-ASR checkpoints and are read from safetensors only. No
 code of a checkpoint is ever run.

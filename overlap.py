@@ -115,8 +115,8 @@ def main(args) -> None:
     for later, drawn in zip(args.student[1:], draws[1:]):  # the same utterances are drawn: paired
         difference[later] = as_entries(draws[0] - drawn)
     for summary in students:
-        print("\n{student}: mean [95 %] of {states} states of {clips} clips; {states_not_scored} more "
-              "can't be scored".format(**summary))
+        print("\n{student}: mean [95 %] of {states} states of {clips} clips; {states_not_scored} "
+              "more can't be scored".format(**summary))
         print_entries(summary)
     for later, entries in difference.items():
         print(f"\n{later} below {args.student[0]}:")
@@ -134,7 +134,7 @@ def overlap_stats(z_s, z_t, mask, k, written=None) -> dict[str, torch.Tensor]:
     z_s, z_t (..., V): logits over the same columns, -inf where a model may not write. A column that
         is -inf on either side is in neither set, but takes its place among the top k of the side
         where it is finite.
-    mask (...): True on the n states that count; or slice(None), if these are all.
+    mask (...): True on the n states that count.
     written (...): the emitted ids, each finite on both sides; without them no "logp_t".
     """
     z_s = z_s[mask]                                                         # (n, V)
@@ -231,7 +231,8 @@ def measure_batch(student, teacher, to_teacher, batch, args, states):
         z_only = z_t[:, teacher_only]                                                   # (C, E)
         z_s = torch.cat([z_s, torch.full_like(z_only, -math.inf)], dim=1)           # (C, V + E)
         z_t = torch.cat([model.map_logits(z_t, to_teacher), z_only], dim=1)         # (C, V + E)
-        stats = overlap_stats(z_s, z_t, slice(None), args.top_k, y[rows])
+        every = torch.ones_like(y[rows], dtype=torch.bool)                              # (C,)
+        stats = overlap_stats(z_s, z_t, every, args.top_k, y[rows])
         values[rows] = torch.stack([stats[name] for name in STATISTICS], dim=1)         # (C, M)
     if not values.isfinite().all():
         raise FloatingPointError(f"not finite: some statistic of the batch with clips {names}")

@@ -24,8 +24,8 @@ Differs from the paper (numbers go on from data.py):
 one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl:
   step, loss (nats per token), grad_norm and lr of that step, audio_per_sec (seconds per second)
   tokens (N), audio_sec, rejected (clips left out)           sums since the record before
-  ctc, ctc_skipped        CTC loss, nats per token; clips with more text than audio tokens, which
-                          are left out of it (a sum)
+  ctc, ctc_skipped        CTC loss, nats, divided by tokens as well; clips with more text than audio
+                          tokens, which add nothing to it (a sum)
   dev_error               greedy errors on --dev, %; of several manifests, the mean of each one's,
                           dev_error/NAME
 """
@@ -159,7 +159,7 @@ def main(args):
 
         # ---- the targets   y_0 ... y_{R-1} = EOS of every clip, and their number in the whole step
         responses = [student.encode_text(u.text) for u in batch.utterances]
-        totals = model.all_sum({
+        totals = model.all_sum({  # a collective
             "tokens": sum(map(len, responses)), "rejected": len(batch.rejected),
             "audio_sec": batch.audio_sec,
             "signals": len(run.signals)}, device)  # one on any rank stops all after this step
@@ -193,7 +193,7 @@ def main(args):
             (loss / N).backward()
 
         # ---- update      one AdamW step on the gradient of the whole step, clipped to norm 1
-        model.sum_gradients(parameters)
+        model.sum_gradients(parameters)  # over the ranks: a collective
         grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if not math.isfinite(grad_norm):
             names = [train[i].id for i in plan[step]]

@@ -169,6 +169,20 @@ def test_blocks_are_drawn_whole():
     np.testing.assert_allclose(many, data.bootstrap(errors, units))
 
 
+def test_a_pooled_rate_keeps_the_mix_of_its_strata():
+    """Voices of one language are alike: nothing varies but the mix, where it is not kept."""
+    errors, units = [1] * 6 + [4] * 6, [100] * 12
+    voices, languages = [f"voice {i}" for i in range(12)], ["en"] * 6 + ["zh"] * 6
+    assert np.ptp(data.bootstrap(errors, units, voices)) > 0.01
+    assert set(data.bootstrap(errors, units, voices, languages)) == {30 / 1200}
+    # A stratum's own blocks are drawn: as much as it varies alone, by its share of the units.
+    errors[:6] = [0, 2, 0, 2, 0, 2]
+    alone = data.bootstrap(errors[:6], units[:6], voices[:6])
+    both = data.bootstrap(errors, units, voices, languages)
+    assert both.std() == pytest.approx(alone.std() / 2, rel=0.1)
+    assert np.isnan(data.bootstrap([1, 2], [4, 5], strata=["en", "zh"])).all()
+
+
 def test_an_interval_needs_enough_references():
     assert np.isnan(data.bootstrap([1], [4])).all()
     assert np.isnan(data.bootstrap([1, 2], [4, 5], ["a"] * 2)).all()
