@@ -41,7 +41,7 @@ import wave
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -359,6 +359,7 @@ class Batch:
     mel: dict[int, np.ndarray]            # n_mels: (B, n_mels, T) float32, zeros behind a row's end
     n_frames: np.ndarray                  # (B,) int64, mel frames of each row
     rejected: list                        # (reason, message) of clips that were left out
+    heard: dict = field(default_factory=dict)  # see model.hear
 
     def __len__(self):
         return len(self.utterances)
@@ -372,7 +373,8 @@ class Batch:
         n_frames = self.n_frames[i:j]
         longest = n_frames.max(initial=0)
         mel = {n_mels: frames[i:j, :, :longest] for n_mels, frames in self.mel.items()}
-        return Batch(self.utterances[i:j], mel, n_frames, [])
+        heard = {asr: rows[i:j] for asr, rows in self.heard.items()}
+        return Batch(self.utterances[i:j], mel, n_frames, [], heard)
 
 
 def load_batch(utterances, n_mels=(128,), for_training=True, keep_going=True) -> Batch:

@@ -278,10 +278,11 @@ def main(args):
     for step in range(run.start, args.steps):
         began = time.time()
         batch = next(batches)
+        if args.freeze:
+            model.hear(student, batch, args.micro_batch)  # once for (1) and (3)
 
         # ---- (1) rollout   y ~ p_S(. | x), all clips of this rank's share at once          [dev 2]
         #      An empty transcript (EOS at once) is a rollout like any other.                [dev 5]
-        whisper_out = []  # of each clip, with --freeze encoder: (3) need not make it again
         if not len(batch):  # this rank has no clip; it still takes part in the collectives
             ids, mask = data.pad_rows([], student.pad_id, device)           # (0, 0)
         elif args.states == "reference":  # a control: the transcripts' states, off-policy
@@ -295,10 +296,9 @@ def main(args):
             ids, mask = model.generate(                                     # (B, R)
                 student, prompt.embeds, prompt.mask, args.max_new_tokens, args.temperature,
                 uniforms)
-            whisper_out = prompt.whisper_out if args.freeze else []
         # What can be scored: up to the first id that the teacher's vocabulary lacks. Attention is
         # causal, so what comes after a row's scored columns changes nothing.
-        scored = model.readable_prefix(ids, mask, to_teacher)               # (B, R)
+        scored = mask & (to_teacher[ids] >= 0).cumprod(1).bool()            # (B, R)
         ended = (student.stop[ids] & mask).any(1)                           # (B,)
         totals = model.all_sum({  # a collective
             "tokens": scored.sum(), "not_scored": (mask & ~scored).sum(), "clips": len(batch),
@@ -327,7 +327,8 @@ def main(args):
 
             # ---- (3) student   hidden_s[t] at (x, y_<t), now with gradients; z_S[t] in (4)
             #      The audio is encoded again: a graph kept from (1) would hold the whole share.
-            prompt_s = model.encode_audio(student, part, whisper_out=whisper_out[rows])
+            #      Columns P-1 ... P+r-2 predict y_0 ... y_{r-1}; those of scored ones are packed.
+            prompt_s = model.encode_audio(student, part)
             hidden_s = model.response_hidden(                               # (n, width)
                 student.body, prompt_s.embeds, prompt_s.mask, ids_s, is_scored)
 
@@ -354,6 +355,7 @@ def main(args):
         optimizer.zero_grad()
 
         totals |= model.all_sum({"loss": loss * N}, device)  # for the log, a sum over tokens
+        # Log, save and evaluation where they are due; the ranks share --dev's clips: a collective.
         if run.end_step(step + 1, batch, totals, grad_norm, lr, time.time() - began):
             break
     run.close()

@@ -334,7 +334,10 @@ def rates(rows, first) -> dict:
 def summarize(name, rows) -> dict:
     """Prints and returns summary.json, but for its provenance. name: the system's."""
     troubles = Counter(trouble(row) for row in rows)
-    summary = {"results": score({name: rows}), "clips": len(rows)}
+    results = []
+    for entry in score({name: rows}):  # of one system there is no difference
+        results.append({k: v for k, v in entry.items() if not k.startswith("difference")})
+    summary = {"results": results, "clips": len(rows)}
     summary["without_text"] = sum("text" not in row for row in rows)
     for reason in ("empty", "truncated", "failed"):
         summary[reason] = troubles[reason]

@@ -385,18 +385,16 @@ class ASR:
     def n_mels(self):
         return self.net.config.whisper_config["num_mel_bins"]
 
-    def embed_audio(self, batch: data.Batch, whisper_out=()):
-        """Of each clip its audio embeddings (A, width); and Whisper's output (T', d_model).
-
-        whisper_out: that output for these clips, if it is at hand.
-        """
+    def embed_audio(self, batch: data.Batch) -> list[torch.Tensor]:
+        """Of each clip its audio embeddings (A, width)."""
+        encoder = self.net.audio_encoder
         n_frames = torch.as_tensor(batch.n_frames, device=self.device)
-        if whisper_out:
-            whisper_out = pad_sequence(whisper_out, batch_first=True)  # (B, T', d_model)
+        if self in batch.heard:
+            x = pad_sequence(batch.heard[self], batch_first=True)  # (B, T', d_model)
         else:
-            whisper_out = self.net.audio_encoder.whisper(self.mel_of(batch), n_frames)
-        audio, n_tokens = self.net.audio_encoder.adapt(whisper_out, n_frames)
-        return [row[:n] for row, n in zip(audio, n_tokens.tolist())], list(whisper_out)
+            x = encoder.whisper(self.mel_of(batch), n_frames)      # (B, T', d_model)
+        audio, n_tokens = encoder.adapt(x, n_frames)
+        return [row[:n] for row, n in zip(audio, n_tokens.tolist())]
 
     def mel_of(self, batch: data.Batch):
         """The batch's features (B, n_mels, T) with this model's number of bins."""
@@ -484,11 +482,8 @@ class Qwen3ASR(ASR):
     def n_mels(self):
         return self.net.config.audio_config.num_mel_bins
 
-    def embed_audio(self, batch: data.Batch, whisper_out=()):
-        """As a student's, but there is no Whisper.
-
-        The audio tower takes whole seconds of 100 frames, zeros after a clip's end.
-        """
+    def embed_audio(self, batch: data.Batch) -> list[torch.Tensor]:
+        """As a student's. The audio tower takes whole seconds, with zeros after a clip's end."""
         chunk = 2 * self.net.config.audio_config.n_window          # 100 frames
         mel = self.mel_of(batch)                                   # (B, n_mels, T)
         mel = F.pad(mel, (0, -mel.shape[2] % chunk))               # T: whole seconds
@@ -496,7 +491,7 @@ class Qwen3ASR(ASR):
         valid = torch.arange(mel.shape[2]) < n_frames[:, None]     # (B, T)
         packed = self.net.get_audio_features(mel, valid.long().to(self.device)).pooler_output
         n_audio = _get_feat_extract_output_lengths(n_frames, chunk // 2)
-        return packed.split(n_audio.tolist()), []
+        return list(packed.split(n_audio.tolist()))
 
     def suffix_of(self, utterance: data.Utterance) -> list[int]:
         """The ids that follow the audio: they end in "language X<asr_text>"."""
@@ -547,24 +542,18 @@ class Prompt:
     embeds: torch.Tensor             # (B, P, width)
     mask: torch.Tensor               # (B, P) False on the left padding
     audio: list[torch.Tensor]        # of each clip (A, width), the adapter's output
-    whisper_out: list[torch.Tensor]  # of each clip (T', d_model), if it is a student's
 
 
-def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, whisper_out=()) -> Prompt:
+def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None) -> Prompt:
     """Audio encoder and adapter, then prompts with the audio in place. Differentiable.
 
     micro_batch: clips that go through the encoder together: its memory. All by default.
-    whisper_out: that of an earlier call on these clips, where the Whisper encoder is frozen (not
-    with micro_batch).
     """
     audio = []
-    heard = []
     size = micro_batch or len(batch)
     for i in range(0, len(batch), size):
         with autocast(asr.device):
-            part_audio, part_heard = asr.embed_audio(batch.rows(i, i + size), whisper_out)
-        audio += part_audio
-        heard += part_heard
+            audio += asr.embed_audio(batch.rows(i, i + size))
     rows = []
     for utterance, of_clip in zip(batch.utterances, audio):
         rows.append(asr.prefix_ids + [asr.audio_id] * len(of_clip) + asr.suffix_of(utterance))
@@ -573,7 +562,22 @@ def encode_audio(asr: ASR, batch: data.Batch, micro_batch=None, whisper_out=()) 
     # Both sides run row by row, so the i-th placeholder of a row receives its i-th audio embedding.
     is_audio = (ids == asr.audio_id)[..., None]                                 # (B, P, 1)
     embeds = embeds.masked_scatter(is_audio, torch.cat(audio).to(embeds.dtype))
-    return Prompt(embeds, mask, audio, heard)
+    return Prompt(embeds, mask, audio)
+
+
+@torch.no_grad()
+def hear(asr: ASR, batch: data.Batch, micro_batch) -> None:
+    """Keeps the output of a student's frozen Whisper encoder in the batch: it runs once, not twice.
+
+    encode_audio finds it there, for the batch and its rows.
+    """
+    rows = []
+    for i in range(0, len(batch), micro_batch):
+        part = batch.rows(i, i + micro_batch)
+        n_frames = torch.as_tensor(part.n_frames, device=asr.device)
+        with autocast(asr.device):
+            rows += asr.net.audio_encoder.whisper(asr.mel_of(part), n_frames)
+    batch.heard[asr] = rows  # of each clip (T', d_model)
 
 
 def autocast(device):
@@ -593,7 +597,10 @@ def causal_mask(valid):
 
 
 def positions_of(valid):
-    """(B, K) valid columns -> (B, K) position of each column in its row, padding not counted."""
+    """(B, K) valid columns -> (B, K) position of each column in its row, padding not counted.
+
+    RoPE is relative, so this changes rounding alone, which then does not depend on the batch.
+    """
     return (valid.cumsum(1) - 1).clamp(min=0)
 
 
@@ -623,7 +630,7 @@ def response_hidden(body, embeds, prompt_mask, ids, mask) -> torch.Tensor:
 
     body: an LM without its head. embeds (B, P, width), prompt_mask (B, P): prompts, padded on the
     left. ids, mask (B, R): responses, padded on the right; masks are bool. The caller applies the
-    head to these n rows alone: no logits are made for prompt or padding. Copies out with
+    head to these n rows alone: no logits are made for prompt or padding. Copies out with torch and
     check_attention, autocast, causal_mask and positions_of.
     """
     check_attention(body)
@@ -666,8 +673,8 @@ def generate(asr, embeds, prompt_mask, max_new_tokens, temperature=0.0, uniforms
     data.keyed_uniforms' here, torch.rand's elsewhere. The returned mask is True on emitted tokens,
     the stop id included; a row without one was cut.
 
-    Copies out with check_attention, autocast, causal_mask, positions_of, logits, draw_token and
-    transformers' DynamicCache. When a quarter of the rows are done the others go on alone. There is
+    Copies out with math, torch, F, check_attention, autocast, causal_mask, positions_of, logits,
+    draw_token and transformers' DynamicCache. When a quarter of the rows are done the others go on alone. There is
     no collective, and the host asks the device how many rows are left at every token on a CPU, at
     every eighth on a GPU.
     """
@@ -775,14 +782,6 @@ def map_logits(z_t, to_teacher):
     sharers = sharers.index_add(0, column, known.float())
     z_t = z_t.index_select(-1, column) - sharers[column].log()                  # (n, V)
     return z_t.masked_fill(~known, -math.inf)
-
-
-def readable_prefix(ids, mask, to_teacher):
-    """Rollouts ids, mask (B, R) -> the mask up to the first id that the teacher's vocabulary lacks.
-
-    The teacher can't read that token, so neither it nor what follows in the row can be scored.
-    """
-    return mask & (to_teacher[ids] >= 0).cumprod(1).bool()
 
 
 # ---------------------------------------------------------------------------------- load and save
@@ -1039,7 +1038,7 @@ def find_save(args) -> Path | None:
                               "choose another --out")
     found = max(out.glob("state/step-*"), default=None)
     if dist.is_initialized():
-        dist.barrier()  # all have looked before rank 0 writes
+        dist.barrier()  # a collective: all have looked before rank 0 writes
     return found
 
 

@@ -207,7 +207,8 @@ def measure_batch(student, teacher, to_teacher, batch, args, states):
         ids, mask = model.generate(                                                     # (B, R)
             student, prompt_s.embeds, prompt_s.mask, args.max_new_tokens, args.temperature,
             uniforms)
-    scored = model.readable_prefix(ids, mask, to_teacher)                               # (B, R)
+    # Up to the first id that the teacher lacks: it can read neither that nor what follows.
+    scored = mask & (to_teacher[ids] >= 0).cumprod(1).bool()                            # (B, R)
     # 0 stands in for a missing counterpart; it is not scored, so the teacher never reads it.
     ids_t = to_teacher[ids].clamp(min=0)                                                # (B, R)
     hidden_s = model.response_hidden(

@@ -23,9 +23,9 @@ Differs from the paper (numbers go on from data.py):
 --out then holds the best checkpoint on dev (without --dev: the last), --out/state/step-N the last
 one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl:
   step, loss (nats per token), grad_norm and lr of that step, audio_per_sec (seconds per second)
-  tokens (N), audio_sec, rejected (clips left out)           sums since the record before
-  ctc, ctc_skipped        CTC loss, nats, divided by tokens as well; clips with more text than audio
-                          tokens, which add nothing to it (a sum)
+  tokens (N), clips, audio_sec, rejected (clips left out)    sums since the record before
+  ctc, ctc_skipped        with --ctc: its loss, nats, divided by tokens as well; clips with more text
+                          than audio tokens, which add nothing to it (a sum)
   dev_error               greedy errors on --dev, %; of several manifests, the mean of each one's,
                           dev_error/NAME
 """
@@ -34,6 +34,7 @@ import argparse
 import math
 import re
 import time
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -160,12 +161,14 @@ def main(args):
         # ---- the targets   y_0 ... y_{R-1} = EOS of every clip, and their number in the whole step
         responses = [student.encode_text(u.text) for u in batch.utterances]
         totals = model.all_sum({  # a collective
-            "tokens": sum(map(len, responses)), "rejected": len(batch.rejected),
-            "audio_sec": batch.audio_sec,
+            "tokens": sum(map(len, responses)), "clips": len(batch),
+            "rejected": len(batch.rejected), "audio_sec": batch.audio_sec,
             "signals": len(run.signals)}, device)  # one on any rank stops all after this step
         N = max(1, totals["tokens"])
 
-        losses = {"loss": 0.0, "ctc": 0.0, "ctc_skipped": 0}  # sums over the step's tokens, clips
+        losses = Counter(loss=0.0)  # sums over the step's tokens, and clips
+        if args.ctc:
+            losses.update(ctc=0.0, ctc_skipped=0)
         for i in range(0, len(batch), args.micro_batch):
             part = batch.rows(i, i + args.micro_batch)
             written = responses[i:i + args.micro_batch]
@@ -206,6 +209,7 @@ def main(args):
         optimizer.zero_grad()
 
         totals |= model.all_sum(losses, device)
+        # Log, save and evaluation where they are due; the ranks share --dev's clips: a collective.
         if run.end_step(step + 1, batch, totals, grad_norm, lr, time.time() - began):
             break
     run.close()

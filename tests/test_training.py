@@ -149,7 +149,7 @@ def gradients(net):
 def lm_logits(asr, clip, written):
     """(V,) logits behind `written` ids: one clip, transformers' forward without cache or padding,
     ids that no transcript may contain ruled out. Oracle."""
-    (audio,), _ = asr.embed_audio(clip)
+    audio, = asr.embed_audio(clip)
     before = asr.body.embed_tokens(torch.tensor([asr.prefix_ids]))
     suffix = asr.suffix_of(clip.utterances[0])
     after = asr.body.embed_tokens(torch.tensor([suffix + written]))
