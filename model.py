@@ -674,9 +674,9 @@ def generate(asr, embeds, prompt_mask, max_new_tokens, temperature=0.0, uniforms
     the stop id included; a row without one was cut.
 
     Copies out with math, torch, F, check_attention, autocast, causal_mask, positions_of, logits,
-    draw_token and transformers' DynamicCache. When a quarter of the rows are done the others go on alone. There is
-    no collective, and the host asks the device how many rows are left at every token on a CPU, at
-    every eighth on a GPU.
+    draw_token and transformers' DynamicCache. When a quarter of the rows are done the others go on
+    alone. There is no collective, and the host asks the device how many rows are left at every
+    token on a CPU, at every eighth on a GPU.
     """
     body = asr.body
     check_attention(body)
@@ -1147,9 +1147,12 @@ class Run:
     def save_run(self, step, evaluation_due) -> None:
         """Writes OUT/state/step-N; older ones then go."""
         tensors = {}
+        stored = self.asr.net.state_dict()
         for name, p in self.trained.items():
             for key, value in self.optimizer.state[p].items():  # step, exp_avg, exp_avg_sq
                 tensors[f"{name}.{key}"] = value.detach().cpu()
+            if name not in stored:  # trained beside the student, thrown away at the end
+                tensors[f"{name}.value"] = p.detach().cpu()
         part = self.out / "state" / "part"
         shutil.rmtree(part, ignore_errors=True)
         save(self.asr, part)
@@ -1165,14 +1168,17 @@ class Run:
             if old != target:
                 shutil.rmtree(old)
 
+    @torch.no_grad()
     def restore(self) -> dict:
-        """Sets AdamW's moments -> what training.json holds."""
+        """AdamW's moments, and what is trained beside the student -> what training.json holds."""
         tensors = load_file(self.resumed / "training.safetensors")
         names = {name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")}
         if names and names != self.trained.keys():
             raise ValueError(f"{self.resumed}: moments of {len(names)} weights, but "
-                             f"{len(self.trained)} are trained: another --freeze?")
+                             f"{len(self.trained)} are trained: another --freeze or --ctc?")
         for name, p in self.trained.items():
+            if f"{name}.value" in tensors:
+                p.copy_(tensors[f"{name}.value"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{name}.{key}" in tensors:
                     self.optimizer.state[p][key] = tensors[f"{name}.{key}"].to(p.device)

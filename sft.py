@@ -11,9 +11,9 @@ N: response tokens of the step, over all ranks and micro-batches. Prompt, audio 
 never targets. p_S is over the ids that a transcript may contain, as in generation.
 
 Differs from the paper (numbers go on from data.py):
-  [dev 10] From random weights, an auxiliary CTC loss (--ctc) on the adapter's output, read by the
-           LM's own head, makes the encoder listen before the LM has learnt to ignore it. The paper
-           has none: it starts, as real runs do, from a trained encoder.
+  [dev 10] From random weights, an auxiliary CTC loss (--ctc) on the adapter's output makes the
+           encoder listen before the LM has learnt to ignore it. The paper has none: it starts, as
+           real runs do, from a trained encoder.
 
     python sft.py --init random --data train.jsonl --dev dev.jsonl --out runs/base
     torchrun --nproc_per_node 8 sft.py --student runs/base --data td.jsonl --dev dev.jsonl \\
@@ -24,8 +24,8 @@ Differs from the paper (numbers go on from data.py):
 one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl:
   step, loss (nats per token), grad_norm and lr of that step, audio_per_sec (seconds per second)
   tokens (N), clips, audio_sec, rejected (clips left out)    sums since the record before
-  ctc, ctc_skipped        with --ctc: its loss, nats, divided by tokens as well; clips with more text
-                          than audio tokens, which add nothing to it (a sum)
+  ctc, ctc_skipped        with --ctc: its loss, nats, divided by tokens as well; clips with more
+                          text than audio tokens, which add nothing to it (a sum)
   dev_error               greedy errors on --dev, %; of several manifests, the mean of each one's,
                           dev_error/NAME
 """
@@ -108,18 +108,18 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------------- the objective
 
-def ctc_sum(z, n_audio, responses, eos_id, blank):
+def ctc_sum(z, n_audio, responses, eos_id):
     """CTC (Graves et al. 2006) of logits at the audio tokens, EOS left out of the responses.
 
-    z (A, B, V), of which each clip has its n_audio rows; responses: its ids; blank: an id that is
-    in none -> sum of -log p () nats over the clips whose text fits their audio tokens; how many do
-    not.
+    z (A, B, V + 1), of which each clip has its n_audio rows; the blank is class V. responses: each
+    clip's ids -> sum of -log p () nats over the clips whose text fits their audio tokens; how many
+    do not.
     """
     labels = [[token for token in response if token != eos_id] for response in responses]
     targets = torch.tensor(sum(labels, []), dtype=torch.long, device=z.device)
     loss = F.ctc_loss(                                                          # ()
-        z.log_softmax(-1), targets, n_audio, [len(row) for row in labels], blank,
-        reduction="sum", zero_infinity=True)
+        z.log_softmax(-1), targets, n_audio, [len(row) for row in labels],
+        blank=z.shape[-1] - 1, reduction="sum", zero_infinity=True)
     skipped = 0
     for row, n in zip(labels, n_audio):
         repeats = sum(a == b for a, b in zip(row, row[1:]))  # a blank must part them
@@ -141,6 +141,9 @@ def main(args):
     else:
         student = make_student(args, train, device)
     trained = model.trainable(student, args.freeze, args.recompute)
+    if args.ctc:  # its last layer is trained beside the student, and thrown away at the end
+        ctc_head = nn.Linear(student.head.in_features, student.head.out_features + 1).to(device)
+        trained |= {f"ctc_head.{name}": p for name, p in ctc_head.named_parameters()}
     parameters = list(trained.values())
     # Betas are this project's choice. fused: no copies of gradients in a step's peak of memory.
     optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.98), weight_decay=0.0,
@@ -186,10 +189,9 @@ def main(args):
             loss = F.cross_entropy(z, y, reduction="sum")                       # ()
             losses["loss"] += loss.detach()
             if args.ctc:
-                # Audio tokens as the LM's head would read them; padding's id stands for "nothing".
-                z_audio = model.logits(pad_sequence(prompt.audio), student.head.weight)
-                n_audio = [len(of_clip) for of_clip in prompt.audio]            # z_audio (A, b, V)
-                ctc, skipped = ctc_sum(z_audio, n_audio, written, student.eos_id, student.pad_id)
+                z_audio = ctc_head(pad_sequence(prompt.audio).float())          # (A, b, V + 1)
+                n_audio = [len(of_clip) for of_clip in prompt.audio]
+                ctc, skipped = ctc_sum(z_audio, n_audio, written, student.eos_id)
                 loss = loss + args.ctc * ctc
                 losses["ctc"] += ctc.detach()
                 losses["ctc_skipped"] += skipped

@@ -263,7 +263,7 @@ def test_ctc_equals_enumerated_alignments():
     z = torch.randn(6, 5, 5, requires_grad=True)  # ids: tokens 0, 1, 2, EOS 3, blank 4
     n_audio = [5, 3, 4, 2, 5, 1]
     responses = [[0, 1, eos], [2, 2, eos], [1, eos], [0, 0, eos], [eos], [2, eos]]
-    loss, skipped = sft.ctc_sum(z.transpose(0, 1), n_audio, responses, eos, 4)
+    loss, skipped = sft.ctc_sum(z.transpose(0, 1), n_audio, responses, eos)
     logp = z.double().log_softmax(-1)
     expected = [ctc_by_enumeration(logp[b, :n_audio[b]].tolist(), responses[b][:-1], 4)
                 for b in (0, 1, 2, 4, 5)]
