@@ -599,7 +599,10 @@ class Counts(NamedTuple):
 
 
 def edit_counts(ref: str, hyp: str, language: str | None) -> Counts:
-    """Levenshtein counts over normalised units. An empty reference counts its insertions."""
+    """Levenshtein counts over normalised units. An empty reference counts its insertions.
+
+    Copies out with all of this section, read_json and .assets/english.json.
+    """
     out = jiwer.process_words(normalize(ref, language), normalize(hyp, language))
     units = out.hits + out.substitutions + out.deletions
     return Counts(out.substitutions, out.deletions, out.insertions, units)

@@ -15,6 +15,8 @@ transcripts of --data are not learnt from: all that is learnt comes from the tea
 --states reference takes its states from them; and a silent clip is kept only if its text is "".)
 
   symbol     variable   shape    meaning
+             prompt     .embeds (B, P, width), .mask (B, P): prompts with the audio in place, padded
+                                 on the left; width and P are each model's own
              ids, mask  (B, R)   this rank's B rollouts, right-padded to R; True on emitted tokens
                                  (b, r: those of a micro-batch)
              scored     (B, R)   True on those that the teacher can score
@@ -254,7 +256,7 @@ def main(args):
     student = model.load_student(resumed or args.student, device)           # both in eval mode
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, train)
-    to_teacher = model.vocabulary_map(student, teacher)                     # (V,) -1: none
+    to_teacher = model.vocabulary_map(student, teacher)  # (V,); -1: it lacks the id, or is special
     weight_t = teacher.head.weight.float()  # once: 1.2 GB of Qwen3-ASR-1.7B's, per chunk else
     head_s = partial(model.logits, weight=student.head.weight)
     head_t = partial(model.logits, weight=weight_t)
@@ -291,7 +293,7 @@ def main(args):
         else:
             with torch.no_grad():  # the encoder takes --micro_batch clips at a time
                 prompt = model.encode_audio(student, batch, args.micro_batch)
-            uniforms = data.keyed_uniforms(
+            uniforms = data.keyed_uniforms(                                 # (B, --max_new_tokens)
                 args.seed, step, [u.id for u in batch.utterances], args.max_new_tokens)
             ids, mask = model.generate(                                     # (B, R)
                 student, prompt.embeds, prompt.mask, args.max_new_tokens, args.temperature,
@@ -320,15 +322,16 @@ def main(args):
             # ---- (2) teacher   hidden_t[t] at (x, y_<t); z_T[t] = head_t(hidden_t[t]), in (4)
             #      The same ids, in its numbering, on the same audio.                        [dev 3]
             with torch.no_grad():
-                prompt_t = model.encode_audio(teacher, part)
-                ids_t = to_teacher[ids_s].clamp(min=0)  # unscored positions: any id will do
+                prompt_t = model.encode_audio(teacher, part)            # .embeds (b, P, width_t)
+                # (b, r); where it lacks an id, any will do: that position is not scored.
+                ids_t = to_teacher[ids_s].clamp(min=0)
                 hidden_t = model.response_hidden(                           # (n, width_t)
                     teacher.body, prompt_t.embeds, prompt_t.mask, ids_t, is_scored)
 
             # ---- (3) student   hidden_s[t] at (x, y_<t), now with gradients; z_S[t] in (4)
             #      The audio is encoded again: a graph kept from (1) would hold the whole share.
             #      Columns P-1 ... P+r-2 predict y_0 ... y_{r-1}; those of scored ones are packed.
-            prompt_s = model.encode_audio(student, part)
+            prompt_s = model.encode_audio(student, part)                    # .embeds (b, P, width)
             hidden_s = model.response_hidden(                               # (n, width)
                 student.body, prompt_s.embeds, prompt_s.mask, ids_s, is_scored)
 
