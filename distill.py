@@ -7,8 +7,9 @@ For every batch of audio x:
   (3) student  z_S[t] = logits of S at (x, y_<t)  teacher forcing on its own words  differentiable
   (4) loss     L = 1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   |t: given (x, y_<t)
                                         = sum_v p_S(v) (log p_S(v) - log p_T(v))
-               exact: v runs over every id of text that both vocabularies have, and EOS; p_S
-               and p_T are renormalised on these (the rollout draws from all that p_S may write)
+               exact: v runs over every id of text that both vocabularies have, and those that
+               end it; p_S and p_T are renormalised on these (the rollout draws from all that p_S
+               may write)
   (5) update   one AdamW step
 A state is what both models have read before a token: the audio and the prefix, (x, y_<t). The
 transcripts of --data are not learnt from: all that is learnt comes from the teacher. (The control
@@ -22,8 +23,8 @@ transcripts of --data are not learnt from: all that is learnt comes from the tea
              scored     (B, R)   True on those that the teacher can score
   y_t        y          (n,)     the n scored tokens of a micro-batch, packed
   z_S        z_s        (n, V)   the student's logits that predict each: head_s(hidden_s)
-  z_T        z_t        (n, V)   the teacher's, in the student's ids: map_logits(head_t(hidden_t));
-                                 both are made in (4), for a chunk of C rows at a time
+  z_T        z_t        (n, V)   the teacher's, in the student's ids: head_t(hidden_t); both are
+                                 made in (4), for a chunk of C rows at a time
   log p      logp_               log-probabilities in nats
   N          N          ()       scored tokens of the whole step: all ranks and micro-batches
 
@@ -50,9 +51,10 @@ REINFORCE term.
 --out then holds the best checkpoint on dev (without --dev: the last), --out/state/step-N the last
 one with all that --resume needs, and metrics.jsonl and metrics.png. Keys of metrics.jsonl:
   step, loss (nats per token), grad_norm and lr of that step, audio_per_sec (seconds per second)
-  tokens (N), clips, audio_sec, rejected (clips left out)    sums since the record before, as are
-  truncated, empty        rollouts cut at --max_new_tokens; rollouts that are EOS alone
-  not_scored              tokens at or after the first id that the teacher lacks
+  sums since the record before:
+    tokens (N), clips, audio_sec, rejected (clips left out)
+    truncated, empty      rollouts cut at --max_new_tokens; rollouts that are EOS alone
+    not_scored            tokens at or after the first id that the teacher lacks
   dev_error               greedy errors on --dev, %; of several manifests, the mean of each one's,
                           dev_error/NAME
 """
@@ -76,7 +78,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data
 import model
 from data import at_least
-from model import map_logits  # its bare name: loss_in_chunks copies out as it is
 
 
 def parse_args(argv=None):
@@ -210,30 +211,29 @@ def token_divergence(z_s, z_t, y, divergence, support, top_k):
     return reverse_kl(z_s, z_t) if divergence == "reverse" else forward_kl(z_s, z_t)
 
 
-def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, chunk, N):
+def loss_in_chunks(hidden_s, hidden_t, y, head_s, head_t, token_kl, chunk, N):
     """Heads, loss and its gradient for n rows, `chunk` at a time -> 1/N sum_t D_t (), its gradient
     (n, width).
 
     At most `chunk` rows of logits exist at a time. hidden_s (n, width), hidden_t (n, width_t), y
-    (n,): emitted ids; head_s, head_t: hidden rows -> logits, each in its own vocabulary; to_teacher
-    (V,): the teacher's id of each student id, -1: none (of one vocabulary: torch.arange(V));
-    token_kl: (z_s, z_t, y) -> D_t, such as `lambda z_s, z_t, y: reverse_kl(z_s, z_t)`; N: tokens of
-    the whole step. A chunk's rows are detached: its backward adds to the gradient of the head's
-    weight (with a tied head, that of the embeddings), and stops at the rows. The caller continues
-    from there (to copy this out, take map_logits along):
+    (n,): emitted ids; head_s, head_t: hidden rows -> logits, both in the student's ids, -inf where
+    the teacher has none; token_kl: (z_s, z_t, y) -> D_t, such as
+    `lambda z_s, z_t, y: reverse_kl(z_s, z_t)`; N: tokens of the whole step. A chunk's rows are
+    detached: its backward adds to the gradient of the head's weight (with a tied head, that of the
+    embeddings), and stops at the rows. The caller continues from there:
 
         loss, grad_rows = loss_in_chunks(hidden_s, ...)
         hidden_s.backward(grad_rows)
     """
     loss = torch.zeros((), device=hidden_s.device)
     grad_rows = torch.zeros_like(hidden_s)                                  # (n, width)
-    # Ids that the teacher lacks leave the loss here, and so do special tokens other than EOS.
-    ruled_out = to_teacher < 0                                              # (V,)
     for i in range(0, len(hidden_s), chunk):
         leaf = hidden_s[i:i + chunk].detach().requires_grad_()              # (C, width)
-        z_s = head_s(leaf).masked_fill(ruled_out, -math.inf)                # (C, V)
         with torch.no_grad():
-            z_t = map_logits(head_t(hidden_t[i:i + chunk]), to_teacher)     # (C, V)
+            z_t = head_t(hidden_t[i:i + chunk])                             # (C, V)
+        # What the teacher can't score leaves the loss: ids that it lacks, and special tokens other
+        # than those that end a transcript.
+        z_s = head_s(leaf).masked_fill(z_t.isneginf(), -math.inf)           # (C, V)
         chunk_loss = token_kl(z_s, z_t, y[i:i + chunk]).sum() / N           # ()
         chunk_loss.backward()
         grad_rows[i:i + chunk] = leaf.grad
@@ -257,9 +257,12 @@ def main(args):
     teacher = model.load_teacher(args.teacher, device)
     model.check_languages(teacher, train)
     to_teacher = model.vocabulary_map(student, teacher)  # (V,); -1: it lacks the id, or is special
-    weight_t = teacher.head.weight.float()  # once: 1.2 GB of Qwen3-ASR-1.7B's, per chunk else
+    weight_t = teacher.head.weight.float()  # once, not in every chunk: 1.2 GB for Qwen3-ASR-1.7B
     head_s = partial(model.logits, weight=student.head.weight)
-    head_t = partial(model.logits, weight=weight_t)
+
+    def head_t(hidden):  # (n, width_t) -> (n, V): in the student's ids, -inf where it has none
+        return model.map_logits(model.logits(hidden, weight_t), to_teacher)
+
     token_kl = partial(token_divergence, divergence=args.divergence, support=args.support,
                        top_k=args.top_k)
     trained = model.trainable(student, args.freeze, args.recompute)
@@ -336,11 +339,11 @@ def main(args):
                 student.body, prompt_s.embeds, prompt_s.mask, ids_s, is_scored)
 
             # ---- (4) loss      1/N sum_t D_t,   D_t = KL(p_S(.|t) || p_T(.|t)),   p = softmax(z),
-            #      z_S[t] = head_s(hidden_s[t]),   z_T[t] = map_logits(head_t(hidden_t[t])).
+            #      z_S[t] = head_s(hidden_s[t]),   z_T[t] = head_t(hidden_t[t]), in its ids.
             #      Every token of the step weighs 1 / N, wherever it landed.                 [dev 4]
             #      token_kl is reverse_kl by default. The head's gradient is taken in here.
             part_loss, grad_rows = loss_in_chunks(
-                hidden_s, hidden_t, y, head_s, head_t, to_teacher, token_kl, args.chunk, N)
+                hidden_s, hidden_t, y, head_s, head_t, token_kl, args.chunk, N)
             hidden_s.backward(grad_rows)
             loss += part_loss
 

@@ -84,14 +84,13 @@ def test_memory_of_the_loss_is_flat_in_rows():
     n_vocabulary, width = 151_936, 256
     weight = torch.randn(n_vocabulary, width, device=GPU, requires_grad=True)
     heads = [partial(model.logits, weight=w) for w in (weight, weight.detach())]
-    same_ids = torch.arange(n_vocabulary, device=GPU)
     needed = {}
     for n in (128, 128, 2048):  # the first of them makes the workspaces
         weight.grad = torch.zeros_like(weight)
         hidden = torch.randn(n, width, device=GPU, requires_grad=True)
         y = torch.zeros(n, dtype=torch.long, device=GPU)
         needed[n] = peak(lambda: distill.loss_in_chunks(
-            hidden, hidden.detach(), y, *heads, same_ids,
+            hidden, hidden.detach(), y, *heads,
             lambda z_s, z_t, y: distill.reverse_kl(z_s, z_t), 128, 1))
     print(f"MB of the loss: {needed[128] / 1e6:.0f}, 16 times the rows {needed[2048] / 1e6:.0f}")
     assert needed[2048] - needed[128] < 4 * 2048 * width * 4

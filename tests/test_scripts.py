@@ -325,8 +325,9 @@ def test_result_json_has_the_rates_of_every_system(tmp_path):
     for name in SYSTEMS:
         rows = []
         for i, (language, text) in said.items():
-            rows.append({"id": i, "audio": f"/{i}.wav", "text": text, "language": language,
-                         "hyp": wrong.get(name, {}).get(i, text)})
+            row = {"audio": f"/{i}.wav", "text": text, "language": language,
+                   "hyp": wrong.get(name, {}).get(i, text)}
+            rows += [{"id": i} | row, {"id": f"{i} again"} | row]  # one clip has no interval
         data.write_jsonl(tmp_path / "eval" / name / "hyps.jsonl", rows)
     hyps = [str(tmp_path / "eval" / name / "hyps.jsonl") for name in SYSTEMS]
     evaluate.main(evaluate.parse_args(["--compare", *hyps, "--out", str(tmp_path / "compare")]))
