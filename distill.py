@@ -267,18 +267,16 @@ def main(args):
                        top_k=args.top_k)
     trained = model.trainable(student, args.freeze, args.recompute)
     parameters = list(trained.values())
-    # Betas are this project's choice. fused: no copies of gradients in a step's peak of memory.
-    optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.98), weight_decay=0.0,
-                                  fused=device.type == "cuda")
+    # fused: no copies of gradients in a step's peak of memory
+    optimizer = torch.optim.AdamW(
+        parameters, args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
     run = model.Run(args, student, trained, optimizer, resumed, rank, world)
     plan = data.Plan(len(train), args.batch, args.seed)
     steps = data.Steps(train, plan, rank, world, (student.n_mels, teacher.n_mels))
     batches = iter(data.loader(steps, range(run.start, args.steps), args.workers))
     if rank == 0:
-        shared = int((to_teacher >= 0).sum())
-        print(f"{shared} of {len(student.tokenizer)} student ids are in the teacher's vocabulary; "
-              f"{len(train)} clips, {plan.steps_per_epoch} steps per epoch, {args.batch} clips per "
-              f"step over {world} process(es) on {device}", flush=True)
+        print(f"{(to_teacher >= 0).sum()} of {len(student.tokenizer)} ids are the teacher's, too; "
+              f"{len(train)} clips, {plan.steps_per_epoch} steps per epoch", flush=True)
 
     for step in range(run.start, args.steps):
         began = time.time()
@@ -315,7 +313,7 @@ def main(args):
         loss = torch.zeros((), device=device)
         for i in range(0, len(batch), args.micro_batch):
             rows = slice(i, i + args.micro_batch)
-            part = batch.rows(i, i + args.micro_batch)
+            part = batch.rows(rows.start, rows.stop)
             # No forward needs the columns behind the last scored one; one is kept if there is none.
             longest = max(1, int(scored[rows].sum(1).max()))                # r
             ids_s = ids[rows, :longest]                                     # (b, r)
@@ -354,8 +352,7 @@ def main(args):
             names = [train[i].id for i in plan[step]]
             raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {names}")
         lr = model.learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         if totals["tokens"]:  # without a token there is no gradient, only AdamW's momentum
             optimizer.step()
         optimizer.zero_grad()

@@ -145,17 +145,17 @@ def main(args):
         ctc_head = nn.Linear(student.head.in_features, student.head.out_features + 1).to(device)
         trained |= {f"ctc_head.{name}": p for name, p in ctc_head.named_parameters()}
     parameters = list(trained.values())
-    # Betas are this project's choice. fused: no copies of gradients in a step's peak of memory.
-    optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.98), weight_decay=0.0,
-                                  fused=device.type == "cuda")
+    # fused: no copies of gradients in a step's peak of memory
+    optimizer = torch.optim.AdamW(
+        parameters, args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
     run = model.Run(args, student, trained, optimizer, resumed, rank, world)
     plan = data.Plan(len(train), args.batch, args.seed)
     steps = data.Steps(train, plan, rank, world, (student.n_mels,))
     batches = iter(data.loader(steps, range(run.start, args.steps), args.workers))
     if rank == 0:
         size = sum(p.numel() for p in student.net.parameters())
-        print(f"{size:,} parameters; {len(train)} clips, {plan.steps_per_epoch} steps per epoch, "
-              f"{args.batch} clips per step over {world} process(es) on {device}", flush=True)
+        print(f"{size:,} parameters; {len(train)} clips, {plan.steps_per_epoch} steps per epoch",
+              flush=True)
 
     for step in range(run.start, args.steps):
         began = time.time()
@@ -204,8 +204,7 @@ def main(args):
             names = [train[i].id for i in plan[step]]
             raise FloatingPointError(f"step {step}: gradient norm {grad_norm}; clips {names}")
         lr = model.learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         if totals["tokens"]:  # without a token there is no gradient, only AdamW's momentum
             optimizer.step()
         optimizer.zero_grad()
