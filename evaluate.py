@@ -202,7 +202,7 @@ def transcribe_share(asr, utterances, args, rank, world) -> None:
         names = args.data
     sets = dict(zip(args.data, names))
     done = set(read_parts(out))
-    order = np.argsort([u.duration_sec or np.inf for u in utterances], kind="stable").tolist()
+    order = np.argsort(utterances.durations, kind="stable").tolist()  # nan, unknown, comes last
     batches = [order[start:start + args.batch] for start in range(0, len(order), args.batch)]
     share = [batch for batch in batches[rank::world] if not done >= set(batch)]
     with (out / f"part-{rank}-{time.time_ns()}.jsonl").open("w", encoding="utf-8") as file:
