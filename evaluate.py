@@ -39,7 +39,7 @@ summary.json
   normaliser, versions, commit, command, device, model, language, temperature, seed, max_new_tokens,
   files (when weights and manifests, or --rescore's, were written)    what made the numbers
 
-errors.txt: the 50 clips with the most errors, aligned.
+errors.html: the 50 clips with the most errors, to read and to hear.
 
 --rescore and --compare count the errors anew of any JSON Lines with id, text and hyp. With --out,
 --compare writes compare.png and compare.json, such entries of every system:
@@ -58,8 +58,10 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 import jiwer
 import numpy as np
@@ -146,7 +148,7 @@ def main(args):
             row["audio"] = os.path.relpath(row["audio"], os.path.realpath(out))
     data.write_jsonl(out / "hyps.jsonl", rows)
     data.write_json(out / "summary.json", summarize(out.name, rows) | provenance() | made_with)
-    (out / "errors.txt").write_text(worst_clips(rows), encoding="utf-8")
+    (out / "errors.html").write_text(errors_page(rows), encoding="utf-8")
     if args.data:  # all is in hyps.jsonl
         for path in (*out.glob("part-*.jsonl"), out / "part.json"):
             path.unlink()
@@ -447,18 +449,26 @@ def provenance() -> dict:
     return {"versions": versions, "commit": commit or None, "command": shlex.join(sys.argv)}
 
 
-def worst_clips(rows) -> str:
-    """The 50 clips with the most errors: reference over transcript, as they are scored."""
+def errors_page(rows) -> str:
+    """The 50 clips with the most errors: a player, and reference over transcript, as scored.
+
+    The page loads nothing but the audio files, from where they lie.
+    """
     wrong = [row for row in rows if row.get("errors")]
-    blocks = []
+    page = ['<!doctype html><meta charset="utf-8"><title>Recognition errors</title>']
     for row in heapq.nlargest(50, wrong, key=lambda row: row["errors"]):
         ref = data.normalize(row["text"], row.get("language"))
         hyp = data.normalize(row["hyp"], row.get("language"))
         aligned = jiwer.visualize_alignment(jiwer.process_words(ref, hyp), show_measures=False,
                                             skip_correct=False, line_width=100)
-        blocks.append("{set} {id}: {errors} errors, {units} units\n".format(**row)
-                      + aligned.removeprefix("=== SENTENCE 1 ===\n"))
-    return "\n".join(blocks)
+        title = "{set} {id}: {errors} errors, {units} units".format(**row)
+        begin = row.get("start", 0)
+        end = begin + row.get("duration", math.inf)
+        segment = f"#t={begin}" if end == math.inf else f"#t={begin},{end}"
+        source = quote(row.get("audio", "")) + segment
+        page.append(f'<h3>{escape(title)}</h3><audio controls preload="none" src="{source}">'
+                    f"</audio><pre>{escape(aligned.removeprefix('=== SENTENCE 1 ==='))}</pre>")
+    return "\n".join(page) + "\n"
 
 
 if __name__ == "__main__":

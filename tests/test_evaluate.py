@@ -7,6 +7,7 @@ import re
 import socket
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -397,11 +398,21 @@ def test_compare_wants_the_same_clips(tmp_path, change):
             run("--compare", *pair)
 
 
-def test_the_worst_clips_are_aligned(spoken, tmp_path):
-    spoken([("u0", "de", "red lamp", "red"), ("u1", "zh", "打开红灯", "打灯"),
-            ("u2", "en", "fine", "fine")])
-    page = (tmp_path / "out" / "errors.txt").read_text(encoding="utf-8")
-    assert "u2" not in page and page.index("u1: 2 errors, 4 units") < page.index("u0: 1 errors, 2")
+def test_the_page_is_escaped_and_aligned_and_plays_the_segments(spoken, tmp_path, corpus):
+    attack = "<script>alert(1)</script>"
+    spoken([("u0", "de", "red lamp", f"red {attack}"), ("u1", "zh", "打开红灯", "打灯"),
+            ("u2", "en", "fine", "fine"), ("u3<b>", "de", "red", "bed")],
+           extra=lambda i: {"start": 0.125, "duration": 0.25} if i == 1 else {})
+    page = (tmp_path / "out" / "errors.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "<b>" not in page and "u2" not in page
+    titles = re.findall("<h3>(.*?)</h3>", page)
+    assert titles == ["lines u0: 4 errors, 2 units", "lines u1: 2 errors, 4 units",
+                      "lines u3&lt;b&gt;: 1 errors, 1 units"]
+    sources = re.findall('(?:src|href)="(.*?)"', page)
+    assert [source.split("#")[1] for source in sources] == ["t=0", "t=0.125,0.375", "t=0"]
+    for source, i in zip(sources, (0, 1, 3), strict=True):
+        path = unquote(source.split("#")[0])
+        assert os.path.samefile(tmp_path / "out" / path, corpus / f"dev-{i}.wav")
     assert "REF: 打 开 红 灯\nHYP: 打 * * 灯\n" in page
 
 
